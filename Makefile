@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all the set-up themselves, in a virtual environment that VENV can point elsewhere.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.fusedloss-installed
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+
+.PHONY: demo test check ext bench format clean
+
+demo: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r examples/requirements.txt
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[dev]"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+bench: $(STAMP)
+	$(BIN)/python -m bench softmax_ce class_stats
+
+# Rebuilds the compiled module in place, for work on csrc/.
+ext: $(STAMP)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[all]"
+	touch $(STAMP)
+
+clean:
+	rm -rf build dist *.egg-info fusedloss/_C*.so

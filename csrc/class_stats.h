@@ -1,0 +1,35 @@
+// Arguments of the class_stats kernels. T is the type of shift and results: float, or double for double features.
+#pragma once
+
+#include <cstdint>
+
+#include "view.h"
+
+namespace fusedloss {
+
+// Rows order[first] .. order[last - 1], all of one class. A long class has several segments, whose sums wait in slots
+// `partial` and up to be added in order; -1 marks the only segment of a class, which may be empty.
+struct ClassSegment {
+    int64_t label = 0, first = 0, last = 0;
+    int64_t partial = -1;
+};
+
+template <class T>
+struct ClassStats {
+    View features;  // outer = rows, classes = features of a row, adjacent
+    bool per_feature = false;
+    const int64_t* order = nullptr;  // rows kept, class by class, in the order of the batch within a class
+    int64_t num_kept = 0;
+    const ClassSegment* segments = nullptr;
+    T* shift = nullptr;         // (K, width)
+    T* sum = nullptr;           // (K, width)
+    T* square = nullptr;        // (K,) or (K, width)
+    double* partials = nullptr;  // slots, each of width sums, then one square or width of them
+    double* scratch = nullptr;   // one slot for each thread
+
+    int64_t width() const { return features.num_classes; }
+    int64_t num_squares() const { return per_feature ? width() : 1; }
+    int64_t slot_size() const { return width() + num_squares(); }
+};
+
+}  // namespace fusedloss

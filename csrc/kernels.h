@@ -1,0 +1,47 @@
+// The kernels of one SIMD level, as function pointers; kernels() picks the level for this machine once.
+#pragma once
+
+#include <type_traits>
+
+#include "class_stats.h"
+#include "softmax_ce.h"
+
+namespace fusedloss {
+
+// Each kernel takes a range of rows [first, last) and the index of the thread that runs it.
+template <class T>
+struct SoftmaxKernels {
+    void (*ce)(const SoftmaxCE<T>&, int64_t first, int64_t last, int thread);
+    void (*stats)(const SoftmaxStatistics<T>&, int64_t first, int64_t last, int thread);
+    void (*sweep)(const SoftmaxSweep<T>&, int64_t first, int64_t last, int thread);
+};
+
+template <class T>
+struct ClassStatsKernels {
+    void (*widen)(const ClassStats<T>&, int64_t row, T* out);
+    void (*sum)(const ClassStats<T>&, int64_t first, int64_t last, int thread);  // a range of segments
+    void (*write)(const ClassStats<T>&, int64_t label, const double* slot);
+};
+
+struct Kernels {
+    const char* level;
+    SoftmaxKernels<float> softmax_float;
+    SoftmaxKernels<double> softmax_double;
+    ClassStatsKernels<float> class_stats_float;
+    ClassStatsKernels<double> class_stats_double;
+
+    template <class T>
+    const SoftmaxKernels<T>& softmax() const {
+        if constexpr (std::is_same_v<T, float>) return softmax_float;
+        else return softmax_double;
+    }
+    template <class T>
+    const ClassStatsKernels<T>& class_stats() const {
+        if constexpr (std::is_same_v<T, float>) return class_stats_float;
+        else return class_stats_double;
+    }
+};
+
+const Kernels& kernels();
+
+}  // namespace fusedloss

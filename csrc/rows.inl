@@ -1,0 +1,82 @@
+// What becomes of a row once its sums are known: its loss and the slope that a second sweep writes, in double.
+// Twin of fusedloss/rows.py.
+
+struct RowSums {
+    double max = -std::numeric_limits<double>::infinity();
+    double rest = 0;          // sum of exp(z - max) over all classes but the label
+    double label_z = 0;       // of the label
+    double label_exp = 0;
+    double uniform_z = 0;     // sum of w_j z_j
+    double soft_z = 0;        // sum of w_j q_j z_j
+    double soft_weight = 0;   // sum of w_j q_j
+    double sum() const { return rest + label_exp; }
+};
+
+// How the slope at a row depends on its statistics; the label's own is folded before anything is rounded.
+struct RowSlope {
+    double softmax = 0;  // coefficient of p_j
+    double uniform = 0;  // coefficient of w_j
+    double soft = 0;     // coefficient of w_j q_j
+    double label = 0;    // slope at the label, everything included
+    int64_t label_index = -1;
+};
+
+struct RowLoss {
+    double loss = 0, smoothing_slope = 0;
+    RowSlope slope;
+};
+
+// The options of one row: class weight of the label, smoothing, and what applies to every row alike.
+struct RowOptions {
+    double label_weight = 1, weight_sum = 0, num_classes = 0;
+    double smoothing = 0, focal_gamma = 0, z_loss = 0;
+};
+
+// loss = (1 - p_y)^gamma * ((1 - eps) * w_y * (lse - z_y) + eps / K * sum_j w_j (lse - z_j)) + z_loss * lse^2
+inline RowLoss label_row(const RowSums& sums, int64_t label, const RowOptions& options) {
+    const double max = sums.max == -HUGE_VAL ? 0.0 : sums.max;
+    const double sum = sums.sum();
+    // A label that is the maximum has exp = 1: log1p keeps the digits of a confident row.
+    const double log_sum = sums.label_z == max ? std::log1p(sums.rest) : std::log(sum);
+    const double lse = max + log_sum;
+    const double rest = sums.rest / sum, p = sums.label_exp / sum;
+    const double hard = options.label_weight * (log_sum - (sums.label_z - max));
+    const double eps = options.smoothing;
+    const double share = eps / options.num_classes;
+    const double uniform = eps == 0 ? 0.0 : options.weight_sum * lse - sums.uniform_z;
+
+    RowLoss row;
+    const double mixed = (1 - eps) * hard + share * uniform;
+    double focus = 1, focus_slope = 0;
+    if (options.focal_gamma != 0) {
+        focus = std::pow(rest, options.focal_gamma);
+        // p log p -> 0 with p, and (1 - p)^gamma / (1 - p) only ever multiplies terms that vanish with 1 - p.
+        if (p > 0 && rest > 0) focus_slope = options.focal_gamma * focus / rest * p * mixed;
+    }
+    row.loss = focus * mixed + options.z_loss * lse * lse;
+    row.smoothing_slope = focus * (uniform / options.num_classes - hard);
+    row.slope.label_index = label;
+    row.slope.uniform = focus * share;
+    const double drift = focus * share * options.weight_sum + 2 * options.z_loss * lse;
+    row.slope.softmax = focus * (1 - eps) * options.label_weight + focus_slope + drift;
+    row.slope.label = drift - row.slope.softmax * rest - row.slope.uniform * options.label_weight;
+    return row;
+}
+
+// loss = sum_j w_j ((1 - eps) q_j + eps / K) (lse - z_j) + z_loss * lse^2
+inline RowLoss soft_row(const RowSums& sums, const RowOptions& options) {
+    const double max = sums.max == -HUGE_VAL ? 0.0 : sums.max;
+    const double lse = max + std::log(sums.sum());
+    const double eps = options.smoothing;
+    const double share = eps / options.num_classes;
+    const double soft = sums.soft_weight * lse - sums.soft_z;
+    const double uniform = eps == 0 ? 0.0 : options.weight_sum * lse - sums.uniform_z;
+
+    RowLoss row;
+    row.loss = (1 - eps) * soft + share * uniform + options.z_loss * lse * lse;
+    row.smoothing_slope = uniform / options.num_classes - soft;
+    row.slope.uniform = share;
+    row.slope.soft = 1 - eps;
+    row.slope.softmax = (1 - eps) * sums.soft_weight + share * options.weight_sum + 2 * options.z_loss * lse;
+    return row;
+}

@@ -1,0 +1,36 @@
+// What the kernels know about a tensor: an address, a data type and strides counted in elements.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fusedloss {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+struct Float16 {
+    uint16_t bits;
+};
+
+// Logits or class probabilities: row r = outer * inner_size + inner holds the classes of one sample.
+struct View {
+    void* data = nullptr;
+    DType dtype = DType::float32;
+    int64_t outer_size = 0, num_classes = 0, inner_size = 1;
+    int64_t outer_stride = 0, class_stride = 1, inner_stride = 0;
+
+    int64_t num_rows() const { return outer_size * inner_size; }
+    int64_t row_offset(int64_t row) const {
+        return (row / inner_size) * outer_stride + (row % inner_size) * inner_stride;
+    }
+    template <class Element>
+    Element* row(int64_t index) const {
+        return static_cast<Element*>(data) + row_offset(index);
+    }
+};
+
+}  // namespace fusedloss

@@ -1,0 +1,22 @@
+"""The C++ kernels in ``fusedloss._C``: CPU tensors."""
+
+from __future__ import annotations
+
+try:
+    import torch  # noqa: F401  (first: its OpenMP runtime is then the one that the kernels share)
+
+    from fusedloss import _C as extension
+
+    load_error: str | None = None
+except ImportError as error:
+    extension = None
+    load_error = str(error)
+
+
+def absent(device_type: str) -> str | None:
+    """Why these kernels can't answer on `device_type`, or None."""
+    if device_type != "cpu":
+        return "the C++ kernels take CPU tensors only"
+    if extension is None:
+        return f"the compiled module did not load: {load_error}"
+    return None

@@ -1,0 +1,8 @@
+"""The formulas in plain PyTorch: the specification, the oracle in float64, and what answers where no kernel can."""
+
+from __future__ import annotations
+
+
+def absent(device_type: str) -> str | None:
+    """None: the formulas run on every device."""
+    return None

@@ -1,0 +1,79 @@
+"""Sums and squares of features by class in plain PyTorch: the contract of every backend of class_stats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROWS_AT_ONCE = 4096
+
+
+def class_stats(
+    features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row count, sum and square of the features of each class, about a shift of that class.
+
+    Over the rows i with labels[i] = c:  ``count_c = Σ 1``,  ``sum_c = Σ (f_i - shift_c)``  and
+    ``square_c = Σ |f_i - shift_c|²`` (``per_feature``: ``square_cd = Σ (f_id - shift_cd)²``).
+
+    Where ``seen[c] == 0`` and the batch holds class c there is no mean to use as a shift: the first row of
+    class c, in the order of the batch, is first written to ``shift[c]`` (widened, so exact). This is the only
+    write to an argument.
+
+    Args:
+        features: ``(B, D)``, float32, float64, bfloat16 or float16, any strides; B may be 0. Widened to T,
+            float64 for float64 features and float32 for the others, before anything is subtracted.
+        labels: int64 ``(B,)``, any stride. Rows labelled `ignore_index` are left out, even if it lies in
+            [0, K).
+        shift: ``(K, D)`` in T, contiguous. Changed in place as said above.
+        seen: int64 ``(K,)``, contiguous: rows of each class seen before; only whether it is 0 counts.
+        ignore_index: the label that is left out.
+        per_feature: one square per feature in place of one per class.
+
+    Returns:
+        count int64 ``(K,)``; sum ``(K, D)`` in T; square ``(K,)`` in T, ``(K, D)`` with `per_feature`. An
+        absent class has zeros. Sums are accumulated so that their error does not grow with the number of
+        rows, and rounded to T once. A NaN or infinite feature reaches its own class alone.
+
+    Raises:
+        IndexError: on the CPU, a label outside [0, K) that is not `ignore_index`; it names the first such
+            row, and `shift` is unchanged. On other devices such a row is the caller's to find.
+    """
+    num_classes, width = shift.shape
+    if labels.device.type == "cpu":
+        check_labels(labels, num_classes, ignore_index)
+    # Ignored rows go to one more class, dropped at the end, so that no shape depends on values.
+    slot = torch.where(labels == ignore_index, num_classes, labels)
+    count = torch.zeros(num_classes + 1, dtype=torch.int64, device=slot.device)
+    count.index_add_(0, slot, torch.ones_like(slot))
+    if len(features) and num_classes:
+        _start_new_classes(features, slot, shift, (seen == 0) & (count[:num_classes] > 0))
+    total = torch.zeros(num_classes + 1, width, dtype=torch.float64, device=shift.device)
+    square = torch.zeros_like(total if per_feature else total[:, 0])
+    padded_shift = torch.cat([shift, shift.new_zeros(1, width)])
+    for rows, slots in zip(features.split(_ROWS_AT_ONCE), slot.split(_ROWS_AT_ONCE), strict=True):
+        deviation = rows.to(torch.float64) - padded_shift[slots]
+        total.index_add_(0, slots, deviation)
+        squared = deviation.square()
+        square.index_add_(0, slots, squared if per_feature else squared.sum(1))
+    total, square = (found[:num_classes].to(shift.dtype) for found in (total, square))
+    return count[:num_classes].clone(), total.contiguous(), square.contiguous()
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """IndexError naming the first row whose label is neither in [0, K) nor `ignore_index`."""
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"labels: got label {int(labels[row])} at row {row}; "
+            f"allowed are 0 to {num_classes - 1} and ignore_index={ignore_index}"
+        )
+
+
+def _start_new_classes(features: Tensor, slot: Tensor, shift: Tensor, new: Tensor) -> None:
+    rows = torch.arange(len(slot), device=slot.device)
+    first = torch.full((len(shift) + 1,), len(slot) - 1, device=slot.device)
+    first.scatter_reduce_(0, slot, rows, "amin")
+    provisional = features.index_select(0, first[:-1]).to(shift.dtype)
+    shift.copy_(torch.where(new.unsqueeze(1), provisional, shift))
