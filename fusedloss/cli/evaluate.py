@@ -1,0 +1,59 @@
+"""``fusedloss evaluate``: a trained head on labelled features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder of a finished training.", show_default=False)],
+    bank: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Labelled feature bank; without it the bank that the run was trained on, its test rows.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="Rows to judge: test, val, train (of the run's own bank) or all; auto is test "
+            "for the run's own bank and all for another."
+        ),
+    ] = "auto",
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrated", help="Divide logits by the temperature fitted on the validation rows."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file for the scores, per class too.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Scores of a trained head on its test rows, or on another bank with the same classes.
+
+    \b
+    Examples:
+      fusedloss evaluate runs/vace
+      fusedloss evaluate runs/vace banks/birds-2024 --output scores.json
+    """
+    from fusedloss.cli.progress import print_scores
+    from fusedloss.features import FeatureBank
+    from fusedloss.train.evaluate import evaluate_run
+    from fusedloss.train.storage import write_json
+
+    features = None if bank is None else FeatureBank.open(bank)
+    found = evaluate_run(run, features, rows=rows, calibrated=calibrated, device=device)
+    print(f"{run}: {found.num_rows} rows ({found.rows}) of {found.bank}")
+    print_scores(found.report)
+    if output is not None:
+        write_json(
+            output,
+            {"run": str(run), "bank": found.bank, "rows": found.rows, "calibrated": calibrated}
+            | found.report,
+        )
+        print(f"scores: {output}")

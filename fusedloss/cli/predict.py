@@ -1,0 +1,71 @@
+"""``fusedloss predict``: classes and probabilities for new inputs, from the run folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder of a finished training.", show_default=False)],
+    inputs: Annotated[
+        Path,
+        typer.Argument(
+            help="A feature bank, a .npy array of features, or inputs for the backbone of the training: an image, a folder of "
+            "images, a .csv/.tsv/.jsonl list with a column path or text, or packed images (.npz).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="CSV file; without it the table is printed.", show_default=False),
+    ] = None,
+    abstain_below: Annotated[
+        float, typer.Option(help="Leave the class empty where its probability is below this, in [0, 1].")
+    ] = 0.0,
+    top: Annotated[
+        int, typer.Option(help="Classes to list per input; those after the first in columns of their own.")
+    ] = 1,
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrated", help="Divide logits by the temperature fitted on the validation rows."),
+    ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="File of the backbone's weights, where it has moved since.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Inputs per step of the backbone.")] = 64,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Predict the class of new images, texts or features, with its probability.
+
+    The CSV has the columns input, class, probability and abstained.
+
+    \b
+    Examples:
+      fusedloss predict runs/vace photos/ --output classes.csv
+      fusedloss predict runs/vace features.npy --abstain-below 0.5 --calibrated --top 3
+    """
+    from fusedloss.train.predict import Predictions, predict_inputs, write_predictions
+
+    found: Predictions = predict_inputs(
+        run,
+        inputs,
+        calibrated=calibrated,
+        weights=weights,
+        batch_size=batch_size,
+        device=device,
+        progress=not quiet,
+    )
+    text = write_predictions(found, abstain_below=abstain_below, top=top)
+    if output is None:
+        print(text, end="")
+        return
+    from fusedloss.train.storage import write_atomically
+
+    write_atomically(output, text.encode())
+    abstained = int((found.probabilities.max(1) < abstain_below).sum())
+    print(f"{len(found.names)} inputs, {abstained} abstained: {output}")
