@@ -134,12 +134,13 @@ void class_stats(const py::object& features, const Labels& labels, int64_t num_c
 }  // namespace
 
 void bind_class_stats(py::module_& module) {
-    module.def("class_stats", [](const py::object& features, const py::tuple& labels, int64_t num_classes, bool per_feature,
-                                 const py::tuple& state, const py::tuple& outputs, int threads) {
+    module.def("class_stats", [](const py::object& features, const py::tuple& labels, int64_t num_classes,
+                                 bool per_feature, const py::tuple& state, const py::tuple& outputs, int threads) {
         const View view = view_of(features);
-        const Labels given{pointer<const int64_t>(labels[0].cast<uintptr_t>()), view.outer_size, labels[1].cast<int64_t>()};
-        (view.dtype == DType::float64 ? class_stats<double> : class_stats<float>)(features, given, num_classes, per_feature,
-                                                                                 state, outputs, threads);
+        const auto* data = pointer<const int64_t>(labels[0].cast<uintptr_t>());
+        const Labels given{data, view.outer_size, labels[1].cast<int64_t>()};
+        const auto run = view.dtype == DType::float64 ? class_stats<double> : class_stats<float>;
+        run(features, given, num_classes, per_feature, state, outputs, threads);
     });
 }
 

@@ -21,3 +21,4 @@ inline Kernels table(const char* level) {
 
 #undef FUSEDLOSS_LEVEL
 #undef FUSEDLOSS_VECTOR_BYTES
+#undef FUSEDLOSS_FUSED_MULTIPLY_ADD

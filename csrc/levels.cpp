@@ -18,6 +18,7 @@
 
 #define FUSEDLOSS_LEVEL baseline
 #define FUSEDLOSS_VECTOR_BYTES 16
+#define FUSEDLOSS_FUSED_MULTIPLY_ADD 0
 #include "level.inl"
 
 #if defined(__x86_64__)
@@ -25,6 +26,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #define FUSEDLOSS_LEVEL avx2
 #define FUSEDLOSS_VECTOR_BYTES 32
+#define FUSEDLOSS_FUSED_MULTIPLY_ADD 1
 #include "level.inl"
 #pragma GCC pop_options
 
@@ -32,6 +34,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define FUSEDLOSS_LEVEL avx512
 #define FUSEDLOSS_VECTOR_BYTES 64
+#define FUSEDLOSS_FUSED_MULTIPLY_ADD 1
 #include "level.inl"
 #pragma GCC pop_options
 #endif

@@ -182,6 +182,7 @@ inline void gather(const Element* x, int64_t stride, int64_t count, T* out) {
     for (; j < count; ++j) out[j] = read_one(x + j * stride);
 }
 
+// a where a > b, else b: NaN in b stays, NaN in a goes.
 template <class V>
 inline V larger(V a, V b) {
     return a > b ? a : b;
@@ -228,22 +229,26 @@ inline double sum_lanes(Vector<T> value) {
     return sum_of<double, Lanes<T>::count>(__builtin_convertvector(value, Pack<double, Lanes<T>::count>));
 }
 
-// exp(x) for x <= 0, to one unit in the last place; 0 below the normal range, NaN where x is NaN.
+// exp(x) for x <= 0, to about one unit in the last place; 0 below the normal range, NaN where x is NaN.
 // x = n ln 2 + r; adding 1.5 * 2^23 + 127 leaves n + 127 in the low bits, which are the exponent of 2^n.
 inline FloatVector exp_nonpositive(FloatVector x) {
     constexpr float kShift = 12582912.0f + 127.0f;
+    // From here on 2^n is the bit pattern 0; NaN, being no smaller, stays.
+    x = larger(FloatVector{} - 88.0f, x);
     const FloatVector shifted = x * 1.44269504088896341f + kShift;
     const FloatVector n = shifted - kShift;
-    FloatVector r = x - n * 0.693145751953125f;
-    r = r - n * 1.42860682030941723212e-6f;
+#if FUSEDLOSS_FUSED_MULTIPLY_ADD
+    const FloatVector r = x - n * 0.693147180559945309f;
+#else
+    const FloatVector r = x - n * 0.693145751953125f - n * 1.42860682030941723212e-6f;
+#endif
     FloatVector p = r * 0x1.6ab96ep-10f + 0x1.126d1ep-7f;
     p = p * r + 0x1.55589ap-5f;
     p = p * r + 0x1.55540ap-3f;
     p = p * r + 0x1.fffffap-2f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    p = p * widen(bits_of(shifted) << 23);
-    return x < -87.33654f ? FloatVector{} : p;
+    return p * widen(bits_of(shifted) << 23);
 }
 
 inline Vector<double> exp_nonpositive(Vector<double> x) {

@@ -81,19 +81,33 @@ def cross_entropy(
     problem = _checked(
         input, target, weight, ignore_index, reduction, label_smoothing, terms, focal_gamma, z_loss, sample_weight
     )
-    backend = backends.answering(input.device.type)
+    backend = _backend(problem)
     # A float16 gradient made before the gradient scaler's factor arrives would underflow: sweep in the backward.
     whole = reduction != "none" and not return_stats and (input.dtype != torch.float16 or not input.requires_grad)
+    if sample_weight is not None and input.numel() == 0:
+        whole = False  # a mean over no rows is 0 / 0
     if whole and backend != "reference":
         return _reduced_in_one_sweep(problem, reduction == "mean")
     statistics, extra = _row_statistics(problem, backend, return_stats)
     row_loss = problem.row.loss(statistics, problem.num_classes)
+    if not problem.soft and problem.row.z_loss != 0:
+        row_loss = torch.where(problem.target != problem.ignore_index, row_loss, row_loss.new_zeros(()))
     loss = _reduce(problem, row_loss, reduction)
     if not return_stats:
         return loss
     prediction, confidence = extra
     fields = (statistics.log_sum_exp, statistics.target_logit, prediction, confidence, row_loss.detach())
     return loss, RowStatistics(*(field.reshape(problem.shape) for field in fields))
+
+
+def _backend(problem: _Problem) -> str:
+    # torch.func transforms see through plain PyTorch only.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "reference"
+    # Nor do the kernels give probability targets a gradient.
+    if problem.target.requires_grad and torch.is_grad_enabled():
+        return "reference"
+    return backends.answering(problem.logits.device.type)
 
 
 @dataclass(frozen=True)
@@ -192,8 +206,6 @@ def _row_statistics(
 
 
 def _reduce(problem: _Problem, row_loss: Tensor, reduction: str) -> Tensor:
-    if not problem.soft and problem.row.z_loss != 0:
-        row_loss = torch.where(problem.target != problem.ignore_index, row_loss, row_loss.new_zeros(()))
     weighted = row_loss if problem.sample_weight is None else row_loss * problem.sample_weight
     if reduction == "none":
         return weighted.reshape(problem.shape)
@@ -218,9 +230,12 @@ def _checked(
         _check_labels_now(target, ignore_index, logits.shape[1])
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
+    _check_number("focal_gamma", focal_gamma)
+    _check_number("z_loss", z_loss)
     _check_focal(focal_gamma, target)
-    if not math.isfinite(z_loss):
+    if not -math.inf < z_loss < math.inf:
         raise ValueError(f"z_loss must be finite; got {z_loss}")
+    _check_ignore_index(ignore_index)
     if target.is_floating_point() and ignore_index >= 0:
         raise ValueError(f"ignore_index is not supported for floating point target; got {ignore_index}")
     if sample_weight is not None:
@@ -231,7 +246,7 @@ def _checked(
     return _Problem(
         logits,
         target,
-        _check_terms(terms, logits.shape[1]) if terms else (),
+        _check_terms(terms, logits) if terms else (),
         weight,
         ignore_index,
         Row(smoothing, focal_gamma, z_loss),
@@ -246,6 +261,8 @@ def _check_logits(input: Tensor) -> Tensor:
         raise TypeError(f"input must be a tensor of logits; got {type(input).__name__}")
     if input.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"input must be float32, float64, bfloat16 or float16; got {input.dtype}")
+    if input.layout != torch.strided:
+        raise TypeError(f"input must be a dense tensor; got layout {input.layout}")
     if input.dim() == 2:
         logits = input
     elif input.dim() == 1:
@@ -265,6 +282,8 @@ def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
         raise TypeError(f"target must be a tensor of labels or probabilities; got {type(target).__name__}")
     if target.device != input.device:
         raise ValueError(f"target must be on the device of input, {input.device}; got {target.device}")
+    if target.layout != torch.strided:
+        raise TypeError(f"target must be a dense tensor; got layout {target.layout}")
     shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     if target.is_floating_point():
         if target.shape != input.shape:
@@ -275,7 +294,7 @@ def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
         return target.reshape(logits.shape), shape
     if target.dtype not in _LABEL_DTYPES:
         raise TypeError(f"target must be int64, int32 or uint8 labels, or probabilities; got {target.dtype}")
-    if target.shape != shape:
+    if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
         raise ValueError(
             f"target must have shape {tuple(shape)} for input of shape {tuple(input.shape)}; got {tuple(target.shape)}"
         )
@@ -299,10 +318,22 @@ def _check_labels_now(target: Tensor, ignore_index: int, num_classes: int) -> No
         )
 
 
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
+def _check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, Tensor) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits; got {ignore_index}")
+
+
 def _check_focal(focal_gamma: float, target: Tensor) -> None:
     if focal_gamma == 0:
         return
-    if not math.isfinite(focal_gamma) or focal_gamma < 0.5:
+    if not 0.5 <= focal_gamma < math.inf:
         raise ValueError(
             f"focal_gamma must be 0, or finite and at least 0.5 (below, the slope is infinite at p = 1); got {focal_gamma}"
         )
@@ -313,6 +344,7 @@ def _check_focal(focal_gamma: float, target: Tensor) -> None:
 def _check_smoothing(smoothing: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
     if isinstance(smoothing, Tensor):
         return _check_per_row("label_smoothing", smoothing, logits, shape)
+    _check_number("label_smoothing", smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0.0 and 1.0; got {smoothing}")
     return smoothing
@@ -348,13 +380,20 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
     return weight.to(ops.compute_dtype(logits.dtype)).contiguous()
 
 
-def _check_terms(terms: Sequence[Term], num_classes: int) -> tuple[AffineTerm, ...]:
+def _check_terms(terms: Sequence[Term], logits: Tensor) -> tuple[AffineTerm, ...]:
+    if not isinstance(terms, Sequence | Term):
+        raise TypeError(f"terms must be a sequence of fusedloss.terms; got {type(terms).__name__}")
     terms = tuple(terms) if not isinstance(terms, Term) else (terms,)
     for term in terms:
         if not isinstance(term, AffineTerm):
             got = getattr(term, "__name__", type(term).__name__)
             raise TypeError(f"terms must hold objects of fusedloss.terms; got {got}")
-        term.check(num_classes)
+        term.check(logits.shape[1])
+        for name, value in vars(term).items():
+            if isinstance(value, Tensor) and value.device != logits.device:
+                raise ValueError(
+                    f"{type(term).__name__}: {name} must be on the device of input, {logits.device}; got {value.device}"
+                )
         if isinstance(term, ClassTemperature) and not torch.compiler.is_compiling():
             tau = term.tau
             if isinstance(tau, Tensor) and tau.requires_grad:

@@ -6,8 +6,10 @@ vectors, so a new one touches no kernel. Tensors in a term get gradients when th
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -73,13 +75,13 @@ class ClassTemperature(AffineTerm):
 
     def check_values(self) -> None:
         """Raises ``ValueError`` unless every temperature on the CPU is positive and finite."""
-        if not isinstance(self.tau, Tensor) or self.tau.device.type != "cpu":
+        if not _readable(self.tau):
             return
         bad = ~((self.tau > 0) & torch.isfinite(self.tau))
         if bool(bad.any()):
             index = int(bad.flatten().nonzero()[0])
             raise ValueError(
-                f"ClassTemperature: tau must be positive and finite; got {float(self.tau.flatten()[index])} "
+                f"ClassTemperature: tau must be positive and finite; got {float(self.tau.detach().flatten()[index])} "
                 f"for class {index}"
             )
 
@@ -101,6 +103,8 @@ class Scale(AffineTerm):
 
     def __post_init__(self) -> None:
         _check_number("Scale: scale", self.scale)
+        if _readable(self.scale) and not bool(torch.isfinite(self.scale).all()):
+            raise ValueError("Scale: scale must be finite; got NaN or an infinity")
 
     def coefficients(self) -> tuple[Tensor | float | None, Tensor | float | None]:
         return self.scale, None
@@ -134,8 +138,10 @@ class Prior(AffineTerm):
         if not isinstance(self.log_prior, Tensor):
             raise TypeError(f"Prior: log_prior must be a (K,) tensor; got {type(self.log_prior).__name__}")
         _check_number("Prior: log_prior", self.log_prior)
+        if isinstance(self.strength, Tensor):
+            raise TypeError("Prior: strength must be a float; got a tensor")
         _check_number("Prior: strength", self.strength)
-        if self.log_prior.device.type == "cpu" and bool((~(self.log_prior < math.inf)).any()):
+        if _readable(self.log_prior) and bool((~(self.log_prior < math.inf)).any()):
             raise ValueError("Prior: log_prior must be below +inf; got NaN or +inf (use log class frequencies)")
 
     def coefficients(self) -> tuple[Tensor | float | None, Tensor | float | None]:
@@ -156,7 +162,7 @@ def fold_affine(
     scale: Tensor | float | None = None
     bias: Tensor | float | None = None
     for term in terms:
-        a, b = term.coefficients()
+        a, b = widened(term, dtype).coefficients()
         if a is not None:
             scale = a if scale is None else scale * a
             bias = None if bias is None else bias * a
@@ -165,11 +171,27 @@ def fold_affine(
     return _as_vector(scale, num_classes, dtype, device), _as_vector(bias, num_classes, dtype, device)
 
 
+def widened(term: AffineTerm, dtype: torch.dtype) -> AffineTerm:
+    """The term with its tensors in `dtype`, so that nothing is rounded to theirs on the way to the coefficients."""
+    tensors = {name: value for name, value in vars(term).items() if isinstance(value, Tensor) and value.dtype != dtype}
+    if not tensors:
+        return term
+    term = copy.copy(term)
+    for name, value in tensors.items():
+        object.__setattr__(term, name, value.to(dtype))
+    return term
+
+
 def per_class(value: Tensor | float, logits: Tensor) -> Tensor | float:
     """A float, or a tensor shaped to broadcast over ``(B, K)`` or ``(B, K, d)`` logits."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     return value.reshape(-1, *[1] * (logits.dim() - 2))
+
+
+def _readable(value: object) -> TypeGuard[Tensor]:
+    """Whether values may be looked at: on the CPU, and not while a graph is traced."""
+    return isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _as_vector(

@@ -19,6 +19,7 @@ _kernels: dict[tuple[str, str], Callable] = {}
 _absent: dict[tuple[str, str], str | None] = {}
 
 
+@torch.compiler.assume_constant_result
 def absent(name: str, device_type: str) -> str | None:
     """Why backend `name` can't answer on `device_type`, or None when it can."""
     key = (name, device_type)

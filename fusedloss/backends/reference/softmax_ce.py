@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.rows import Statistics
-from fusedloss.terms import Term, per_class
+from fusedloss.terms import Term, per_class, widened
 
 
 def row_statistics(
@@ -53,12 +53,12 @@ def terms_applied(logits: Tensor, terms: Sequence[Term], dtype: torch.dtype) -> 
     """The logits in `dtype` after every term, in order."""
     z = logits.to(dtype)
     for term in terms:
-        z = term.apply(z).to(dtype)
+        z = widened(term, dtype).apply(z).to(dtype)
     return z
 
 
 def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
-    """weight * values, where a weight of 0 gives 0 even at an infinite value."""
+    """weight * values, where a weight of 0 gives 0 even at an infinite value; differentiable in both."""
     if weight is None:
         return values
-    return torch.where(weight == 0, torch.zeros_like(values), weight * values)
+    return weight * values.masked_fill((weight == 0) & torch.isinf(values), 0.0)

@@ -1,0 +1,209 @@
+"""Calibration errors of predicted probabilities, and the temperature that repairs them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS = ("ece", "adaptive", "over", "under", "classwise")
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    """A fitted temperature; ``converged`` is False where the optimum lies at the end of the search range."""
+
+    temperature: float
+    nll_before: float
+    nll_after: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """Per bin: number of samples, mean confidence and accuracy (NaN in an empty bin), all ``(bins,)``."""
+
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+
+def calibration_error(probs: Any, labels: Any, n_bins: int = 15, kind: str = "ece") -> float:
+    """Binned gap between confidence and accuracy, ``sum_b n_b / N |accuracy_b - confidence_b|``.
+
+    Bins are ``(low, high]`` of equal width; a confidence of 0 belongs to the first bin, 1 to the last.
+
+    Args:
+        probs: probabilities ``(N, K)``; a tensor or an array.
+        labels: class indices ``(N,)``.
+        n_bins: number of bins.
+        kind: ``"ece"``; ``"over"`` and ``"under"``, its signed halves (they add up to it); ``"adaptive"``,
+            bins of equal mass, where equal confidences share one bin; ``"classwise"``, the mean over all K
+            classes of the gap of each column of probabilities.
+
+    Returns:
+        The error as a fraction; NaN when there is no sample.
+
+    Raises:
+        ValueError: wrong shapes, values that are not probabilities, ``n_bins`` below 1, or an unknown
+            ``kind``.
+        IndexError: a label outside ``[0, K)``.
+
+    Source: Naeini et al. 2015 (ece), Nixon et al. 2019 (adaptive, classwise).
+
+    Example:
+        >>> calibration_error([[1.0, 0.0], [1.0, 0.0]], [0, 1])
+        0.5
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if n_bins < 1:
+        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    probs, labels = checked_probabilities(probs, labels)
+    if len(labels) == 0:
+        return math.nan
+    if kind == "classwise":
+        columns = range(probs.shape[1])
+        errors = [_gap(_equal_width(probs[:, k], n_bins), probs[:, k], labels == k, "ece") for k in columns]
+        return float(np.mean(errors))
+    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    bins = _equal_mass(confidence, n_bins) if kind == "adaptive" else _equal_width(confidence, n_bins)
+    return _gap(bins, confidence, correct, kind)
+
+
+def reliability_bins(probs: Any, labels: Any, n_bins: int = 15) -> ReliabilityBins:
+    """Count, confidence and accuracy of each equal-width confidence bin: what a reliability diagram draws."""
+    probs, labels = checked_probabilities(probs, labels)
+    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    bins = _equal_width(confidence, n_bins)
+    count = np.bincount(bins, minlength=n_bins)
+    with np.errstate(invalid="ignore"):
+        return ReliabilityBins(
+            count,
+            np.bincount(bins, confidence, n_bins) / count,
+            np.bincount(bins, correct, n_bins) / count,
+        )
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, *, max_iterations: int = 100) -> TemperatureFit:
+    """Temperature T in [0.01, 100] that minimises the negative log-likelihood of ``softmax(logits / T)``.
+
+    The likelihood is convex in ``1 / T``; a safeguarded Newton iteration finds its one optimum. Dividing by
+    one temperature never changes the predicted class.
+
+    Args:
+        logits: ``(N, K)``, held out from training.
+        labels: int64 ``(N,)``.
+        max_iterations: Newton or bisection steps at most.
+
+    Returns:
+        A ``TemperatureFit``; ``converged`` is False when T stopped at a bound (all right, all wrong, or no
+        signal).
+
+    Raises:
+        ValueError: wrong shapes, no sample, or logits that are not finite.
+        IndexError: a label outside ``[0, K)``.
+
+    Source: Guo et al., ICML 2017.
+
+    Example:
+        >>> z = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+        >>> round(fit_temperature(z, torch.tensor([0, 0, 1])).temperature, 3)   # 2 / log 2
+        2.885
+    """
+    logits, labels = torch.as_tensor(logits).detach(), torch.as_tensor(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if len(labels) == 0:
+        raise ValueError("logits must hold at least one sample, got none")
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("logits must be finite")
+    _check_label_range(labels.cpu().numpy(), logits.shape[1])
+    logits = logits.to(torch.float64)
+    target = labels.to(device=logits.device, dtype=torch.int64)[:, None]
+
+    def slope_and_curvature(beta: float) -> tuple[float, float]:
+        p = torch.softmax(logits * beta, dim=1)
+        mean = (p * logits).sum(1, keepdim=True)
+        slope = (mean - logits.gather(1, target)).mean()
+        return float(slope), float((p * (logits - mean) ** 2).sum(1).mean())
+
+    def nll(beta: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logits * beta, target[:, 0]))
+
+    beta, converged = _root_of_increasing(slope_and_curvature, 0.01, 100.0, max_iterations)
+    return TemperatureFit(1.0 / beta, nll(1.0), nll(beta), converged)
+
+
+def checked_probabilities(probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 probabilities ``(N, K)`` and int64 labels ``(N,)``, or an error that says what is wrong."""
+    probs = _as_array(probs).astype(np.float64, copy=False)
+    labels = _as_array(labels)
+    if probs.ndim != 2 or labels.shape != probs.shape[:1]:
+        raise ValueError(f"probs must be (N, K) and labels (N,), got {probs.shape} and {labels.shape}")
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if not np.isfinite(probs).all() or (probs < 0).any() or (np.abs(probs.sum(1) - 1) > 1e-2).any():
+        raise ValueError("probs must be probabilities: at least 0, with rows that sum to 1")
+    _check_label_range(labels, probs.shape[1])
+    return probs, labels.astype(np.int64, copy=False)
+
+
+def _as_array(values: Any) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return values.float().numpy() if values.dtype in (torch.bfloat16, torch.float16) else values.numpy()
+    return np.asarray(values)
+
+
+def _check_label_range(labels: np.ndarray, num_classes: int) -> None:
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise IndexError(f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}")
+
+
+def _equal_width(confidence: np.ndarray, n_bins: int) -> np.ndarray:
+    edges = np.linspace(0.0, 1.0, n_bins + 1)
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, n_bins - 1)
+
+
+def _equal_mass(confidence: np.ndarray, n_bins: int) -> np.ndarray:
+    order = np.sort(confidence)
+    # a value belongs to the bin of its first occurrence, so ties are never split
+    return np.searchsorted(order, confidence, side="left") * min(n_bins, len(order)) // len(order)
+
+
+def _gap(bins: np.ndarray, confidence: np.ndarray, correct: np.ndarray, kind: str) -> float:
+    gap = (np.bincount(bins, confidence) - np.bincount(bins, correct)) / len(bins)
+    if kind == "over":
+        gap = gap.clip(min=0)
+    elif kind == "under":
+        gap = (-gap).clip(min=0)
+    return float(np.abs(gap).sum())
+
+
+def _root_of_increasing(function: Any, low: float, high: float, max_iterations: int) -> tuple[float, bool]:
+    """Zero of an increasing function that gives its slope too: Newton inside the bracket, else bisection."""
+    at_low, at_high = function(low)[0], function(high)[0]
+    if not at_low < 0.0 < at_high:
+        # a flat or one-signed derivative has its optimum at a bound; without any signal 1 is as good as all
+        flat = at_low == at_high == 0.0
+        return (1.0 if flat else low if at_low >= 0.0 else high), False
+    point = 1.0
+    for _ in range(max_iterations):
+        value, slope = function(point)
+        if value < 0.0:
+            low = point
+        else:
+            high = point
+        step = point - value / slope if slope > 0.0 else math.nan
+        following = step if low < step < high else math.sqrt(low * high)
+        if abs(following - point) <= 1e-12 * point:
+            return following, True
+        point = following
+    return point, abs(high - low) <= 1e-6 * point
