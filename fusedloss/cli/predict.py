@@ -13,8 +13,9 @@ def predict(
     inputs: Annotated[
         Path,
         typer.Argument(
-            help="A feature bank, a .npy array of features, or inputs for the backbone of the training: an image, a folder of "
-            "images, a .csv/.tsv/.jsonl list with a column path or text, or packed images (.npz).",
+            help="A feature bank, a .npy array of features, or inputs for the backbone of the training: an "
+            "image, a folder of images, a .csv/.tsv/.jsonl list with a column path or text, or packed images "
+            "(.npz).",
             show_default=False,
         ),
     ],

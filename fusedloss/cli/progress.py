@@ -52,9 +52,8 @@ def print_result(result: Result) -> None:
         select = result.recipe.select
         tried = ", ".join(f"{trial['lr']:g}: {trial[select]:.4f}" for trial in result.trials)
         print(f"lr {result.lr:g} chosen by validation {select} ({tried}); kept as trained, not retrained")
-    print(
-        f"{result.row['n_train']} rows trained on, {result.row['n_test']} tested, epoch {result.predictor.epoch} kept"
-    )
+    row, epoch = result.row, result.predictor.epoch
+    print(f"{row['n_train']} rows trained on, {row['n_test']} tested, epoch {epoch} kept")
     print_scores(result.report)
     if result.folder is not None:
         print(f"run folder: {result.folder}")

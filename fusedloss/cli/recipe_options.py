@@ -64,7 +64,8 @@ def parse_value(name: str, text: str) -> Any:
 def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     several = isinstance(field.default, tuple)
     kind = str if several else type(field.default)
-    shown = ",".join(str(v) for v in field.default) if several else str(field.default)
+    default: Any = field.default
+    shown = ",".join(str(v) for v in default) if several else str(default)
     choices = field.metadata["choices"]
     meaning = field.metadata["meaning"] + (f": {', '.join(choices)}" if choices else "")
     flag = "--" + field.name.replace("_", "-")
@@ -91,7 +92,7 @@ def _metavar_of(value: Any) -> str:
 
 
 def _value(field: dataclasses.Field[Any], given: Any) -> Any:
-    """Text from the command line as the type of the field; what cannot be read stays text, and the recipe refuses it."""
+    """Text as the type of the field; what cannot be read stays text, which the recipe refuses by name."""
     if not isinstance(given, str):
         return given
     if isinstance(field.default, tuple):

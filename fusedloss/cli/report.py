@@ -33,8 +33,8 @@ def report(
 ) -> None:
     """Mean ± standard error of finished runs, and their differences, paired by seed.
 
-    Runs that differ only in their seed (and chosen learning rate) make one row. A difference is called better or
-    worse beyond two standard errors, with three seeds or more.
+    Runs that differ only in their seed (and chosen learning rate) make one row. A difference counts
+    beyond two standard errors, with three seeds or more.
 
     \b
     Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,8 +50,8 @@ def sweep(
 ) -> None:
     """Train every recipe with every seed and compare them in one table.
 
-    The recipe options are common to all rows. Run the same command again after an interruption: finished runs are
-    read and the interrupted one goes on.
+    The recipe options are common to all rows. Run the same command again after an interruption: finished runs
+    are read and the interrupted one goes on.
 
     \b
     Examples:
@@ -97,7 +98,7 @@ def parse_rows(settings: dict[str, Any], rows: list[str], grid: list[str]) -> di
     if rows and grid:
         raise ValueError("row and grid exclude each other")
     if grid:
-        values = {}
+        values: dict[str, Sequence[Any]] = {}
         for text in grid:
             name, _, listed = text.partition("=")
             if not listed:

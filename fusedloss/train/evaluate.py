@@ -1,0 +1,101 @@
+"""A stored head judged on a bank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedloss.features import FeatureBank
+from fusedloss.features.backbone import choose_device
+from fusedloss.metrics import classification_report
+from fusedloss.train.data import gather
+from fusedloss.train.predictor import Predictor
+from fusedloss.train.recipe import Recipe
+from fusedloss.train.run_folder import RunFolder
+from fusedloss.train.split import split_rows
+
+ROWS = ("auto", "test", "val", "train", "all")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A ``metrics.classification_report`` and what it is of."""
+
+    bank: str
+    rows: str
+    num_rows: int
+    report: dict[str, Any]
+
+
+def evaluate_run(
+    folder: str | Path,
+    bank: FeatureBank | None = None,
+    *,
+    rows: str = "auto",
+    calibrated: bool = False,
+    device: str = "auto",
+) -> Evaluation:
+    """Judge the head of a run folder on rows of its own bank, or on all rows of another.
+
+    Raises:
+        ValueError: a bank of another backbone, width or classes, or parts of a split that the bank does not
+            have.
+        StorageError: no finished run in the folder.
+    """
+    if rows not in ROWS:
+        raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
+    predictor = Predictor.load(folder).to(choose_device(device))
+    config = RunFolder(Path(folder)).config()
+    recorded = config["bank"]
+    if bank is None:
+        if recorded["folder"] is None:
+            raise ValueError(f"bank must be given: {folder} was trained on arrays in memory")
+        bank = FeatureBank.open(recorded["folder"])
+    check_bank(predictor, bank)
+    own = bank.fingerprint() == recorded["fingerprint"]
+    if rows == "auto":
+        rows = "test" if own else "all"
+    if rows != "all" and not own:
+        raise ValueError(f"rows must be all or auto for a bank that the run was not trained on, got {rows!r}")
+    chosen = np.arange(len(bank)) if rows == "all" else _part(Recipe.from_dict(config["recipe"]), bank, rows)
+    logits = predictor.logits(gather(bank.features, chosen), calibrated=calibrated)
+    report = classification_report(
+        logits, np.asarray(bank.labels)[chosen], predictor.class_names, train_counts=predictor.train_counts
+    )
+    return Evaluation(str(bank.folder or "arrays in memory"), rows, len(chosen), report)
+
+
+def check_bank(predictor: Predictor, bank: FeatureBank, labelled: bool = True) -> None:
+    """Refuse features of another width or backbone, and, where labels count, of other classes.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if bank.in_features != predictor.in_features:
+        raise ValueError(
+            f"bank has features of width {bank.in_features}, the head was trained on {predictor.in_features}"
+        )
+    bank.require_source(predictor.source)
+    if labelled and list(bank.class_names) != predictor.class_names:
+        other = sorted(set(bank.class_names) ^ set(predictor.class_names))
+        what = f"for example {', '.join(other[:3])}" if other else "in another order"
+        raise ValueError(
+            f"bank has {bank.num_classes} classes, not the {len(predictor.class_names)} of the head: {what}"
+        )
+
+
+def _part(recipe: Recipe, bank: FeatureBank, rows: str) -> np.ndarray:
+    split = split_rows(
+        bank.labels,
+        bank.groups,
+        test_fraction=recipe.test_fraction,
+        val_fraction=recipe.val_fraction,
+        seed=recipe.split_seed,
+    )
+    part: np.ndarray = getattr(split, rows)
+    if len(part) == 0:
+        raise ValueError(f"rows {rows!r} of this run's split are empty")
+    return part

@@ -1,0 +1,264 @@
+"""From a bank and a recipe to a trained, judged and stored head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fusedloss
+from fusedloss.calibration import calibration_error, fit_temperature
+from fusedloss.features import FeatureBank
+from fusedloss.features.backbone import choose_device
+from fusedloss.metrics import classification_report
+from fusedloss.train.data import Prepared, gather, prepare
+from fusedloss.train.loop import Trained, Training, ValidationData, head_logits
+from fusedloss.train.objectives import checked_loss
+from fusedloss.train.predictor import Predictor
+from fusedloss.train.recipe import Recipe
+from fusedloss.train.run_folder import RunFolder
+from fusedloss.train.split import Split
+
+OnEpoch = Callable[[float, dict[str, Any]], None]
+
+
+class DivergedError(ValueError):
+    """The training loss became NaN or infinite at every learning rate."""
+
+
+@dataclass
+class Result:
+    """A finished run: the head, its scores on the test rows, and how it came about.
+
+    ``report`` is ``metrics.classification_report`` of the test rows; ``row`` is the flat line that tables are
+    made of; ``trials`` lists each learning rate with its validation score; ``history`` has one entry per
+    epoch.
+    """
+
+    recipe: Recipe
+    predictor: Predictor
+    lr: float
+    report: dict[str, Any]
+    row: dict[str, Any]
+    history: list[dict[str, Any]]
+    trials: list[dict[str, Any]]
+    folder: Path | None = None
+
+
+def fit(
+    bank: FeatureBank,
+    recipe: Recipe,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    pictures: bool = True,
+    on_epoch: OnEpoch | None = None,
+) -> Result:
+    """Train the head of a recipe on frozen features and judge it on held-out groups.
+
+    With several learning rates each is trained on the training rows; the one with the best ``recipe.select``
+    on the validation rows is kept as it is (no retraining on training and validation rows together), and the
+    test rows are looked at once, for it alone. The global random state is left as it was.
+
+    Args:
+        bank: features, labels and, for a split that keeps them apart, groups.
+        recipe: all settings.
+        folder: run folder to write: config, metrics, checkpoints, head, predictions, pictures. None writes
+            nothing.
+        resume: go on with an interrupted run in ``folder``, to the same bits; a finished one is only read.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        pictures: draw the pictures of the run folder (needs matplotlib).
+        on_epoch: called with the learning rate and the metrics of each epoch.
+
+    Raises:
+        ValueError: a recipe or a bank that cannot be trained on.
+        StorageError: a folder that exists without ``resume``, belongs to another run, or cannot be written.
+        DivergedError: a loss that is not finite at every learning rate.
+
+    Example:
+        >>> bank = FeatureBank.from_arrays(np.random.RandomState(0).randn(90, 4), np.arange(90) % 3)
+        >>> len(fit(bank, Recipe(epochs=2, batch_size=32), device="cpu").history)
+        2
+    """
+    run = Run(bank, recipe, folder=folder, resume=resume, device=device, pictures=pictures, on_epoch=on_epoch)
+    scores = run.train()
+    return run.finish(max(scores, key=scores.__getitem__))
+
+
+class Run:
+    """A run in two steps, so that several can agree on a learning rate between them: ``train``, then
+    ``finish``.
+
+    ``prepared`` may be that of another run whose recipe differs in the seed alone. Arguments and errors as
+    ``fit``.
+    """
+
+    def __init__(
+        self,
+        bank: FeatureBank,
+        recipe: Recipe,
+        *,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        device: str = "auto",
+        pictures: bool = True,
+        on_epoch: OnEpoch | None = None,
+        prepared: Prepared | None = None,
+    ) -> None:
+        checked_loss(recipe.loss)
+        self.bank, self.recipe, self.pictures, self.on_epoch = bank, recipe, pictures, on_epoch
+        self.device = choose_device(device)
+        self.folder = None if folder is None else RunFolder(Path(folder))
+        self.prepared = prepared
+        self.trained: list[Trained] = []
+        finished = self.folder is not None and self.folder.begin(recipe, bank, resume)
+        self.result = load_result(self.folder.path) if self.folder is not None and finished else None
+
+    def train(self) -> dict[float, float]:
+        """Validation score of every learning rate, larger is better; a finished run only reads them."""
+        if self.result is not None:
+            return {trial["lr"]: _not_nan(trial[self.recipe.select]) for trial in self.result.trials}
+        self.prepared = self.prepared or prepare(self.bank, self.recipe, self.device)
+        self.trained = _train_each(self.recipe, self.prepared, self.folder, self.on_epoch)
+        return {one.lr: one.score(self.recipe.select) for one in self.trained}
+
+    def finish(self, lr: float) -> Result:
+        """Judge the head of this learning rate on the test rows, and store it."""
+        if self.result is not None:
+            if self.result.lr == lr:
+                return self.result
+            # another choice, with more runs to agree with: the trainings are read from checkpoints
+            self.result = None
+            self.train()
+        assert self.prepared is not None
+        bank, recipe, (split, training, validation, transform) = self.bank, self.recipe, self.prepared
+        chosen = next(one for one in self.trained if one.lr == lr)
+        if chosen.diverged:
+            raise DivergedError(
+                f"the loss was not finite at lr {', '.join(f'{r:g}' for r in recipe.lr)}: lower lr"
+            )
+        predictor = Predictor(
+            recipe, transform, chosen.head, chosen.temperature, list(bank.class_names),
+            training.counts.tolist(), lr, chosen.epoch, _calibration(chosen, validation),
+            bank.manifest.source,
+        )  # fmt: skip
+        logits = predictor.logits(gather(bank.features, split.test))
+        labels = np.asarray(bank.labels)[split.test]
+        report = classification_report(
+            logits, labels, predictor.class_names, train_counts=predictor.train_counts
+        )
+        row = result_row(bank, recipe, split, predictor, chosen, report, logits, labels)
+        trials = [
+            {"lr": t.lr, "epoch": t.epoch, recipe.select: t.score(recipe.select), "diverged": t.diverged}
+            for t in self.trained
+        ]
+        path = self.folder.path if self.folder else None
+        self.result = Result(recipe, predictor, lr, report, row, chosen.history, trials, path)
+        if self.folder is not None:
+            self.folder.finish(self.result, split, logits, labels, self.pictures)
+        return self.result
+
+
+def _not_nan(score: float) -> float:
+    return -math.inf if math.isnan(score) else score
+
+
+def load_result(folder: str | Path) -> Result:
+    """The finished run of a folder.
+
+    Raises:
+        StorageError: a folder without a finished run.
+    """
+    run = RunFolder(Path(folder))
+    values, predictor = run.result(), Predictor.load(folder)
+    return Result(
+        predictor.recipe,
+        predictor,
+        predictor.lr,
+        values["report"],
+        values["row"],
+        run.history(),
+        values["trials"],
+        run.path,
+    )
+
+
+def _train_each(
+    recipe: Recipe, prepared: Prepared, folder: RunFolder | None, on_epoch: OnEpoch | None
+) -> list[Trained]:
+    device = prepared.training.features.device
+    trained = []
+    for lr in recipe.lr:
+        trial = None if folder is None else folder.trial(lr, alone=len(recipe.lr) == 1)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            one = Training(recipe, lr, prepared.training, prepared.validation, trial)
+            trained.append(one.run(None if on_epoch is None else functools.partial(on_epoch, lr)))
+    return trained
+
+
+def _calibration(chosen: Trained, validation: ValidationData | None) -> dict[str, Any] | None:
+    if validation is None:
+        return None
+    logits = head_logits(chosen.head, chosen.temperature, validation.features)
+    return dataclasses.asdict(fit_temperature(logits.cpu(), validation.labels.cpu()))
+
+
+def result_row(
+    bank: FeatureBank,
+    recipe: Recipe,
+    split: Split,
+    predictor: Predictor,
+    chosen: Trained,
+    report: dict[str, Any],
+    logits: torch.Tensor,
+    labels: np.ndarray,
+) -> dict[str, Any]:
+    """One flat line about a run: data, settings, scores on the test rows, cost."""
+    counts = np.array(predictor.train_counts)
+    present = counts[counts > 0]
+    calibration = predictor.calibration
+    scaled = None if calibration is None else torch.softmax(logits / calibration["temperature"], 1)
+    last = chosen.history[-1]
+    return (
+        {
+            "n_train": len(split.train),
+            "n_val": len(split.val),
+            "n_test": len(split.test),
+            "n_groups": len(bank) if bank.groups is None else len(np.unique(bank.groups)),
+            "K": bank.num_classes,
+            "K_test": sum(row["support"] > 0 for row in report["per_class"]),
+            "imbalance": float(present.max() / present.min()),
+            "backbone": bank.manifest.source.backbone,
+            "dim": bank.in_features,
+            "head": recipe.head,
+            "loss": recipe.loss,
+            "class_weight": recipe.class_weights,
+            "ls": recipe.label_smoothing,
+            "la_tau": recipe.prior_strength,
+            "seed": recipe.seed,
+            "split_seed": recipe.split_seed,
+            "epochs": recipe.epochs,
+            "batch": recipe.batch_size,
+            "lr": chosen.lr,
+            "wd": recipe.weight_decay,
+            "params": sum(p.numel() for p in predictor.head.parameters()),
+        }
+        | {name: value for name, value in report.items() if name not in ("per_class", "n")}
+        | {
+            "T": math.nan if calibration is None else calibration["temperature"],
+            "ece15_ts": math.nan if scaled is None else calibration_error(scaled, labels),
+            "train_s": last["train_s"],
+            "ms_step": last["ms_step"],
+            "device": str(predictor.transform.mean.device),
+            "version": fusedloss.__version__,
+            "status": "done",
+        }
+    )

@@ -1,0 +1,258 @@
+"""The loop: one head, one learning rate, batches gathered on the device, a checkpoint after every epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedloss.metrics import class_scores, summary_scores
+from fusedloss.train.heads import build_head
+from fusedloss.train.objectives import TrainingData, build_objective
+from fusedloss.train.recipe import Recipe
+from fusedloss.train.step import adamw, gradient_step, schedule
+from fusedloss.train.storage import (
+    Checkpoint,
+    StorageError,
+    flatten_optimizer,
+    json_line,
+    select_prefix,
+    unflatten_optimizer,
+    with_prefix,
+    write_json_lines,
+)
+
+EVALUATION_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Prepared validation rows on the device, and which classes are background ``(K,)``."""
+
+    features: Tensor
+    labels: Tensor
+    background: np.ndarray
+
+
+@dataclass
+class Trained:
+    """A finished training: the kept head, its epoch, and what each epoch measured."""
+
+    lr: float
+    head: nn.Module
+    temperature: Tensor | None
+    epoch: int
+    history: list[dict[str, Any]]
+    diverged: bool = False
+
+    def score(self, select: str) -> float:
+        """Validation score of the kept epoch, larger is better; -inf for a training that diverged."""
+        value = self.history[self.epoch - 1].get(f"val_{select}", math.nan) if self.epoch else math.nan
+        value = -value if select == "nll" else value
+        return -math.inf if self.diverged or math.isnan(value) else value
+
+
+class Training:
+    """The state of one training; ``run`` goes on from the checkpoint in ``folder`` if there is one.
+
+    Equal recipe, data, device and number of threads give equal bits, whether or not the run was interrupted.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        lr: float,
+        data: TrainingData,
+        validation: ValidationData | None,
+        folder: Path | None = None,
+    ) -> None:
+        self.recipe, self.lr, self.data, self.validation, self.folder = recipe, lr, data, validation, folder
+        self.checkpoint = Checkpoint(folder) if folder is not None else None
+        self.device = data.features.device
+        torch.manual_seed(recipe.seed)
+        self.head = build_head(recipe, data.features.shape[1], len(data.counts)).to(self.device)
+        self.objective = build_objective(recipe, data)
+        self.optimizer = adamw([self.head, self.objective.loss], lr, recipe.weight_decay)
+        self.order = torch.Generator().manual_seed(recipe.seed)
+        self.step_gradients = gradient_step(
+            self.head, self.objective, min(recipe.batch_size, len(data.labels))
+        )
+        self.epoch = self.steps = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.best = Best()
+        self.diverged = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.labels) / self.recipe.batch_size)
+
+    def run(self, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Trained:
+        """Train to the last epoch, writing a checkpoint and a line of ``metrics.jsonl`` after each."""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._restore()
+        for row in self.history:
+            _report(on_epoch, row)
+        while self.epoch < self.recipe.epochs and not self.diverged:
+            started = time.perf_counter()
+            loss = self._train_epoch()
+            self.seconds += time.perf_counter() - started
+            self.epoch += 1
+            self.diverged = not math.isfinite(loss)
+            row = self._measure(loss)
+            self.history.append(row)
+            self._note_best(row)
+            self._save(row)
+            _report(on_epoch, row)
+        return self._finished()
+
+    def _train_epoch(self) -> float:
+        """One pass in a fresh order; the mean loss over rows, with one host synchronisation at its end."""
+        features, labels, size = self.data.features, self.data.labels, self.recipe.batch_size
+        self.head.train()
+        self.objective.loss.train()
+        order = torch.randperm(len(labels), generator=self.order).to(self.device)
+        total = torch.zeros((), device=self.device)
+        batch = features.new_empty(min(size, len(labels)), features.shape[1])
+        for rows in order.split(size):
+            if len(rows) == 0:
+                continue
+            x = torch.index_select(features, 0, rows, out=batch[: len(rows)])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * schedule(
+                    self.steps, self.steps_per_epoch * self.recipe.epochs, self.recipe.warmup
+                )
+            total += self.step_gradients(x, labels.index_select(0, rows)) * len(rows)
+            self.optimizer.step()
+            self.steps += 1
+        return float(total) / len(labels)
+
+    def _measure(self, loss: float) -> dict[str, Any]:
+        row = {
+            "epoch": self.epoch,
+            "step": self.steps,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss,
+        }
+        if self.validation is not None and not self.diverged:
+            row |= validation_scores(
+                self.head, self.objective.temperature, self.validation, len(self.data.counts)
+            )
+        return row | {"train_s": self.seconds, "ms_step": 1000 * self.seconds / self.steps}
+
+    def _note_best(self, row: dict[str, Any]) -> None:
+        value = row.get(f"val_{self.recipe.select}", math.nan)
+        value = -value if self.recipe.select == "nll" else value
+        if value > self.best.value:
+            kept = self.recipe.keep == "best"
+            tensors = {name: t.detach().clone() for name, t in self.head.state_dict().items()} if kept else {}
+            self.best = Best(value, self.epoch, tensors)
+
+    def _save(self, row: dict[str, Any]) -> None:
+        if self.checkpoint is None or self.folder is None:
+            return
+        tensors = (
+            with_prefix(self.head.state_dict(), "head.")
+            | with_prefix(self.objective.loss.state_dict(), "loss.")
+            | flatten_optimizer(self.optimizer.state_dict())
+            | with_prefix(self.best.tensors, "best.")
+            | {"random.order": self.order.get_state(), "random.cpu": torch.get_rng_state()}
+        )
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        values = {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "diverged": self.diverged,
+            "history": self.history,
+            "best": {"value": self.best.value, "epoch": self.best.epoch},
+            "lr": self.lr,
+            "recipe": self.recipe.to_dict(),
+        }
+        self.checkpoint.save(self.epoch, tensors, values)
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json_line(row))
+        except OSError as error:
+            raise StorageError(
+                error.errno,
+                f"{error.strerror}: {path} could not be written; the checkpoint of "
+                f"epoch {self.epoch} is complete",
+            ) from error
+
+    def _restore(self) -> None:
+        assert self.checkpoint is not None and self.folder is not None
+        tensors, values = self.checkpoint.load()
+        self.head.load_state_dict(select_prefix(tensors, "head."))
+        self.objective.loss.load_state_dict(select_prefix(tensors, "loss."))
+        state = self.optimizer.state_dict()
+        self.optimizer.load_state_dict(
+            {"state": unflatten_optimizer(tensors), "param_groups": state["param_groups"]}
+        )
+        self.order.set_state(tensors["random.order"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.epoch, self.steps, self.seconds = values["epoch"], values["steps"], values["seconds"]
+        self.history, self.diverged = values["history"], values["diverged"]
+        best = {name: tensor.to(self.device) for name, tensor in select_prefix(tensors, "best.").items()}
+        self.best = Best(values["best"]["value"], values["best"]["epoch"], best)
+        # a kill between the checkpoint and the line after it leaves the file one line short
+        write_json_lines(self.folder / "metrics.jsonl", self.history)
+
+    def _finished(self) -> Trained:
+        epoch = self.epoch
+        if self.recipe.keep == "best" and self.best.tensors:
+            self.head.load_state_dict(self.best.tensors)
+            epoch = self.best.epoch
+        return Trained(
+            self.lr, self.head.eval(), self.objective.temperature, epoch, self.history, self.diverged
+        )
+
+
+@dataclass
+class Best:
+    """Best validation score so far (larger is better), its epoch, and the head when it is to be kept."""
+
+    value: float = -math.inf
+    epoch: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def head_logits(head: nn.Module, temperature: Tensor | None, features: Tensor) -> Tensor:
+    """Inference logits ``(N, K)`` of prepared features: the head's, divided by the class temperatures."""
+    parts = [head(part) for part in features.split(EVALUATION_ROWS)]
+    logits = torch.cat(parts) if parts else features.new_empty(0)
+    return logits if temperature is None else logits / temperature
+
+
+def validation_scores(
+    head: nn.Module, temperature: Tensor | None, data: ValidationData, num_classes: int
+) -> dict[str, float]:
+    """The scores that choose between epochs and learning rates."""
+    head.eval()
+    logits = head_logits(head, temperature, data.features)
+    labels = data.labels.cpu().numpy()
+    prediction = logits.argmax(1).cpu().numpy()
+    scores = summary_scores(class_scores(prediction, labels, num_classes), data.background)
+    return {
+        "val_top1": float((prediction == labels).mean()),
+        "val_bal_acc": scores["bal_acc"],
+        "val_macro_f1_fg": scores["macro_f1_fg"],
+        "val_nll": float(F.cross_entropy(logits, data.labels)),
+    }
+
+
+def _report(on_epoch: Callable[[dict[str, Any]], None] | None, row: dict[str, Any]) -> None:
+    if on_epoch is not None:
+        on_epoch(row)

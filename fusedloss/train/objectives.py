@@ -1,0 +1,109 @@
+"""The losses that a recipe can name: a new one is one function with ``@objective`` here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fusedloss
+from fusedloss.longtail import effective_number_weights, inverse_frequency_weights, log_prior
+from fusedloss.terms import ClassTemperature, Prior
+from fusedloss.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Prepared rows on the device: features ``(N, D)``, labels ``(N,)``, counts per class ``(K,)``."""
+
+    features: Tensor
+    labels: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss called with ``(logits, labels)``, and the temperatures ``(K,)`` that inference needs too."""
+
+    loss: nn.Module
+    temperature: Tensor | None = None
+
+
+Build = Callable[[Recipe, TrainingData], Objective]
+OBJECTIVES: dict[str, Build] = {}
+
+
+def objective(name: str) -> Callable[[Build], Build]:
+    """Register the function that builds a loss under the name that recipes use."""
+
+    def register(build: Build) -> Build:
+        OBJECTIVES[name] = build
+        return build
+
+    return register
+
+
+def build_objective(recipe: Recipe, data: TrainingData) -> Objective:
+    """The loss of a recipe, with its class weights, prior and statistics taken from the training rows."""
+    return OBJECTIVES[checked_loss(recipe.loss)](recipe, data)
+
+
+def checked_loss(name: str) -> str:
+    """The name, if a loss is registered under it."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"loss must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    return name
+
+
+def class_weights(recipe: Recipe, counts: Tensor) -> Tensor | None:
+    """Weights per class ``(K,)`` float32, 0 for a class without training samples, or None."""
+    if recipe.class_weights == "effective":
+        return effective_number_weights(counts, recipe.beta)
+    if recipe.class_weights == "inverse":
+        return inverse_frequency_weights(counts, recipe.power)
+    return None
+
+
+@objective("ce")
+def cross_entropy(recipe: Recipe, data: TrainingData) -> Objective:
+    return Objective(_cross_entropy(recipe, data))
+
+
+@objective("vace")
+def vace(recipe: Recipe, data: TrainingData) -> Objective:
+    num_classes = len(data.counts)
+    loss = fusedloss.VACELoss(
+        data.features.shape[1],
+        num_classes,
+        a=recipe.a,
+        strength=recipe.strength,
+        tau_min=recipe.tau_min,
+        tau_max=recipe.tau_max,
+        weight=class_weights(recipe, data.counts),
+        label_smoothing=recipe.label_smoothing,
+        terms=_prior(recipe, data.counts),
+    ).to(data.features.device)
+    loss.fit_statistics(data.features, data.labels)
+    temperature = loss.temperature.detach().clone()
+    if not recipe.uniform:
+        return Objective(loss, temperature)
+    temperature = torch.full_like(temperature, float(temperature.double().mean()))
+    return Objective(_cross_entropy(recipe, data, ClassTemperature(temperature)), temperature)
+
+
+def _cross_entropy(recipe: Recipe, data: TrainingData, *terms: ClassTemperature) -> nn.Module:
+    loss = fusedloss.CrossEntropyLoss(
+        weight=class_weights(recipe, data.counts),
+        label_smoothing=recipe.label_smoothing,
+        terms=(*terms, *_prior(recipe, data.counts)),
+    )
+    return loss.to(data.features.device)
+
+
+def _prior(recipe: Recipe, counts: Tensor) -> tuple[Prior, ...]:
+    if recipe.prior_strength == 0.0:
+        return ()
+    # a finite floor keeps label smoothing finite on classes without training samples
+    return (Prior(log_prior(counts, floor=1.0).to(counts.device), recipe.prior_strength),)

@@ -1,0 +1,104 @@
+"""Predictions for new inputs, whatever they come as: features, a bank, images or texts."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fusedloss.features import FeatureBank, compute_features, read_inputs
+from fusedloss.features.backbone import backbone_of, choose_device
+from fusedloss.train.evaluate import check_bank
+from fusedloss.train.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities ``(N, K)`` of named inputs over named classes."""
+
+    names: list[str]
+    class_names: list[str]
+    probabilities: np.ndarray
+
+
+def predict_inputs(
+    folder: str | Path,
+    inputs: str | Path,
+    *,
+    calibrated: bool = False,
+    weights: str | Path | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    progress: bool = True,
+) -> Predictions:
+    """Probabilities from the head of a run folder for a bank, a ``.npy`` array, or inputs of its backbone.
+
+    Raises:
+        ValueError: features of another width or backbone, or not finite; inputs that cannot be read; images
+            or texts for a head whose features were brought as arrays.
+        StorageError: no finished run in the folder.
+    """
+    inputs = Path(inputs)
+    predictor = Predictor.load(folder).to(choose_device(device))
+    if (inputs / "manifest.json").is_file():
+        bank = FeatureBank.open(inputs)
+        check_bank(predictor, bank, labelled=False)
+        names = bank.paths or [str(row) for row in range(len(bank))]
+        features: np.ndarray = bank.features
+    elif inputs.suffix == ".npy":
+        features = _read_array(inputs)
+        names = [str(row) for row in range(len(features))]
+    else:
+        listed = read_inputs(inputs, labelled=False)
+        backbone = backbone_of(predictor.source, weights=weights, device=device)
+        features = compute_features(listed, backbone, batch_size=batch_size, progress=progress)
+        names = listed.paths
+    probabilities = predictor.probabilities(features, calibrated=calibrated)
+    return Predictions(list(names), predictor.class_names, probabilities.numpy())
+
+
+def write_predictions(found: Predictions, *, abstain_below: float = 0.0, top: int = 1) -> str:
+    """CSV text: input, class, probability, abstained, and further classes when ``top`` is above 1.
+
+    Raises:
+        ValueError: ``abstain_below`` outside ``[0, 1]``, or ``top`` outside ``[1, K]``.
+    """
+    num_classes = len(found.class_names)
+    if not 0 <= abstain_below <= 1:
+        raise ValueError(f"abstain_below must lie in [0, 1], got {abstain_below}")
+    if not 1 <= top <= num_classes:
+        raise ValueError(f"top must lie in [1, {num_classes}], got {top}")
+    order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, :top]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    more = [f"{column}_{k}" for k in range(2, top + 1) for column in ("class", "probability")]
+    writer.writerow(["input", "class", "probability", "abstained", *more])
+    for name, classes, probs in zip(found.names, order, found.probabilities, strict=True):
+        ranked = [(found.class_names[k], f"{probs[k]:.6f}") for k in classes]
+        abstains = bool(probs[classes[0]] < abstain_below)
+        first = "" if abstains else ranked[0][0]
+        writer.writerow(
+            [
+                name,
+                first,
+                ranked[0][1],
+                str(abstains).lower(),
+                *(cell for pair in ranked[1:] for cell in pair),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"inputs {path} cannot be read as an array: {error}") from error
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(
+            f"inputs {path} must hold floating-point features (N, D), got {array.dtype} {array.shape}"
+        )
+    return array

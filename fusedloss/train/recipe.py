@@ -1,0 +1,179 @@
+"""What a run does: every knob with its default and meaning, as one frozen object and JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HEADS = ("linear", "cosine", "mlp")
+CLASS_WEIGHTS = ("none", "effective", "inverse")
+SELECTIONS = ("macro_f1_fg", "bal_acc", "top1", "nll")
+KEEPS = ("last", "best")
+
+
+def knob(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field whose meaning the command line shows as its help."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one training run; unknown names and values out of range are refused by name.
+
+    Raises:
+        ValueError: a value outside its range or choices, naming the field.
+
+    Example:
+        >>> Recipe(loss="vace", lr=(1e-3, 3e-3)).replace(seed=1).seed
+        1
+    """
+
+    head: str = knob("linear", "classifier on the features", HEADS)
+    hidden: tuple[int, ...] = knob((768, 384), "widths of the hidden layers (mlp head)")
+    dropout: float = knob(0.1, "dropout after each hidden layer (mlp head)")
+    cosine_scale: float = knob(30.0, "factor on the cosines (cosine head)")
+    loss: str = knob("ce", "training loss: ce or vace")
+    class_weights: str = knob("none", "class weights from the training counts", CLASS_WEIGHTS)
+    beta: float = knob(0.9999, "beta of the effective number of samples (class_weights=effective)")
+    power: float = knob(1.0, "power of the inverse frequency (class_weights=inverse)")
+    label_smoothing: float = knob(0.0, "share of the target spread evenly over all classes")
+    prior_strength: float = knob(
+        0.0,
+        "strength * log class prior added to the logits while training (logit adjustment); "
+        "predictions then use the raw logits",
+    )
+    strength: float = knob(0.5, "how far temperatures follow the class scatter (vace)")
+    a: float = knob(
+        1.0, "temperature of a class without scatter (vace); 1 - strength gives mean temperature 1"
+    )
+    tau_min: float = knob(0.5, "least class temperature (vace)")
+    tau_max: float = knob(2.0, "largest class temperature (vace)")
+    uniform: bool = knob(False, "control: give every class the mean of vace's temperatures (vace)")
+    epochs: int = knob(30, "passes over the training rows")
+    batch_size: int = knob(512, "rows per step")
+    lr: tuple[float, ...] = knob(
+        (1e-3,), "peak learning rate; several are tried and chosen between on the validation rows"
+    )
+    weight_decay: float = knob(1e-4, "AdamW's decay of weight matrices; biases and norms have none")
+    warmup: float = knob(0.05, "share of all steps with a linearly rising learning rate, before the cosine")
+    seed: int = knob(0, "seed of initial weights, batch order and dropout")
+    standardize: bool = knob(
+        True, "shift and scale each feature to mean 0 and deviation 1 on the training rows"
+    )
+    normalize: bool = knob(False, "then scale each row to length 1 (the cosine head always does)")
+    test_fraction: float = knob(0.2, "share of the groups held out for the test")
+    val_fraction: float = knob(0.1, "share of the groups held out for validation; 0 for none")
+    split_seed: int = knob(42, "seed of the split, independent of seed")
+    select: str = knob(
+        "macro_f1_fg", "validation score that chooses the learning rate and the best epoch", SELECTIONS
+    )
+    keep: str = knob("last", "epoch whose head is kept: the last, or the best on the validation rows", KEEPS)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "lr"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, (list, tuple)) else (value,))
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        for name, (allowed, meaning) in _RANGES.items():
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(allowed(v) for v in values):
+                raise ValueError(f"{name} must be {meaning}, got {value}")
+        if self.tau_min > self.tau_max:
+            raise ValueError(f"tau_min must not exceed tau_max, got {self.tau_min} > {self.tau_max}")
+        if self.test_fraction + self.val_fraction >= 1:
+            raise ValueError(
+                "test_fraction + val_fraction must leave rows to train on, got "
+                f"{self.test_fraction} + {self.val_fraction}"
+            )
+        if self.val_fraction == 0 and (len(self.lr) > 1 or self.keep == "best"):
+            raise ValueError(
+                "val_fraction must be above 0 to choose between learning rates or to keep the best epoch"
+            )
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed; an unknown name is refused."""
+        return Recipe.from_dict(dataclasses.asdict(self) | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe with these fields, the others at their defaults."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+                raise ValueError(f"recipe has no setting {name!r}{hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """The recipe of a JSON file; a run folder's ``config.json`` is one too."""
+        return cls.from_dict(read_settings(path))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a JSON recipe, or the ``config.json`` of a run, gives."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"recipe {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a JSON object of settings, got {type(values).__name__}")
+    recipe = values.get("recipe", values)
+    return dict(recipe)
+
+
+def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
+    kind = type(field.default[0]) if isinstance(field.default, tuple) else type(field.default)
+    accepted = (int, float) if kind is float else (kind,)
+    for item in value if isinstance(field.default, tuple) else (value,):
+        if not isinstance(item, accepted) or (isinstance(item, bool) and kind is not bool):
+            raise ValueError(f"{field.name} must be {kind.__name__}, got {item!r}")
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+_RANGES: dict[str, tuple[Any, str]] = {
+    "hidden": (lambda v: v >= 1, "widths of at least 1"),
+    "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "beta": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "label_smoothing": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "warmup": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "test_fraction": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "val_fraction": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "epochs": (lambda v: v >= 1, "at least 1"),
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "seed": (lambda v: 0 <= v < 2**63, "in [0, 2**63)"),
+    "split_seed": (lambda v: 0 <= v < 2**32, "in [0, 2**32)"),
+    "cosine_scale": (_positive, "positive and finite"),
+    "lr": (_positive, "positive and finite"),
+    "tau_min": (_positive, "positive and finite"),
+    "tau_max": (_positive, "positive and finite"),
+    "a": (_not_negative, "at least 0 and finite"),
+    "strength": (_not_negative, "at least 0 and finite"),
+    "power": (_not_negative, "at least 0 and finite"),
+    "weight_decay": (_not_negative, "at least 0 and finite"),
+    "prior_strength": (math.isfinite, "finite"),
+}

@@ -1,0 +1,165 @@
+"""A run on disk: what it was asked, how far it is, and what came out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import fusedloss
+from fusedloss.features import FeatureBank
+from fusedloss.train.recipe import Recipe
+from fusedloss.train.split import Split
+from fusedloss.train.storage import StorageError, read_json, write_atomically, write_json, write_json_lines
+
+if TYPE_CHECKING:
+    from fusedloss.train.fit import Result
+
+CONFIG, RESULT, METRICS, PREDICTIONS = "config.json", "result.json", "metrics.jsonl", "predictions.npz"
+TOP_CLASSES = 5
+
+
+class RunFolder:
+    """The files of one run; ``result.json`` is written last and marks the run as finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, recipe: Recipe, bank: FeatureBank, resume: bool) -> bool:
+        """Claim the folder for this run; True when the run is already finished.
+
+        Raises:
+            StorageError: files of another recipe, another bank, or of any run without ``resume``.
+        """
+        config = self.path / CONFIG
+        if not config.exists():
+            if self._holds_something():
+                raise StorageError(
+                    f"{self.path} exists, is not empty and is not a run folder; name a new one"
+                )
+            description = {
+                "rows": len(bank),
+                "in_features": bank.in_features,
+                "num_classes": bank.num_classes,
+                "folder": None if bank.folder is None else os.path.abspath(bank.folder),
+                "fingerprint": bank.fingerprint(),
+            }
+            write_json(
+                config,
+                {
+                    "format": 1,
+                    "recipe": recipe.to_dict(),
+                    "bank": description,
+                    "versions": {"fusedloss": fusedloss.__version__, "torch": torch.__version__},
+                },
+            )
+            return False
+        if not resume:
+            raise StorageError(f"{self.path} already holds a run; resume it, or name a new folder")
+        self._refuse_another(read_json(config), recipe, bank)
+        return (self.path / RESULT).exists()
+
+    def trial(self, lr: float, alone: bool) -> Path:
+        """Folder for the checkpoint of one learning rate: the run folder itself where there is only one."""
+        folder = self.path if alone else self.path / "trials" / f"lr-{lr:g}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finish(
+        self, result: Result, split: Split, logits: torch.Tensor, labels: np.ndarray, pictures: bool
+    ) -> None:
+        """Write head, metrics, predictions and pictures, then the result."""
+        result.predictor.save(self.path)
+        write_json_lines(self.path / METRICS, result.history)
+        probs = torch.softmax(logits.double(), 1)
+        self._write_predictions(split, probs, labels)
+        if pictures:
+            self._draw(result, probs.numpy(), labels)
+        write_json(self.path / RESULT, {"row": result.row, "report": result.report, "trials": result.trials})
+
+    def result(self) -> dict[str, Any]:
+        """``row``, ``report`` and ``trials`` of a finished run, null scores as NaN."""
+        if not (self.path / RESULT).exists():
+            raise StorageError(f"{self.path} holds no finished run ({RESULT} is missing)")
+        values: dict[str, Any] = _with_nan(read_json(self.path / RESULT))
+        return values
+
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of each epoch of the kept training."""
+        return [_with_nan(json.loads(line)) for line in (self.path / METRICS).read_text().splitlines()]
+
+    def config(self) -> dict[str, Any]:
+        """What the run was asked to do, and on which bank."""
+        config = self.path / CONFIG
+        if not config.exists():
+            raise StorageError(f"{self.path} is not a run folder ({CONFIG} is missing)")
+        values: dict[str, Any] = read_json(config)
+        return values
+
+    def clear(self) -> None:
+        """Remove the run; only a folder that holds one, or nothing, is removed."""
+        if not self.path.exists():
+            return
+        if self._holds_something():
+            self.config()
+        shutil.rmtree(self.path)
+
+    def _holds_something(self) -> bool:
+        # a kill during the very first write leaves its unfinished file alone in the folder
+        return self.path.is_dir() and any(path.name != f"{CONFIG}.tmp" for path in self.path.iterdir())
+
+    def _refuse_another(self, config: dict[str, Any], recipe: Recipe, bank: FeatureBank) -> None:
+        asked = recipe.to_dict()
+        before = Recipe.from_dict(config["recipe"]).to_dict()
+        changed = [
+            f"{name} was {before[name]} and is now {asked[name]}"
+            for name in asked
+            if asked[name] != before[name]
+        ]
+        if changed:
+            raise StorageError(f"{self.path} holds a run of another recipe: {'; '.join(changed)}")
+        if config["bank"]["fingerprint"] != bank.fingerprint():
+            raise StorageError(
+                f"{self.path} holds a run on another bank (features, labels, groups or names differ)"
+            )
+
+    def _write_predictions(self, split: Split, probs: torch.Tensor, labels: np.ndarray) -> None:
+        top = probs.topk(min(TOP_CLASSES, probs.shape[1]), dim=1)
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            row=split.test,
+            label=labels,
+            predicted=probs.argmax(1).numpy(),
+            top_class=top.indices.numpy(),
+            top_probability=top.values.float().numpy(),
+            train_rows=split.train,
+            val_rows=split.val,
+        )
+        write_atomically(self.path / PREDICTIONS, buffer.getvalue())
+
+    def _draw(self, result: Result, probs: np.ndarray, labels: np.ndarray) -> None:
+        from fusedloss.train.pictures import draw_recall_by_frequency, draw_reliability, draw_training_curves
+
+        draw_training_curves(self.path / "training_curves.png", result.history)
+        if len(labels):
+            draw_reliability(self.path / "reliability.png", probs, labels, result.report["ece15"])
+            draw_recall_by_frequency(self.path / "recall_by_frequency.png", result.report)
+
+
+def _with_nan(value: Any) -> Any:
+    """JSON's null back to NaN, where a number was not defined."""
+    if isinstance(value, dict):
+        return {
+            key: entry if key in ("train_count", "backbone") else _with_nan(entry)
+            for key, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_nan(entry) for entry in value]
+    return float("nan") if value is None else value

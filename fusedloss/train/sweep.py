@@ -1,0 +1,85 @@
+"""Several recipes times several seeds on one bank, resumable run by run."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusedloss.features import FeatureBank
+from fusedloss.train.fit import Result, Run
+from fusedloss.train.recipe import Recipe
+
+OnEpoch = Callable[[str, int, float, dict[str, Any]], None]
+LR_PER = ("row", "run")
+
+
+def sweep(
+    bank: FeatureBank,
+    rows: dict[str, Recipe],
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    lr_per: str = "row",
+    device: str = "auto",
+    pictures: bool = True,
+    on_epoch: OnEpoch | None = None,
+) -> dict[str, list[Result]]:
+    """Run every recipe with every seed into ``folder/<row>/seed-<seed>``; finished runs are read, others go
+    on.
+
+    All rows with one seed share the split, the initial weights (where heads agree) and the batch order, so
+    their differences can be paired. Where a recipe has several learning rates, ``lr_per="row"`` keeps the one
+    whose validation score is the best on average over the seeds; ``"run"`` chooses for every seed by itself.
+
+    Raises:
+        ValueError: no row, no seed, a seed twice, or names that cannot be told apart as folders.
+        StorageError, DivergedError: as ``fit``.
+    """
+    if lr_per not in LR_PER:
+        raise ValueError(f"lr_per must be one of {', '.join(LR_PER)}, got {lr_per!r}")
+    if not rows or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"rows and seeds must not be empty and seeds must differ, got {list(rows)} and {list(seeds)}"
+        )
+    folders = {name: Path(folder) / folder_name(name) for name in rows}
+    if len(set(folders.values())) < len(rows):
+        raise ValueError(f"rows must have names that differ as folders, got {list(rows)}")
+    results: dict[str, list[Result]] = {}
+    for name, recipe in rows.items():
+        prepared, runs = None, []
+        for seed in seeds:
+            report = None if on_epoch is None else _with_names(on_epoch, name, seed)
+            run = Run(
+                bank, recipe.replace(seed=seed), folder=folders[name] / f"seed-{seed}", resume=True,
+                device=device, pictures=pictures, on_epoch=report, prepared=prepared,
+            )  # fmt: skip
+            runs.append((run, run.train()))
+            prepared = run.prepared
+        common = max(recipe.lr, key=lambda lr: sum(scores[lr] for _, scores in runs))
+        own = [max(scores, key=scores.__getitem__) for _, scores in runs]
+        chosen = own if lr_per == "run" else [common] * len(runs)
+        results[name] = [run.finish(lr) for (run, _), lr in zip(runs, chosen, strict=True)]
+    return results
+
+
+def grid_rows(base: dict[str, Any], grid: dict[str, Sequence[Any]]) -> dict[str, Recipe]:
+    """One recipe per combination of the grid's values, named after them."""
+    rows = {}
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        rows[" ".join(f"{key}={value}" for key, value in settings.items())] = Recipe.from_dict(
+            base | settings
+        )
+    return rows
+
+
+def folder_name(row: str) -> str:
+    """The row's name with only letters, digits and ``._=+-``."""
+    return re.sub(r"[^\w.=+-]+", "-", row).strip("-.") or "row"
+
+
+def _with_names(on_epoch: OnEpoch, name: str, seed: int) -> Callable[[float, dict[str, Any]], None]:
+    return lambda lr, row: on_epoch(name, seed, lr, row)
