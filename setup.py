@@ -7,7 +7,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -15,6 +15,8 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").glob(pattern))
 # Without -fno-trapping-math gcc vectorises no comparison; -ffast-math would break masks, which are -inf.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+
+ParallelCompile("FUSEDLOSS_BUILD_JOBS", default=min(4, os.cpu_count() or 1)).install()
 
 
 class BuildKernels(build_ext):

@@ -1,4 +1,4 @@
-// The kernels of one SIMD level, as function pointers; kernels() picks the level for this machine once.
+// The kernels of one SIMD level, as function pointers; kernels() are those of the level picked for this machine.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +24,6 @@ struct ClassStatsKernels {
 };
 
 struct Kernels {
-    const char* level;
     SoftmaxKernels<float> softmax_float;
     SoftmaxKernels<double> softmax_double;
     ClassStatsKernels<float> class_stats_float;
@@ -43,5 +42,17 @@ struct Kernels {
 };
 
 const Kernels& kernels();
+const char* simd_level();
+
+// The table of each level, for the one that picks.
+namespace baseline {
+Kernels table();
+}
+namespace avx2 {
+Kernels table();
+}
+namespace avx512 {
+Kernels table();
+}
 
 }  // namespace fusedloss

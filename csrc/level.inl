@@ -1,4 +1,5 @@
-// Everything that is compiled once per SIMD level. No include guard: levels.cpp includes it once per level.
+// Everything that is compiled once per SIMD level. level_<name>.cpp defines FUSEDLOSS_LEVEL (a namespace),
+// FUSEDLOSS_VECTOR_BYTES and FUSEDLOSS_FUSED_MULTIPLY_ADD and sets the target after including level.h.
 
 namespace fusedloss {
 namespace FUSEDLOSS_LEVEL {
@@ -8,9 +9,8 @@ namespace FUSEDLOSS_LEVEL {
 #include "softmax_ce.inl"
 #include "class_stats.inl"
 
-inline Kernels table(const char* level) {
-    return {level,
-            {softmax_ce<float>, softmax_stats<float>, softmax_sweep<float>},
+Kernels table() {
+    return {{softmax_ce<float>, softmax_stats<float>, softmax_sweep<float>},
             {softmax_ce<double>, softmax_stats<double>, softmax_sweep<double>},
             {widen_row<float>, class_stats<float>, write_class<float>},
             {widen_row<double>, class_stats<double>, write_class<double>}};
@@ -18,7 +18,3 @@ inline Kernels table(const char* level) {
 
 }  // namespace FUSEDLOSS_LEVEL
 }  // namespace fusedloss
-
-#undef FUSEDLOSS_LEVEL
-#undef FUSEDLOSS_VECTOR_BYTES
-#undef FUSEDLOSS_FUSED_MULTIPLY_ADD

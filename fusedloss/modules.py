@@ -115,12 +115,14 @@ class CrossEntropyLoss(nn.Module):
             True
         """
         _check_linear("fold_into", linear)
-        terms = tuple(term for term in self._terms() if prior or not isinstance(term, Prior))
-        for term in terms:
+        terms = []
+        for term in self._terms():
             if not isinstance(term, AffineTerm):
                 raise TypeError(f"fold_into: {type(term).__name__} is not affine and can't be folded into a layer")
             term.check(linear.out_features)
-        return _folded(linear, terms)
+            if prior or not isinstance(term, Prior):
+                terms.append(term)
+        return _folded(linear, tuple(terms))
 
     def extra_repr(self) -> str:
         shown = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "focal_gamma": 0.0, "z_loss": 0.0}
@@ -311,8 +313,8 @@ class VACELoss(CrossEntropyLoss):
         if self.center:
             linear = _folded(linear, ())
             with torch.no_grad():
-                linear.weight -= linear.weight.mean(0, keepdim=True)
-                linear.bias -= linear.bias.mean()
+                linear.weight.sub_(linear.weight.mean(0, keepdim=True))
+                linear.bias.sub_(linear.bias.mean())
         return super().fold_into(linear, prior=prior)
 
     def extra_repr(self) -> str:
@@ -353,13 +355,14 @@ class VACELoss(CrossEntropyLoss):
         self.temperature.copy_((self.a + self.slope * filled).clamp(self.tau_min, self.tau_max))
 
     def _apply(self, fn, recurse=True):
-        kept = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False) if buffer is not None}
-        before = {name: self._buffers[name] for name in kept if name != "weight"}
+        """Moves the state between devices and leaves its types as they are."""
+        names = ("temperature", "slope", "updates")
+        before = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
+        for name, kept in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != kept.dtype:
+                self._buffers[name] = kept.to(moved.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +110,8 @@ def _(features, labels, shift, seen, ignore_index, per_feature):
     return torch.empty_like(seen), torch.empty_like(shift), square
 
 
-class ClassTensors(NamedTuple):
+@dataclass(frozen=True)
+class ClassTensors:
     """What class_stats returns; see the reference for the formulas."""
 
     count: Tensor

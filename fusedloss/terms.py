@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
 class Term:
     """A change of the logits. Subclasses are frozen dataclasses whose tensor fields a module may register."""
 
@@ -26,6 +27,7 @@ class Term:
         """Raises ``ValueError`` where the term does not fit `num_classes` classes."""
 
 
+@dataclass(frozen=True, eq=False)
 class AffineTerm(Term):
     """A term ``z = a * x + b`` with coefficients per class."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+extension: Any
+load_error: str | None
 try:
     import torch  # noqa: F401  (first: its OpenMP runtime is then the one that the kernels share)
 
-    from fusedloss import _C as extension
+    from fusedloss import _C
 
-    load_error: str | None = None
+    extension, load_error = _C, None
 except ImportError as error:
-    extension = None
-    load_error = str(error)
+    extension, load_error = None, str(error)
 
 
 def absent(device_type: str) -> str | None:

@@ -117,7 +117,7 @@ def _inputs(
     if target.is_floating_point():
         if target.dtype != logits.dtype and torch.float64 in (target.dtype, logits.dtype):
             target = target.to(logits.dtype)
-        where = rows_view(target)
+        where: tuple | int | None = rows_view(target)
     else:
         target = target.contiguous()
         where = target.data_ptr()
