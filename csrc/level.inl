@@ -6,6 +6,8 @@ namespace FUSEDLOSS_LEVEL {
 
 #include "row_math.inl"
 #include "rows.inl"
+#include "softmax_chunk.inl"
+#include "softmax_row.inl"
 #include "softmax_ce.inl"
 #include "class_stats.inl"
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedloss import functional
 from fusedloss.features_tap import FeatureTap
 from fusedloss.functional import RowStatistics
+from fusedloss.registered import RegisteredTerm, StepWatch
 from fusedloss.statistics import ClassStatistics
 from fusedloss.terms import AffineTerm, ClassTemperature, Prior, Term, fold_affine
 
@@ -72,8 +69,8 @@ class CrossEntropyLoss(nn.Module):
         self.z_loss = z_loss
         self.return_stats = return_stats
         terms = (terms,) if isinstance(terms, Term) else tuple(terms)
-        self.terms = nn.ModuleList(_RegisteredTerm(term) for term in terms)
-        self._step_watch = _StepWatch()
+        self.terms = nn.ModuleList(RegisteredTerm(term) for term in terms)
+        self._step_watch = StepWatch()
 
     def forward(
         self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None
@@ -367,84 +364,6 @@ class VACELoss(CrossEntropyLoss):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tap": None}
-
-
-class _RegisteredTerm(nn.Module):
-    """One term whose tensors are this module's: a Parameter as a parameter, another tensor as a buffer."""
-
-    def __init__(self, term: Term) -> None:
-        super().__init__()
-        if not isinstance(term, Term):
-            got = getattr(term, "__name__", type(term).__name__)
-            raise TypeError(f"terms must hold objects of fusedloss.terms; got {got}")
-        self._template = copy.copy(term)
-        self._names = [
-            field.name for field in dataclasses.fields(term) if isinstance(getattr(term, field.name), Tensor)
-        ]
-        for name in self._names:
-            value = getattr(term, name)
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value)
-            object.__setattr__(self._template, name, None)
-
-    def current(self) -> Term:
-        """The term with the tensors as they are now."""
-        if not self._names:
-            return self._template
-        term = copy.copy(self._template)
-        for name in self._names:
-            object.__setattr__(term, name, getattr(self, name))
-        return term
-
-    def extra_repr(self) -> str:
-        fields = dataclasses.fields(self._template)
-        shown = [f"{f.name}={getattr(self._template, f.name)}" for f in fields if f.name not in self._names]
-        return ", ".join([type(self._template).__name__, *self._names, *shown])
-
-
-class _StepWatch:
-    """Says once when a loss's own parameters get gradients and optimizers step, but never these parameters."""
-
-    _optimizer_steps = 0
-    _hooked = False
-
-    def __init__(self) -> None:
-        self._seen: tuple[int, int] | None = None
-        self._done = False
-
-    def look(self, loss: nn.Module) -> None:
-        if self._done:
-            return
-        parameters = [p for p in loss.parameters() if p.requires_grad]
-        if not parameters or not loss.training:
-            return
-        _StepWatch._start()
-        if all(p.grad is None for p in parameters):
-            return
-        versions = sum(p._version for p in parameters)
-        if self._seen is None or self._seen[1] != versions:
-            self._done = self._seen is not None
-            self._seen = (_StepWatch._optimizer_steps, versions)
-        elif _StepWatch._optimizer_steps >= self._seen[0] + 2:
-            self._done = True
-            warnings.warn(
-                f"{type(loss).__name__} has parameters of its own that receive gradients but are never stepped: "
-                "give loss.parameters() to the optimizer too",
-                UserWarning,
-                stacklevel=4,
-            )
-
-    @classmethod
-    def _start(cls) -> None:
-        if not cls._hooked:
-            cls._hooked = True
-            register_optimizer_step_post_hook(cls._count)
-
-    @classmethod
-    def _count(cls, *_: object) -> None:
-        cls._optimizer_steps += 1
 
 
 def _trusted_temperature(tau: Tensor) -> ClassTemperature:

@@ -320,3 +320,21 @@ class TestVACELoss:
         loss = VACELoss(6, 5).fit_statistics(features, labels).eval()
         with fusedloss.backend(backend):
             assert torch.autograd.gradcheck(lambda z: loss(z, labels), logits.double().requires_grad_())
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_compiles_whole_and_watches_a_compiled_model(self):
+        compiled, plain = VACELoss(6, 5), VACELoss(6, 5)
+        whole = torch.compile(compiled, fullgraph=True)
+        for seed in range(2):
+            features, logits, labels = data(seed=seed)
+            inputs = [logits.clone().requires_grad_() for _ in range(2)]
+            values = [loss(z, labels, features) for loss, z in zip((whole, plain), inputs, strict=True)]
+            torch.testing.assert_close(*values)
+            for value in values:
+                value.backward()
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+            torch.testing.assert_close(compiled.temperature, plain.temperature)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5))
+        watching = VACELoss(6, 5).watch(model[1])
+        watching(torch.compile(model)(features), labels).backward()
+        assert int(watching.updates) == 1

@@ -1,0 +1,127 @@
+// Vector loops over the classes of one row, a chunk at a time: z, exp(z - max), sums, and the slopes written back.
+
+constexpr int64_t kChunk = 4096;            // classes whose z stay in the first-level cache
+constexpr int64_t kKeepExponentials = 1 << 18;  // longer rows leave the second-level cache: recompute instead
+constexpr int64_t kStagedRows = 16;         // rows gathered together where classes are not adjacent in memory
+
+// z = scale * x + bias for `count` classes, padded with -inf to whole vectors; returns the largest.
+template <class T, bool kScale, bool kBias, class In>
+T affine(const In* x, const T* scale, const T* bias, int64_t count, T* z) {
+    constexpr int W = Lanes<T>::count;
+    typedef Vector<T> V;
+    V top[4];
+    for (V& t : top) t = V{} + kMinusInfinity<T>;
+    int64_t j = 0;
+    for (; j + 4 * W <= count; j += 4 * W) {
+        for (int u = 0; u < 4; ++u) {
+            V value = load(x + j + u * W);
+            if (kScale) value *= load(scale + j + u * W);
+            if (kBias) value += load(bias + j + u * W);
+            store(z + j + u * W, value);
+            top[u] = larger(value, top[u]);
+        }
+    }
+    for (; j < count; j += W) {
+        const int64_t left = count - j;
+        V value = left >= W ? load(x + j) : load_partial<T>(x + j, left, kMinusInfinity<T>);
+        if (kScale) value *= left >= W ? load(scale + j) : load_partial<T>(scale + j, left, T(1));
+        if (kBias) value += left >= W ? load(bias + j) : load_partial<T>(bias + j, left, T(0));
+        store(z + j, value);
+        top[0] = larger(value, top[0]);
+    }
+    return largest_lane<T>(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+}
+
+// e = exp(z - shift) for whole vectors of z; returns their sum.
+template <class T>
+inline Vector<T> exponentials(const T* z, T shift, int64_t first, int64_t last, T* e) {
+    constexpr int W = Lanes<T>::count;
+    Vector<T> sum = {};
+    for (int64_t j = first; j < last; j += W) {
+        const Vector<T> value = exp_nonpositive(load(z + j) - shift);
+        store(e + j, value);
+        sum += value;
+    }
+    return sum;
+}
+
+// Sum of q * (z - shift) where q is the class weight (1 without); a class of weight 0 counts 0 even at z = -inf.
+template <class T>
+double weighted_sum(const T* z, T shift, const T* q, int64_t count) {
+    constexpr int W = Lanes<T>::count;
+    Vector<T> sum = {};
+    int64_t j = 0;
+    for (; j + W <= count; j += W) {
+        Vector<T> value = load(z + j) - shift;
+        if (q) {
+            const Vector<T> weight = load(q + j);
+            value = weight == T(0) ? Vector<T>{} : value * weight;
+        }
+        sum += value;
+    }
+    double total = sum_lanes<T>(sum);
+    for (; j < count; ++j) {
+        if (!q) total += z[j] - shift;
+        else if (q[j] != 0) total += double(q[j]) * (z[j] - shift);
+    }
+    return total;
+}
+
+// What is subtracted from k * e to give the slope dL/dz: w_j * (uniform + soft * q_j).
+enum class Subtract { nothing, uniform, weighted, soft };
+
+template <class T>
+struct Slope {
+    T softmax = 0;                  // k
+    T uniform = 0, soft = 0;
+    const T* class_weight = nullptr;
+    const T* q = nullptr;
+};
+
+// Whole vectors, or the row's last partial one.
+template <bool kWhole, class Element>
+inline auto load_lanes(const Element* x, int64_t left) {
+    if constexpr (kWhole) return load(x);
+    else return load_first(x, left);
+}
+
+template <class T, Subtract kind, bool kWhole>
+inline Vector<T> slope_at(const Slope<T>& slope, const T* e, int64_t j, int64_t left) {
+    Vector<T> value = load_lanes<kWhole>(e + j, left) * slope.softmax;
+    if (kind == Subtract::uniform) value -= slope.uniform;
+    if (kind == Subtract::weighted) value -= load_lanes<kWhole>(slope.class_weight + j, left) * slope.uniform;
+    if (kind == Subtract::soft) value -= load_lanes<kWhole>(slope.q + j, left) * slope.soft;
+    return value;
+}
+
+// gradient = scale * (k * e - subtracted). e may be the gradient itself.
+template <class T, Subtract kind, bool kScale, class Out>
+void write_slopes(const Slope<T>& slope, const T* e, const T* scale, int64_t count, Out* gradient) {
+    constexpr int W = Lanes<T>::count;
+    int64_t j = 0;
+    for (; j + W <= count; j += W) {
+        Vector<T> value = slope_at<T, kind, true>(slope, e, j, W);
+        if (kScale) value *= load(scale + j);
+        store(gradient + j, value);
+    }
+    if (j == count) return;
+    Vector<T> value = slope_at<T, kind, false>(slope, e, j, count - j);
+    if (kScale) value *= load_first(scale + j, count - j);
+    store_first(gradient + j, value, count - j);
+}
+
+// Column sums: dL/dscale += slope * x, dL/dbias += slope. A slope of 0 contributes 0 even at x = -inf.
+template <class T, Subtract kind, class In>
+void add_columns(const Slope<T>& slope, const T* e, const In* x, int64_t count, double* scale_sum, double* bias_sum) {
+    constexpr int W = Lanes<T>::count;
+    T values[W], slopes[W];
+    for (int64_t j = 0; j < count; j += W) {
+        const int64_t width = std::min<int64_t>(W, count - j);
+        store(slopes, slope_at<T, kind, false>(slope, e, j, width));
+        store(values, load_first(x + j, width));
+        for (int64_t lane = 0; lane < width; ++lane) {
+            bias_sum[j + lane] += slopes[lane];
+            scale_sum[j + lane] += slopes[lane] == T(0) ? 0.0 : double(slopes[lane]) * values[lane];
+        }
+    }
+}

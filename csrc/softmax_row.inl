@@ -1,0 +1,266 @@
+// A row of logits: statistics in one pass over x, gradient in one more over exp(z - max), which is kept in the
+// gradient's own row (or in a buffer where types differ); and the loop over rows, whatever their strides.
+
+template <class T, class In>
+class RowSweep {
+public:
+    RowSweep(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, int thread)
+        : inputs_(inputs), count_(inputs.logits.num_classes) {
+        if (gradients.scale_bias) {
+            scale_sum_ = gradients.scale_bias + 2 * count_ * thread;
+            bias_sum_ = scale_sum_ + count_;
+        }
+    }
+
+    // Statistics of one row. Where `e` is given exp(z - chunk maximum) is kept there.
+    RowSums read(const In* x, int64_t row, bool want_uniform, T* e) {
+        RowSums sums;
+        const int64_t label = inputs_.labels ? inputs_.labels[row] : -1;
+        chunk_max_.clear();
+        for (int64_t start = 0; start < count_; start += kChunk) {
+            const int64_t width = std::min(kChunk, count_ - start);
+            const T chunk_max = load_chunk(x, start, width);
+            const T shift = chunk_max == kMinusInfinity<T> ? T(0) : chunk_max;
+            chunk_max_.push_back(chunk_max);
+            if (want_uniform) sums.uniform_z += uniform_sum(start, width, shift);
+            if (inputs_.probabilities.data) add_soft(sums, row, start, width, shift);
+            const double rest = exponentials_of_chunk(shift, label - start, width, e ? e + start : nullptr, sums);
+            if (double(chunk_max) > sums.max) {
+                sums.rest = (start == 0 ? 0.0 : rescaled(sums.rest, sums.max - chunk_max)) + rest;
+                sums.max = chunk_max;
+            } else {
+                sums.rest += chunk_max == kMinusInfinity<T> ? rest : rescaled(rest, chunk_max - sums.max);
+            }
+        }
+        if (label >= 0) sums.label_exp = std::exp(sums.label_z - (sums.max == -HUGE_VAL ? 0.0 : sums.max));
+        return sums;
+    }
+
+    // Writes the gradient of one row, from the exponentials kept by read() or, without them, from x.
+    template <class Out>
+    void write(const In* x, int64_t row, const RowSlope& slope, double max, double sum, T* e, Out* gradient) {
+        const double reference = max == -HUGE_VAL ? 0.0 : max;
+        for (int64_t start = 0, chunk = 0; start < count_; start += kChunk, ++chunk) {
+            const int64_t width = std::min(kChunk, count_ - start);
+            T* chunk_e = e ? e + start : z_;
+            double factor = 1.0 / sum;
+            if (e) {
+                factor = rescaled(factor, chunk_max_[chunk] - reference);
+            } else {
+                load_chunk(x, start, width);
+                exponentials(z_, T(reference), 0, padded(width), z_);
+            }
+            const int64_t label = slope.label_index - start;
+            const bool has_label = slope.label_index >= 0 && label >= 0 && label < width;
+            if (has_label) chunk_e[label] = 0;
+            Slope<T> chunk_slope{T(slope.softmax * factor), T(slope.uniform), T(slope.soft),
+                                 inputs_.class_weight ? inputs_.class_weight + start : nullptr, q_};
+            finish_chunk(x + start, row, start, width, chunk_slope, chunk_e, gradient ? gradient + start : nullptr);
+            if (has_label) finish_label(x, slope, gradient);
+        }
+    }
+
+    // The first largest class, or the first NaN; follows read() of the same row.
+    int64_t prediction(const In* x, const RowSums& sums) {
+        const bool has_nan = std::isnan(sums.sum());
+        for (int64_t start = 0, chunk = 0; start < count_; start += kChunk, ++chunk) {
+            if (!has_nan && chunk_max_[chunk] != sums.max) continue;
+            const int64_t width = std::min(kChunk, count_ - start);
+            load_chunk(x, start, width);
+            for (int64_t j = 0; j < width; ++j)
+                if (has_nan ? std::isnan(z_[j]) : z_[j] == sums.max) return start + j;
+        }
+        return 0;
+    }
+
+    double soft_weight(int64_t row) {
+        double weight = 0;
+        for (int64_t start = 0; start < count_; start += kChunk) {
+            const int64_t width = std::min(kChunk, count_ - start);
+            load_soft(row, start, width);
+            for (int64_t j = 0; j < width; ++j) weight += q_[j];
+        }
+        return weight;
+    }
+
+private:
+    // sum * exp(change): 0 * exp(-inf - -inf) stays 0, and nothing is computed where nothing changes.
+    static double rescaled(double sum, double change) {
+        if (change == 0) return sum;
+        return std::isnan(change) ? sum : sum * std::exp(change);
+    }
+
+    static int64_t padded(int64_t width) {
+        constexpr int64_t W = Lanes<T>::count;
+        return (width + W - 1) / W * W;
+    }
+
+    T load_chunk(const In* x, int64_t start, int64_t width) {
+        const T* scale = inputs_.scale ? inputs_.scale + start : nullptr;
+        const T* bias = inputs_.bias ? inputs_.bias + start : nullptr;
+        T* z = z_;
+        if (scale && bias) return affine<T, true, true>(x + start, scale, bias, width, z);
+        if (scale) return affine<T, true, false>(x + start, scale, bias, width, z);
+        if (bias) return affine<T, false, true>(x + start, scale, bias, width, z);
+        return affine<T, false, false>(x + start, scale, bias, width, z);
+    }
+
+    // The label's vector is summed apart, so that 1 - p of a confident row keeps its digits.
+    double exponentials_of_chunk(T shift, int64_t label, int64_t width, T* e, RowSums& sums) {
+        constexpr int64_t W = Lanes<T>::count;
+        T* z = z_;
+        const int64_t whole = width / W * W;
+        const bool has_label = label >= 0 && label < width;
+        if (has_label) sums.label_z = z[label];
+        const int64_t label_vector = has_label ? label / W * W : whole;
+        T* target = e ? e : z;
+        Vector<T> sum = exponentials(z, shift, 0, std::min(label_vector, whole), target);
+        if (label_vector < whole) {
+            const Vector<T> value = exp_nonpositive(load(z + label_vector) - shift);
+            store(target + label_vector, value);
+            Vector<T> others = value;
+            others[label % W] = 0;
+            sum += others;
+            sum += exponentials(z, shift, label_vector + W, whole, target);
+        }
+        if (whole < width) {
+            Vector<T> value = exp_nonpositive(load(z + whole) - shift);
+            store_partial<T>(target + whole, value, width - whole);
+            if (has_label && label >= whole) value[label - whole] = 0;
+            sum += value;
+        }
+        return sum_lanes<T>(sum);
+    }
+
+    double uniform_sum(int64_t start, int64_t width, T shift) {
+        const T* weight = inputs_.class_weight ? inputs_.class_weight + start : nullptr;
+        double total = width;
+        if (weight) {
+            total = 0;
+            for (int64_t j = 0; j < width; ++j) total += weight[j];
+        }
+        return weighted_sum(z_, shift, weight, width) + total * shift;
+    }
+
+    // q_ becomes w_j q_j for the chunk.
+    void load_soft(int64_t row, int64_t start, int64_t width) {
+        const View& view = inputs_.probabilities;
+        const int64_t offset = view.row_offset(row) + start * view.class_stride;
+        if constexpr (std::is_same_v<T, double>) gather(static_cast<const double*>(view.data) + offset, view.class_stride, width, q_);
+        else if (view.dtype == DType::float32) gather(static_cast<const float*>(view.data) + offset, view.class_stride, width, q_);
+        else if (view.dtype == DType::bfloat16) gather(static_cast<const BFloat16*>(view.data) + offset, view.class_stride, width, q_);
+        else gather(static_cast<const Float16*>(view.data) + offset, view.class_stride, width, q_);
+        if (!inputs_.class_weight) return;
+        for (int64_t j = 0; j < width; ++j) q_[j] *= inputs_.class_weight[start + j];
+    }
+
+    void add_soft(RowSums& sums, int64_t row, int64_t start, int64_t width, T shift) {
+        load_soft(row, start, width);
+        double weight = 0;
+        for (int64_t j = 0; j < width; ++j) weight += q_[j];
+        sums.soft_weight += weight;
+        sums.soft_z += weighted_sum(z_, shift, q_, width) + weight * shift;
+    }
+
+    template <class Out>
+    void finish_chunk(const In* x, int64_t row, int64_t start, int64_t width, const Slope<T>& slope, const T* e, Out* gradient) {
+        if (inputs_.probabilities.data) {
+            load_soft(row, start, width);
+            // Smoothing moves part of each row's mass to w_j / K: fold both into one vector.
+            if (slope.uniform != 0)
+                for (int64_t j = 0; j < width; ++j)
+                    q_[j] = q_[j] * slope.soft + slope.uniform * (slope.class_weight ? slope.class_weight[j] : T(1));
+            Slope<T> soft = slope;
+            if (slope.uniform != 0) soft.soft = 1;
+            return finish<Subtract::soft>(x, start, width, soft, e, gradient);
+        }
+        if (slope.uniform == 0) return finish<Subtract::nothing>(x, start, width, slope, e, gradient);
+        if (!slope.class_weight) return finish<Subtract::uniform>(x, start, width, slope, e, gradient);
+        return finish<Subtract::weighted>(x, start, width, slope, e, gradient);
+    }
+
+    template <Subtract kind, class Out>
+    void finish(const In* x, int64_t start, int64_t width, const Slope<T>& slope, const T* e, Out* gradient) {
+        if (scale_sum_) add_columns<T, kind>(slope, e, x, width, scale_sum_ + start, bias_sum_ + start);
+        if (!gradient) return;
+        if (inputs_.scale) write_slopes<T, kind, true>(slope, e, inputs_.scale + start, width, gradient);
+        else write_slopes<T, kind, false>(slope, e, inputs_.scale, width, gradient);
+    }
+
+    template <class Out>
+    void finish_label(const In* x, const RowSlope& slope, Out* gradient) {
+        const int64_t label = slope.label_index;
+        const T scale = inputs_.scale ? inputs_.scale[label] : T(1);
+        if (gradient) write_one(gradient + label, T(slope.label) * scale);
+        if (!scale_sum_) return;
+        const double weight = inputs_.class_weight ? inputs_.class_weight[label] : T(1);
+        const double value = read_one(x + label);
+        // The column pass saw e = 0 at the label and added only what is subtracted everywhere.
+        bias_sum_[label] += slope.label + slope.uniform * weight;
+        const double missing = slope.label + slope.uniform * weight;
+        scale_sum_[label] += missing == 0 ? 0.0 : missing * value;
+    }
+
+    const SoftmaxInputs<T>& inputs_;
+    int64_t count_;
+    alignas(64) T z_[kChunk];
+    alignas(64) T q_[kChunk];
+    std::vector<T> chunk_max_;
+    double *scale_sum_ = nullptr, *bias_sum_ = nullptr;
+};
+
+// Runs `per_row` over rows [first, last): directly on the tensors where the classes of a row are adjacent in memory,
+// else on tiles gathered into buffers, neighbouring rows together so that each cache line is fetched once.
+template <class T, class In, class PerRow>
+void sweep_rows(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, const PerRow& per_row, int64_t first,
+                int64_t last, int thread) {
+    const View& x = inputs.logits;
+    const View& g = gradients.logits;
+    const int64_t K = x.num_classes;
+    const bool keep = (g.data || gradients.scale_bias) && K <= kKeepExponentials;
+    if (x.class_stride == 1 && (!g.data || g.class_stride == 1)) {
+        RowSweep<T, In> sweep(inputs, gradients, thread);
+        const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T>);
+        std::vector<T> exponentials(own_buffer ? K : 0);
+        for (int64_t row = first; row < last; ++row) {
+            In* gradient = g.data ? g.row<In>(row) : nullptr;
+            T* e = own_buffer ? exponentials.data() : keep ? reinterpret_cast<T*>(gradient) : nullptr;
+            per_row(sweep, x.row<const In>(row), row, e, gradient);
+        }
+        return;
+    }
+    RowSweep<T, T> sweep(inputs, gradients, thread);
+    std::vector<T> tile(kStagedRows * K), tile_gradient(g.data ? kStagedRows * K : 0), exponentials(keep ? K : 0);
+    const In* rows[kStagedRows];
+    In* gradients_of[kStagedRows];
+    for (int64_t start = first; start < last; start += kStagedRows) {
+        const int64_t count = std::min(kStagedRows, last - start);
+        for (int64_t r = 0; r < count; ++r) {
+            rows[r] = x.row<const In>(start + r);
+            gradients_of[r] = g.data ? g.row<In>(start + r) : nullptr;
+        }
+        for (int64_t j = 0; j < K; ++j)
+            for (int64_t r = 0; r < count; ++r) tile[r * K + j] = read_one(rows[r] + j * x.class_stride);
+        for (int64_t r = 0; r < count; ++r)
+            per_row(sweep, static_cast<const T*>(&tile[r * K]), start + r, keep ? exponentials.data() : nullptr,
+                    g.data ? &tile_gradient[r * K] : nullptr);
+        if (!g.data) continue;
+        for (int64_t j = 0; j < K; ++j)
+            for (int64_t r = 0; r < count; ++r) write_one(gradients_of[r] + j * g.class_stride, tile_gradient[r * K + j]);
+    }
+}
+
+// The stored type of the logits is named here and nowhere else.
+template <class T, class PerRow>
+void dispatch_logits(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, const PerRow& per_row, int64_t first,
+                     int64_t last, int thread) {
+    if constexpr (std::is_same_v<T, double>) {
+        sweep_rows<T, double>(inputs, gradients, per_row, first, last, thread);
+    } else {
+        switch (inputs.logits.dtype) {
+            case DType::bfloat16: return sweep_rows<T, BFloat16>(inputs, gradients, per_row, first, last, thread);
+            case DType::float16: return sweep_rows<T, Float16>(inputs, gradients, per_row, first, last, thread);
+            default: return sweep_rows<T, float>(inputs, gradients, per_row, first, last, thread);
+        }
+    }
+}
