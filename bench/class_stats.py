@@ -51,13 +51,6 @@ BATCHES = (
 )
 
 
-def fused(batch: Batch) -> ClassStatistics:
-    """Statistics that hold the means of an earlier batch; ``.update(features, labels)`` is what is timed."""
-    statistics = ClassStatistics(batch.width, batch.num_classes)
-    statistics.update(*batch.inputs(seed=1))
-    return statistics
-
-
 def eager_two_pass(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, scatter) of one batch: ``index_add_`` for the means, then for the distances to them."""
     width = features.shape[1]
@@ -80,10 +73,11 @@ def eager_moments(features: Tensor, labels: Tensor, num_classes: int) -> tuple[T
 
 
 def prepare(batch: Batch) -> Contest:
-    """Two batches, which repetitions alternate between; ``fused`` goes on from statistics it already has."""
+    """Two batches, which repetitions alternate between; ``fused`` merges into statistics it already has."""
     inputs = [batch.inputs(seed) for seed in range(2)]
     features, labels = (tensor.clone() for tensor in inputs[0])
-    statistics = fused(batch)
+    statistics = ClassStatistics(batch.width, batch.num_classes)
+    statistics.update(*inputs[1])
     rivals: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
         "eager": eager_two_pass,
         "one pass": eager_moments,
@@ -128,7 +122,9 @@ def _check(batch: Batch, rivals: dict[str, Callable], features: Tensor, labels: 
     }
     for name, error in errors.items():
         if not all(got <= least + 1e-5 for got, least in zip(error, errors["eager"], strict=True)):
-            raise Mismatch(f"{name} is {error} from float64 in count, mean and scatter, eager {errors['eager']}")
+            raise Mismatch(
+                f"{name} is {error} from float64 in count, mean and scatter, eager {errors['eager']}"
+            )
 
 
 def _case(batch: Batch) -> Case:

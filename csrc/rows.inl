@@ -6,8 +6,9 @@ struct RowSums {
     double rest = 0;          // sum of exp(z - max) over all classes but the label
     double label_z = 0;       // of the label
     double label_exp = 0;
-    double uniform_z = 0;     // sum of w_j z_j
-    double soft_z = 0;        // sum of w_j q_j z_j
+    double reference = 0;     // what the next two are relative to: near the z, so that a common offset costs no digits
+    double uniform_z = 0;     // sum of w_j (z_j - reference)
+    double soft_z = 0;        // sum of w_j q_j (z_j - reference)
     double soft_weight = 0;   // sum of w_j q_j
     double sum() const { return rest + label_exp; }
 };
@@ -30,7 +31,18 @@ struct RowLoss {
 struct RowOptions {
     double label_weight = 1, weight_sum = 0, num_classes = 0;
     double smoothing = 0, focal_gamma = 0, z_loss = 0;
+    bool has_uniform = false;  // whether the sums hold uniform_z
 };
+
+// sum_j weight_j (lse - z_j) from the sum of weight_j (z_j - reference).
+inline double cross_entropy_of(double weight, double relative_z, double max, double log_sum, double reference) {
+    return weight * (log_sum + (max - reference)) - relative_z;
+}
+
+// softmax * p - counted, where drift = softmax - counted: by whichever of p and 1 - p is small and so has all its digits.
+inline double label_slope(double softmax, double counted, double drift, double p, double rest) {
+    return p < 0.5 ? softmax * p - counted : drift - softmax * rest;
+}
 
 // loss = (1 - p_y)^gamma * ((1 - eps) * w_y * (lse - z_y) + eps / K * sum_j w_j (lse - z_j)) + z_loss * lse^2
 inline RowLoss label_row(const RowSums& sums, int64_t label, const RowOptions& options) {
@@ -43,10 +55,11 @@ inline RowLoss label_row(const RowSums& sums, int64_t label, const RowOptions& o
     const double hard = options.label_weight * (log_sum - (sums.label_z - max));
     const double eps = options.smoothing;
     const double share = eps / options.num_classes;
-    const double uniform = eps == 0 ? 0.0 : options.weight_sum * lse - sums.uniform_z;
+    const double uniform =
+        options.has_uniform ? cross_entropy_of(options.weight_sum, sums.uniform_z, max, log_sum, sums.reference) : 0.0;
 
     RowLoss row;
-    const double mixed = (1 - eps) * hard + share * uniform;
+    const double mixed = eps == 0 ? hard : (1 - eps) * hard + share * uniform;
     double focus = 1, focus_slope = 0;
     if (options.focal_gamma != 0) {
         focus = std::pow(rest, options.focal_gamma);
@@ -58,22 +71,25 @@ inline RowLoss label_row(const RowSums& sums, int64_t label, const RowOptions& o
     row.slope.label_index = label;
     row.slope.uniform = focus * share;
     const double drift = focus * share * options.weight_sum + 2 * options.z_loss * lse;
-    row.slope.softmax = focus * (1 - eps) * options.label_weight + focus_slope + drift;
-    row.slope.label = drift - row.slope.softmax * rest - row.slope.uniform * options.label_weight;
+    const double counted = focus * (1 - eps) * options.label_weight + focus_slope;
+    row.slope.softmax = counted + drift;
+    row.slope.label = label_slope(row.slope.softmax, counted, drift, p, rest) - row.slope.uniform * options.label_weight;
     return row;
 }
 
 // loss = sum_j w_j ((1 - eps) q_j + eps / K) (lse - z_j) + z_loss * lse^2
 inline RowLoss soft_row(const RowSums& sums, const RowOptions& options) {
     const double max = sums.max == -HUGE_VAL ? 0.0 : sums.max;
-    const double lse = max + std::log(sums.sum());
+    const double log_sum = std::log(sums.sum());
+    const double lse = max + log_sum;
     const double eps = options.smoothing;
     const double share = eps / options.num_classes;
-    const double soft = sums.soft_weight * lse - sums.soft_z;
-    const double uniform = eps == 0 ? 0.0 : options.weight_sum * lse - sums.uniform_z;
+    const double soft = cross_entropy_of(sums.soft_weight, sums.soft_z, max, log_sum, sums.reference);
+    const double uniform =
+        options.has_uniform ? cross_entropy_of(options.weight_sum, sums.uniform_z, max, log_sum, sums.reference) : 0.0;
 
     RowLoss row;
-    row.loss = (1 - eps) * soft + share * uniform + options.z_loss * lse * lse;
+    row.loss = (eps == 0 ? soft : (1 - eps) * soft + share * uniform) + options.z_loss * lse * lse;
     row.smoothing_slope = uniform / options.num_classes - soft;
     row.slope.uniform = share;
     row.slope.soft = 1 - eps;

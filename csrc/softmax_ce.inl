@@ -26,8 +26,8 @@ struct CrossEntropyRow {
         options.smoothing = call.row_smoothing ? call.row_smoothing[row] : call.smoothing;
         options.focal_gamma = call.focal_gamma;
         options.z_loss = call.z_loss;
-        const bool want_uniform = options.smoothing != 0 || call.smoothing_slope;
-        const RowSums sums = sweep.read(x, row, want_uniform, e);
+        options.has_uniform = options.smoothing != 0 || call.smoothing_slope;
+        const RowSums sums = sweep.read(x, row, options.has_uniform, e);
         RowLoss result = inputs.labels ? label_row(sums, label, options) : soft_row(sums, options);
         const double scale = call.common_scale * (call.row_scale ? call.row_scale[row] : 1.0);
         call.row_loss[row] = T(result.loss);
@@ -55,22 +55,24 @@ struct StatisticsRow {
     void operator()(Sweep& sweep, const In* x, int64_t row, T*, In*) const {
         const SoftmaxInputs<T>& inputs = call.inputs;
         const bool ignored = inputs.labels && inputs.labels[row] == inputs.ignore_index;
-        const RowSums sums = sweep.read(x, row, call.uniform_cross_entropy && !ignored, nullptr);
+        const bool want_uniform = call.uniform_cross_entropy && !ignored;
+        const RowSums sums = sweep.read(x, row, want_uniform, nullptr);
         RowOptions options;
         options.num_classes = inputs.logits.num_classes;
         const int64_t label = inputs.labels && !ignored ? inputs.labels[row] : -1;
         options.label_weight = label >= 0 && inputs.class_weight ? inputs.class_weight[label] : 1.0;
         const double max = sums.max == -HUGE_VAL ? 0.0 : sums.max;
-        const double lse = max + std::log(sums.sum());
+        const double log_sum = std::log(sums.sum());
         call.row_max[row] = T(sums.max);
         call.row_sum[row] = T(sums.sum());
-        call.log_sum_exp[row] = T(lse);
+        call.log_sum_exp[row] = T(max + log_sum);
         if (call.prediction) call.prediction[row] = sweep.prediction(x, sums);
-        call.target_logit[row] = ignored ? T(0) : T(inputs.labels ? sums.label_z : sums.soft_z);
+        call.target_logit[row] = ignored ? T(0) : T(inputs.labels ? sums.label_z : sums.soft_z + sums.soft_weight * sums.reference);
         call.cross_entropy[row] = ignored ? T(0) : T(inputs.labels ? label_row(sums, label, options).loss : soft_row(sums, options).loss);
         call.rest[row] = label >= 0 ? T(sums.rest / sums.sum()) : T(0);
         if (call.uniform_cross_entropy)
-            call.uniform_cross_entropy[row] = ignored ? T(0) : T(inputs.weight_sum * lse - sums.uniform_z);
+            call.uniform_cross_entropy[row] =
+                ignored ? T(0) : T(cross_entropy_of(inputs.weight_sum, sums.uniform_z, max, log_sum, sums.reference));
     }
 };
 
@@ -95,12 +97,14 @@ struct SweepRow {
             const int64_t label = inputs.labels[row];
             const double weight = inputs.class_weight ? inputs.class_weight[label] : 1.0;
             const double rest = call.rest_of_row[row];
+            const double p = sweep.probability(x, label, max, sum);
             double rest_slope = upstream(call.rest, row);
-            rest_slope = std::isfinite(rest_slope) ? rest_slope * (1 - rest) : 0.0;
+            rest_slope = std::isfinite(rest_slope) ? rest_slope * p : 0.0;
+            const double counted = weight * cross_entropy + rest_slope - logit;
             const double drift = slope.softmax + logit;
             slope.label_index = label;
             slope.softmax += weight * cross_entropy + rest_slope;
-            slope.label = drift - slope.softmax * rest - weight * slope.uniform;
+            slope.label = label_slope(slope.softmax, counted, drift, p, rest) - weight * slope.uniform;
         } else {
             slope.softmax += sweep.soft_weight(row) * cross_entropy;
             slope.soft = cross_entropy - logit;

@@ -22,7 +22,8 @@ public:
             const T chunk_max = load_chunk(x, start, width);
             const T shift = chunk_max == kMinusInfinity<T> ? T(0) : chunk_max;
             chunk_max_.push_back(chunk_max);
-            if (want_uniform) sums.uniform_z += uniform_sum(start, width, shift);
+            if (start == 0) sums.reference = shift;
+            if (want_uniform) sums.uniform_z += uniform_sum(start, width, shift, sums.reference);
             if (inputs_.probabilities.data) add_soft(sums, row, start, width, shift);
             const double rest = exponentials_of_chunk(shift, label - start, width, e ? e + start : nullptr, sums);
             if (double(chunk_max) > sums.max) {
@@ -71,6 +72,14 @@ public:
                 if (has_nan ? std::isnan(z_[j]) : z_[j] == sums.max) return start + j;
         }
         return 0;
+    }
+
+    // p of one class, from the row's maximum and sum.
+    double probability(const In* x, int64_t label, double max, double sum) const {
+        T z = read_one(x + label);
+        if (inputs_.scale) z *= inputs_.scale[label];
+        if (inputs_.bias) z += inputs_.bias[label];
+        return std::exp(double(z) - (max == -HUGE_VAL ? 0.0 : max)) / sum;
     }
 
     double soft_weight(int64_t row) {
@@ -132,14 +141,14 @@ private:
         return sum_lanes<T>(sum);
     }
 
-    double uniform_sum(int64_t start, int64_t width, T shift) {
+    double uniform_sum(int64_t start, int64_t width, T shift, double reference) {
         const T* weight = inputs_.class_weight ? inputs_.class_weight + start : nullptr;
         double total = width;
         if (weight) {
             total = 0;
             for (int64_t j = 0; j < width; ++j) total += weight[j];
         }
-        return weighted_sum(z_, shift, weight, width) + total * shift;
+        return weighted_sum(z_, shift, weight, width) + total * (shift - reference);
     }
 
     // q_ becomes w_j q_j for the chunk.
@@ -159,7 +168,7 @@ private:
         double weight = 0;
         for (int64_t j = 0; j < width; ++j) weight += q_[j];
         sums.soft_weight += weight;
-        sums.soft_z += weighted_sum(z_, shift, q_, width) + weight * shift;
+        sums.soft_z += weighted_sum(z_, shift, q_, width) + weight * (shift - sums.reference);
     }
 
     template <class Out>

@@ -102,12 +102,16 @@ def cross_entropy(
 
 def _backend(problem: _Problem) -> str:
     # torch.func transforms see through plain PyTorch only.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if _transformed():
         return "reference"
     # Nor do the kernels give probability targets a gradient.
     if problem.target.requires_grad and torch.is_grad_enabled():
         return "reference"
     return backends.answering(problem.logits.device.type)
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ def _row_statistics(
     """Differentiable statistics, and (prediction, confidence) when asked."""
     logits, target = problem.logits, problem.target
     if backend == "reference":
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed():
+            _check_labels_now(target, problem.ignore_index, problem.num_classes)
         statistics = reference.row_statistics(
             logits, target, problem.terms, problem.class_weight, problem.ignore_index, problem.dtype
         )
@@ -193,7 +199,7 @@ def _row_statistics(
             return statistics, None
         with torch.no_grad():
             z = reference.terms_applied(logits, problem.terms, problem.dtype)
-            confidence, prediction = z.softmax(1).max(1)
+            confidence, prediction = z.softmax(1).amax(1), z.argmax(1)
         return statistics, (prediction, confidence)
     scale, bias = problem.affine()
     found = ops.softmax_stats(
@@ -294,7 +300,7 @@ def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
         return target.reshape(logits.shape), shape
     if target.dtype not in _LABEL_DTYPES:
         raise TypeError(f"target must be int64, int32 or uint8 labels, or probabilities; got {target.dtype}")
-    if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
+    if target.shape != shape:
         raise ValueError(
             f"target must have shape {tuple(shape)} for input of shape {tuple(input.shape)}; got {tuple(target.shape)}"
         )

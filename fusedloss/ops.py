@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -110,11 +111,10 @@ def _(features, labels, shift, seen, ignore_index, per_feature):
     return torch.empty_like(seen), torch.empty_like(shift), square
 
 
-@dataclass(frozen=True)
-class ClassTensors:
+class ClassTensors(NamedTuple):
     """What class_stats returns; see the reference for the formulas."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple has a method of this name
     sum: Tensor
     square: Tensor
 
@@ -158,6 +158,36 @@ def softmax_ce(
     )[0]
 
 
+class _Refusal(torch.autograd.Function):
+    """Passes a gradient on, and says so when it is differentiated in its turn."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise RuntimeError(
+            "cross_entropy's kernels are differentiable once; for second derivatives use fusedloss.backend('reference')"
+        )
+
+
+def _differentiable_once(backward: Callable) -> Callable:
+    """once_differentiable forgets a graph that needs no upstream gradient: a gradient penalty would count nothing."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx, *upstream):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return once(ctx, *upstream)
+        learned = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        return tuple(None if found is None else _Refusal.apply(found, *learned) for found in gradients)
+
+    return run
+
+
 class _SoftmaxCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
@@ -179,7 +209,7 @@ class _SoftmaxCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, upstream):
         logits, target, scale, bias, class_weight, row_smoothing, row_scale, *rest = ctx.saved_tensors
         wanted = _wanted(logits, scale, bias, row_smoothing)
@@ -261,7 +291,7 @@ class _SoftmaxStatistics(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, _max, _sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, _prediction):
         logits, target, scale, bias, class_weight, row_max, row_sum, rest_of_row = ctx.saved_tensors
         upstream = [

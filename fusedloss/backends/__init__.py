@@ -19,13 +19,16 @@ _kernels: dict[tuple[str, str], Callable] = {}
 _absent: dict[tuple[str, str], str | None] = {}
 
 
-@torch.compiler.assume_constant_result
 def absent(name: str, device_type: str) -> str | None:
     """Why backend `name` can't answer on `device_type`, or None when it can."""
     key = (name, device_type)
     if key not in _absent:
         _absent[key] = None if name == "reference" else _module(name).absent(device_type)
     return _absent[key]
+
+
+# torch.compiler.assume_constant_result does this and imports the compiler, which takes as long as torch itself.
+absent._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def answering(device_type: str) -> str:

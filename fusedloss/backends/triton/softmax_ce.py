@@ -1,0 +1,236 @@
+"""Softmax cross-entropy and the row statistics on a GPU: the schema's functions over the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch
+from .blocks import Inputs, Outputs, Slopes
+from .layout import View, layout_of
+from .rows import (
+    CrossEntropyArguments,
+    Scalars,
+    StatisticsArguments,
+    SweepArguments,
+    focal_row,
+    label_row,
+    soft_row,
+    statistics_row,
+    sweep_row,
+)
+from .softmax_kernels import Sizes, column_kernel, label_kernel, row_kernel, scale_kernel
+
+_NO_SCALARS = Scalars(0.0, 0.0, 0.0)
+_NO_VIEW = View(None, None, None, None)
+_NO_OUTPUTS = Outputs(*_NO_VIEW, None, None)
+
+
+def softmax_ce(
+    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
+    row_smoothing: Tensor | None, row_scale: Tensor | None, smoothing: float, focal_gamma: float,
+    z_loss: float, ignore_index: int, mean: bool, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """The scalar loss, the loss of each row, and the gradients that are wanted of the scalar one."""
+    want_logits, want_columns, want_smoothing = wanted
+    call = _Call(logits, target, scale, bias, class_weight, ignore_index, want_logits)
+    denominator = call.denominator() if mean else None
+    if not mean:
+        call.check_labels()
+    row_loss = call.new_rows()
+    smoothing_slope = call.new_rows() if want_smoothing else None
+    arguments = CrossEntropyArguments(row_loss, smoothing_slope, row_smoothing, row_scale, denominator)
+    row = soft_row if call.soft else focal_row if focal_gamma != 0 else label_row
+    call.uniform = smoothing != 0 or row_smoothing is not None or want_smoothing
+    call.scalars = Scalars(float(smoothing), float(focal_gamma), float(z_loss))
+    gradients = call.run(row, arguments, want_columns)
+    loss = row_loss.sum() if row_scale is None else (row_loss * row_scale).sum()
+    if denominator is not None:
+        loss = loss / denominator
+    return loss, row_loss, gradients + ([] if smoothing_slope is None else [smoothing_slope])
+
+
+def softmax_stats(
+    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
+    ignore_index: int, want_uniform: bool, want_prediction: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The statistics of each row, in the order of the schema."""
+    call = _Call(logits, target, scale, bias, class_weight, ignore_index, want_logits=False)
+    call.check_labels()
+    found = StatisticsArguments(
+        row_max=call.new_rows(),
+        row_sum=call.new_rows(),
+        log_sum_exp=call.new_rows(),
+        target_logit=call.new_rows(),
+        cross_entropy=call.new_rows(),
+        uniform=call.new_rows() if want_uniform else None,
+        rest=call.new_rows(),
+        prediction=call.new_rows(torch.int64) if want_prediction else None,
+    )
+    call.uniform, call.prediction = want_uniform, want_prediction
+    call.run(statistics_row, found)
+    uniform = call.new(0) if found.uniform is None else found.uniform
+    prediction = call.new(0, dtype=torch.int64) if found.prediction is None else found.prediction
+    return tuple(found._replace(uniform=uniform, prediction=prediction))
+
+
+def softmax_sweep(
+    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
+    row_max: Tensor, row_sum: Tensor, rest: Tensor, ignore_index: int, grad_log_sum_exp: Tensor | None,
+    grad_target_logit: Tensor | None, grad_cross_entropy: Tensor | None, grad_uniform: Tensor | None,
+    grad_rest: Tensor | None, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients under any upstream gradients; long rows are read once, from the saved sums."""
+    want_logits, want_columns = wanted
+    call = _Call(logits, target, scale, bias, class_weight, ignore_index, want_logits)
+    call.uniform = grad_uniform is not None
+    weight_sum = class_weight.sum() if call.uniform and class_weight is not None else None
+    arguments = SweepArguments(row_max, row_sum, rest, weight_sum, grad_log_sum_exp, grad_target_logit,
+                               grad_cross_entropy, grad_uniform, grad_rest)  # fmt: skip
+    # Only the sum of w_j q_j isn't among the saved statistics.
+    call.sums = call.soft and grad_cross_entropy is not None
+    return call.run(sweep_row, arguments, want_columns)
+
+
+def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies a gradient by a 0-dim tensor on its device; programs leave at once when it is 1."""
+    run = gradient.permute(sorted(range(gradient.dim()), key=gradient.stride, reverse=True))
+    if not run.is_contiguous():
+        return gradient.mul_(factor)
+    block, warps = launch.SCALE
+    dtype = launch.triton_dtype(launch.compute_dtype(gradient))
+    grid = (triton.cdiv(gradient.numel(), block),)
+    launch.start(
+        scale_kernel, grid, (run, factor, gradient.numel()), gradient.device, warps, T=dtype, BLOCK=block
+    )
+    return gradient
+
+
+class _Call:
+    """The tensors of one call as kernels see them, its gradient, and which sums its rows need."""
+
+    uniform = prediction = False
+    sums = True
+    scalars = _NO_SCALARS
+
+    def __init__(
+        self, logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None,
+        class_weight: Tensor | None, ignore_index: int, want_logits: bool,
+    ) -> None:  # fmt: skip
+        self.logits, self.class_weight, self.ignore_index = logits, class_weight, ignore_index
+        self.soft = target.is_floating_point()
+        self.dtype = launch.compute_dtype(logits)
+        self.gradient = torch.empty_like(logits) if want_logits else None
+        classwise = [
+            logits,
+            *([target] if self.soft else []),
+            *([] if self.gradient is None else [self.gradient]),
+        ]
+        self.layout = layout_of(classwise, None if self.soft else target)
+        self.rows = self.layout.row_view()
+        view = self.layout.view
+        self.labels = None if self.soft else self.layout.label_view(target)
+        soft_view = view(target) if self.soft else _NO_VIEW
+        labels = (self.labels or _NO_VIEW)[:3]
+        self.inputs = Inputs(*view(logits), *soft_view, *labels, scale, bias, class_weight)
+        self.outputs = Outputs(*(_NO_VIEW if self.gradient is None else view(self.gradient)), None, None)
+        self.adjacent = logits.stride(1) == 1
+        self.tile = launch.row_tile(logits.shape[1], self.dtype, self.adjacent)
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.logits.new_empty(shape, dtype=dtype or self.dtype)
+
+    def new_rows(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.new(*self.logits.shape[:1], *self.logits.shape[2:], dtype=dtype)
+
+    def denominator(self) -> Tensor:
+        """What the mean divides by, on the device; labels are checked on the way."""
+        if self.soft:
+            return self.new().fill_(self.layout.outer * self.layout.inner)
+        weights = self.new_rows()
+        self.check_labels(weights)
+        return weights.sum()
+
+    def check_labels(self, weights: Tensor | None = None) -> None:
+        """Asserts on the device that labels are in range; fills `weights` with those of the rows' labels."""
+        if self.labels is None:
+            return
+        rows, warps = launch.LABELS
+        sizes = self._sizes(rows)
+        arguments = (
+            self.labels,
+            weights,
+            self.class_weight,
+            self.rows,
+            sizes,
+            self.layout.num_classes,
+            self.ignore_index,
+        )
+        self._start(label_kernel, (sizes.tiles,), arguments, warps, ROWS=rows)
+
+    def run(self, row: Any, arguments: Any, want_columns: bool = False) -> list[Tensor]:
+        """Runs a row function over all rows; returns the wanted ones of gradient and column sums."""
+        gradients = [] if self.gradient is None else [self.gradient]
+        tile = self.tile
+        if not want_columns:
+            self._run_rows(row, arguments, self.outputs, tiles_per_program=1)
+            return gradients
+        apart = launch.column_tile(tile, self.layout.num_classes, self.dtype, self.adjacent)
+        if apart is not None:
+            # Programs that own classes follow, from the slopes that each row leaves.
+            slopes = self.new(len(Slopes._fields), self.layout.outer * self.layout.inner)
+            self._run_rows(row, arguments, _NO_OUTPUTS, tiles_per_program=1, slopes=slopes)
+            tile = apart
+        blocks = triton.cdiv(self.layout.num_classes, tile.block)
+        sizes = self._sizes(tile.rows)
+        programs = max(1, launch.programs_for(sizes.tiles, self.logits.device) // blocks)
+        sizes = sizes._replace(tiles_per_program=triton.cdiv(sizes.tiles, programs))
+        parts = [self.new(programs, self.layout.num_classes) for _ in range(2)]
+        outputs = self.outputs._replace(scale=parts[0], bias=parts[1])
+        if apart is None:
+            self._run_rows(row, arguments, outputs, sizes.tiles_per_program, programs=programs)
+        else:
+            everything = (self.inputs, outputs, slopes, self.rows, sizes, self.ignore_index)
+            self._start(column_kernel, (programs, blocks), everything, tile.warps, UNIFORM=self.uniform,
+                        ROWS=tile.rows, BLOCK=tile.block, ALIGN=self.layout.align)  # fmt: skip
+        return gradients + [part.sum(0) for part in parts]
+
+    def _run_rows(
+        self, row: Any, arguments: Any, outputs: Outputs, tiles_per_program: int, *,
+        programs: int | None = None, slopes: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        tile = self.tile
+        sizes = self._sizes(tile.rows)._replace(tiles_per_program=tiles_per_program)
+        everything = (
+            self.inputs,
+            outputs,
+            slopes,
+            arguments,
+            self.rows,
+            sizes,
+            self.ignore_index,
+            *self.scalars,
+        )
+        self._start(
+            row_kernel, (sizes.tiles if programs is None else programs,), everything, tile.warps, ROW=row,
+            SUMS=self.sums, UNIFORM=self.uniform, PREDICTION=self.prediction, ROWS=tile.rows,
+            BLOCK=tile.block, ONE_BLOCK=self.layout.num_classes <= tile.block, ALIGN=self.layout.align,
+        )  # fmt: skip
+
+    def _sizes(self, rows: int) -> Sizes:
+        layout = self.layout
+        inner_tiles = triton.cdiv(layout.inner, rows)
+        units = layout.num_classes // layout.align
+        return Sizes(
+            units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles, 1
+        )
+
+    def _start(
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], warps: int, **constants: Any
+    ) -> None:
+        dtype = launch.triton_dtype(self.dtype)
+        launch.start(kernel, grid, arguments, self.logits.device, warps, T=dtype, **constants)

@@ -1,0 +1,275 @@
+"""The truth that kernels are judged by: eager PyTorch in float64, sharing no code with the package.
+
+`eager` is the loss in plain operations in any dtype. In float64 it is the truth, in the dtype that a kernel computes
+in it is what a user would have had: a kernel may be no further from the truth than twice that, plus a stated tolerance.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+
+# The stated tolerance, in units of the computing dtype's epsilon: of a tensor's largest entry, and of each entry.
+TENSOR_EPSILONS = 16
+ENTRY_EPSILONS = 8
+
+
+@dataclass
+class Case:
+    """Arguments of a loss. `terms` holds ("temperature", tau), ("scale", s) and ("prior", log_prior, strength)."""
+
+    input: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor | None = None
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float | torch.Tensor = 0.0
+    terms: tuple = ()
+    focal_gamma: float = 0.0
+    z_loss: float = 0.0
+    sample_weight: torch.Tensor | None = None
+    upstream: torch.Tensor | float = 1.0
+    learned: tuple[str, ...] = field(default=("input",))
+
+    def tensors(self):
+        """The tensors by name that a gradient may be asked for."""
+        named = {
+            "input": self.input,
+            "label_smoothing": self.label_smoothing,
+            "sample_weight": self.sample_weight,
+        }
+        named |= {f"term{i}": term[1] for i, term in enumerate(self.terms)}
+        return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
+def computing_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def zero_safe_product(weight, value):
+    """weight * value, and 0 where the weight is 0: a class that does not count may be masked with -inf."""
+    return torch.where(weight == 0, torch.zeros_like(value), weight * value)
+
+
+def per_class(value, z):
+    return (
+        value.reshape(-1, *[1] * (z.dim() - 2))
+        if isinstance(value, torch.Tensor) and value.dim() == 1
+        else value
+    )
+
+
+def apply_terms(z, terms):
+    for name, value, *rest in terms:
+        if name == "temperature":
+            z = z / per_class(value, z)
+        elif name == "scale":
+            z = z * per_class(value, z)
+        else:
+            z = z + rest[0] * per_class(value, z)
+    return z
+
+
+def per_row(value, rows):
+    if isinstance(value, torch.Tensor) and 0 < value.dim() < len(rows):
+        return value.reshape(-1, *[1] * (len(rows) - 1)).expand(rows)
+    return value
+
+
+def eager(case: Case) -> torch.Tensor:
+    """The loss of a case in the dtype of its tensors."""
+    plain = not isinstance(case.label_smoothing, torch.Tensor) and case.sample_weight is None
+    plain = plain and case.focal_gamma == 0 and case.z_loss == 0
+    z = case.input if case.input.dim() > 1 else case.input.unsqueeze(0)
+    z = apply_terms(z, case.terms)
+    masked = bool(torch.isinf(z).any()) and case.target.is_floating_point()
+    if plain and not masked:
+        z = z if case.input.dim() > 1 else z.squeeze(0)
+        options = {"ignore_index": case.ignore_index, "reduction": case.reduction}
+        target = case.target.long() if case.target.dtype == torch.int32 else case.target
+        return F.cross_entropy(z, target, case.weight, label_smoothing=case.label_smoothing, **options)
+    return written_out(case, z)
+
+
+def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
+    """The loss of logits `z` (terms applied) by its formula, for what torch has no argument for."""
+    num_classes = z.shape[1]
+    rows = z.shape[:1] + z.shape[2:]
+    weight = torch.ones(num_classes, dtype=z.dtype) if case.weight is None else case.weight
+    smoothing, sample_weight = per_row(case.label_smoothing, rows), per_row(case.sample_weight, rows)
+    log_p = z.log_softmax(1)
+    lse = z.logsumexp(1)
+    if case.target.is_floating_point():
+        q = case.target.reshape(z.shape)
+        smooth = isinstance(smoothing, torch.Tensor) or smoothing != 0
+        if smooth:
+            eps = smoothing.reshape(rows).unsqueeze(1) if isinstance(smoothing, torch.Tensor) else smoothing
+            q = (1 - eps) * q + eps / num_classes
+        loss = -zero_safe_product(q * per_class(weight, z), log_p).sum(1)
+        kept = torch.ones(rows, dtype=torch.bool)
+        share = torch.ones(rows, dtype=z.dtype)
+    else:
+        target = case.target.reshape(rows).long()
+        kept = target != case.ignore_index
+        label = torch.where(kept, target, 0)
+        picked = label.unsqueeze(1)
+        label_weight = weight[label]
+        hard = -label_weight * log_p.gather(1, picked).squeeze(1)
+        loss = hard
+        if isinstance(smoothing, torch.Tensor) or smoothing != 0:
+            uniform = -zero_safe_product(per_class(weight, z).expand_as(z), log_p).sum(1)
+            loss = (1 - smoothing) * hard + smoothing * uniform / num_classes
+        if case.focal_gamma:
+            others = log_p.masked_fill(
+                torch.zeros_like(z, dtype=torch.bool).scatter(1, picked, True), -torch.inf
+            )
+            rest = others.exp().sum(1)
+            # A certain row has loss and slope 0; the power alone has an infinite slope there below gamma = 1.
+            certain = rest == 0
+            loss = torch.where(certain, 0, torch.where(certain, 1, rest) ** case.focal_gamma * loss)
+        share = torch.where(kept, label_weight, 0)
+    if case.z_loss:
+        loss = loss + case.z_loss * lse.square()
+    loss = torch.where(kept, loss, 0)
+    if sample_weight is not None:
+        loss, share = loss * sample_weight.reshape(rows), share * sample_weight.reshape(rows)
+    if case.reduction == "none":
+        return loss.reshape(()) if case.input.dim() == 1 else loss
+    return loss.sum() if case.reduction == "sum" else loss.sum() / share.sum()
+
+
+def cast(case: Case, dtype: torch.dtype) -> Case:
+    """The case with every floating tensor in `dtype`, as leaves that require gradients where `learned` says so."""
+
+    def copy(value, name=None):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().to(dtype).clone().requires_grad_(name in case.learned)
+
+    return Case(
+        copy(case.input, "input"),
+        copy(case.target),
+        copy(case.weight),
+        case.ignore_index,
+        case.reduction,
+        copy(case.label_smoothing, "label_smoothing"),
+        tuple((t[0], copy(t[1], f"term{i}"), *t[2:]) for i, t in enumerate(case.terms)),
+        case.focal_gamma,
+        case.z_loss,
+        copy(case.sample_weight, "sample_weight"),
+        copy(case.upstream),
+        case.learned,
+    )
+
+
+def loss_and_gradients(case: Case, loss_of) -> dict[str, torch.Tensor]:
+    """{"loss": value, name: gradient, ...} of loss_of(case) for the tensors that the case learns."""
+    loss = loss_of(case)
+    found = {"loss": loss.detach()}
+    if case.learned:
+        upstream = torch.as_tensor(case.upstream, dtype=loss.dtype).expand(loss.shape)
+        wanted = {name: tensor for name, tensor in case.tensors().items() if name in case.learned}
+        gradients = torch.autograd.grad(loss, list(wanted.values()), upstream)
+        found |= dict(zip(wanted, gradients, strict=True))
+    return found
+
+
+def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=ENTRY_EPSILONS) -> None:
+    """Asserts that loss_of(case) and its gradients are as near to float64 as eager PyTorch, plus the tolerance.
+
+    float16 and bfloat16 logits are judged by eager PyTorch in float32, which is stricter than in their own dtype;
+    their gradients are then allowed one rounding to the stored dtype. In float64 the truth is eager PyTorch itself:
+    its own error, which grows with the exponents, shows as ours: the tensor's tolerance grows with the logits' range.
+    """
+    computing = computing_dtype(case.input.dtype)
+    if computing == torch.float64:
+        tensor_epsilons *= 4 * (4 + _range_of_logits(case))
+    truth = loss_and_gradients(cast(case, torch.float64), eager)
+    usual = loss_and_gradients(cast(case, computing), eager)
+    with_leaves = cast(case, case.input.dtype)
+    found = loss_and_gradients(_keep_layout(case, with_leaves), loss_of)
+    # With one class everything cancels, and what is left is the rounding of terms of size 1.
+    scales = (
+        dict.fromkeys(case.learned, 1.0) if case.input.shape[-1 if case.input.dim() == 1 else 1] == 1 else {}
+    )
+    if case.reduction == "mean" and "sample_weight" in case.learned:
+        scales["sample_weight"] = _scale_of_weight_gradients(case, truth["loss"])
+    for name, expected in truth.items():
+        stored = found[name].dtype
+        assert stored == (computing if name == "loss" else case.tensors()[name].dtype), name
+        assert found[name].shape == expected.shape, (name, found[name].shape, expected.shape)
+        scale = scales.get(name, 0.0)
+        compare(
+            name,
+            found[name],
+            usual[name],
+            expected,
+            computing,
+            stored,
+            tensor_epsilons,
+            entry_epsilons,
+            scale,
+        )
+
+
+def _range_of_logits(case: Case) -> float:
+    z = case.input.detach().unsqueeze(0) if case.input.dim() == 1 else case.input.detach()
+    z = apply_terms(z, tuple((t[0], torch.as_tensor(t[1]).detach(), *t[2:]) for t in case.terms))
+    z = z[torch.isfinite(z).all(1, keepdim=True).expand_as(z)]
+    return float(z.max() - z.min()) if z.numel() else 0.0
+
+
+def _scale_of_weight_gradients(case: Case, mean: torch.Tensor) -> float:
+    """max l_i / sum of shares: the gradient of a mean is the difference of two numbers of this size."""
+    summed = replace(case, reduction="sum", upstream=1.0, learned=("sample_weight",))
+    found = loss_and_gradients(cast(summed, torch.float64), eager)
+    scale = found["sample_weight"].abs().max() * (mean / found["loss"]).abs() * abs(float(case.upstream))
+    return float(scale) if torch.isfinite(scale) else 0.0
+
+
+def compare(name, found, usual, expected, computing, stored, tensor_epsilons, entry_epsilons, scale=0.0):
+    """Asserts |found - expected| <= 2 |usual - expected| + tolerance, with NaN and infinities in the same places."""
+    found, usual = found.double(), usual.double()
+    usual_error = (usual - expected).abs().nan_to_num(0.0, 0.0, 0.0)
+    finite = torch.isfinite(expected)
+    largest = max(scale, float(expected[finite].abs().max()) if bool(finite.any()) else 0.0)
+    computing_epsilon = torch.finfo(computing).eps
+    rounding = torch.finfo(stored).eps * expected.abs() if stored != computing else 0.0
+    # Where everything cancels (one class) double precision leaves its own rounding, and so may a row's sums.
+    smallest = (
+        torch.finfo(stored).smallest_normal * torch.finfo(stored).eps + 16 * torch.finfo(torch.float64).eps
+    )
+    allowed = (
+        2 * float(usual_error.max() if usual_error.numel() else 0)
+        + tensor_epsilons * computing_epsilon * largest
+        + entry_epsilons * computing_epsilon * expected.abs()
+        + rounding
+        + smallest
+    )
+    too_large = expected.abs() > torch.finfo(stored).max
+    same = (
+        (torch.isnan(found) & torch.isnan(expected)) | (found == expected) | (too_large & torch.isinf(found))
+    )
+    wrong = ~(same | ((found - expected).abs() <= allowed))
+    if bool(wrong.any()):
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}{list(where)}: got {found[where].item():.9g}, truth {expected[where].item():.9g}, eager "
+            f"{usual[where].item():.9g}, allowed error {torch.as_tensor(allowed).expand_as(expected)[where].item():.3g}; "
+            f"{int(wrong.sum())} of {wrong.numel()} entries are wrong"
+        )
+
+
+def _keep_layout(case: Case, leaves: Case) -> Case:
+    """`leaves` with the strides that the case's tensors came with, and their own dtypes."""
+    for name, tensor in case.tensors().items():
+        leaf = tensor.detach().requires_grad_(name in case.learned)
+        if name.startswith("term"):
+            i = int(name[4:])
+            terms = list(leaves.terms)
+            terms[i] = (terms[i][0], leaf, *terms[i][2:])
+            leaves.terms = tuple(terms)
+        else:
+            setattr(leaves, name, leaf)
+    leaves.target, leaves.weight, leaves.upstream = case.target, case.weight, case.upstream
+    return leaves
