@@ -26,7 +26,7 @@ class BuildKernels(build_ext):
         compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
         if shutil.which(compiler) is None:
             message = (
-                f"fusedloss: no C++ compiler ('{compiler}' is not on PATH), so the CPU kernels are not built and the slower "
+                f"fusedloss: no C++ compiler ('{compiler}' is not on PATH), so no CPU kernels are built and slower "
                 "PyTorch formulas answer on the CPU. Install one (Debian: apt install g++) and reinstall; "
                 "`python -m fusedloss info` says what is in use."
             )

@@ -122,9 +122,7 @@ def _check(batch: Batch, rivals: dict[str, Callable], features: Tensor, labels: 
     }
     for name, error in errors.items():
         if not all(got <= least + 1e-5 for got, least in zip(error, errors["eager"], strict=True)):
-            raise Mismatch(
-                f"{name} is {error} from float64 in count, mean and scatter, eager {errors['eager']}"
-            )
+            raise Mismatch(f"{name} is {error} from float64 in count, mean and scatter, eager {errors['eager']}")
 
 
 def _case(batch: Batch) -> Case:

@@ -83,11 +83,7 @@ def _draw_ratios(axes: Any, rows: list[Row], positions: dict[tuple[str, str], in
                 )
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    ticks = [
-        tick
-        for tick in (0.25, 0.5, 1, 2, 3, 5, 10, 20, 40)
-        if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]
-    ]
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 5, 10, 20, 40) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("time of the rival / time of fusedloss (right of 1: fusedloss is faster)", fontsize=9)
@@ -100,9 +96,7 @@ def _draw_shares(axes: Any, rows: list[Row], positions: dict[tuple[str, str], in
     shares = [float(row["share"]) for row in judged]
     axes.barh(at, shares, height=0.6, color="#88ccaa")
     for position, share, row in zip(at, shares, judged, strict=True):
-        axes.text(
-            share, position, f" {share:.2f}  ({float(row['gb_per_s']):.3g} GB/s)", va="center", fontsize=7
-        )
+        axes.text(share, position, f" {share:.2f}  ({float(row['gb_per_s']):.3g} GB/s)", va="center", fontsize=7)
     axes.set_xlim(0, max(1.35, 1.3 * max(shares)))
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel(f"share of the measured bandwidth, {judged[0]['allocator']}", fontsize=9)

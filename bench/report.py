@@ -85,9 +85,7 @@ def _table(title: str, cases: list[Case], measured: Mapping[str, Any]) -> str:
 
 
 def _wanted_figures(cases: list[Case], speeds: Mapping[str, Found], judged: bool) -> list[str]:
-    rivals = dict.fromkeys(
-        name for case in cases for name in speeds.get(case.name, {}) if name not in _NOT_RIVALS
-    )
+    rivals = dict.fromkeys(name for case in cases for name in speeds.get(case.name, {}) if name not in _NOT_RIVALS)
     targeted = [name for name in ("fastest", "overhead_us") if any(name in case.targets for case in cases)]
     return ["share", *rivals, *(targeted if judged else [])]
 

@@ -75,9 +75,7 @@ def compiling(capability: int) -> Iterator[list[tuple[str, Any]]]:
 
     found: list[tuple[str, Any]] = []
 
-    def compile_only(
-        kernel: Any, grid: Any, arguments: Any, device: Any, warps: int, **constants: Any
-    ) -> None:
+    def compile_only(kernel: Any, grid: Any, arguments: Any, device: Any, warps: int, **constants: Any) -> None:
         compiled = kernel.warmup(*arguments, grid=(1,), **launch.options(warps), **constants)
         found.append((kernel.__name__, compiled))
 
@@ -116,18 +114,14 @@ def _logits(dtype: torch.dtype, num_classes: int, layout: str) -> torch.Tensor:
 class _Inputs:
     """Tensors of a variant; only their shapes, types and strides matter."""
 
-    def __init__(
-        self, dtype: str, num_classes: int, target: str = "labels", terms: bool = True, layout: str = "rows"
-    ):
+    def __init__(self, dtype: str, num_classes: int, target: str = "labels", terms: bool = True, layout: str = "rows"):
         self.logits = _logits(_DTYPES[dtype], num_classes, layout)
         self.compute = torch.float64 if dtype == "f64" else torch.float32
         rows = self.logits.shape[:1] + self.logits.shape[2:]
         labels = torch.zeros(rows, dtype=torch.int64)
         self.target = labels if target == "labels" else torch.empty_like(self.logits)
         self.row = torch.empty(rows, dtype=self.compute)
-        self.classes: Any = tuple(
-            torch.empty(num_classes, dtype=self.compute) if terms else None for _ in range(3)
-        )
+        self.classes: Any = tuple(torch.empty(num_classes, dtype=self.compute) if terms else None for _ in range(3))
 
 
 def _softmax_ce(
@@ -154,9 +148,7 @@ def _softmax_sweep(dtype: str, num_classes: int, *, target: str = "labels", colu
     from fusedloss.backends.triton.softmax_ce import softmax_sweep
 
     made = _Inputs(dtype, num_classes, target)
-    softmax_sweep(
-        made.logits, made.target, *made.classes, *(made.row,) * 3, -100, *(made.row,) * 5, [True, columns]
-    )
+    softmax_sweep(made.logits, made.target, *made.classes, *(made.row,) * 3, -100, *(made.row,) * 5, [True, columns])
 
 
 def _class_stats(dtype: str, width: int, *, per_feature: bool) -> None:
@@ -165,9 +157,7 @@ def _class_stats(dtype: str, width: int, *, per_feature: bool) -> None:
     compute = torch.float64 if dtype == "f64" else torch.float32
     labels, classes = torch.zeros(_ROWS, dtype=torch.int64), 10
     features = torch.empty(_ROWS, width, dtype=_DTYPES[dtype])
-    class_stats(
-        features, labels, torch.empty(classes, width, dtype=compute), labels[:classes], -100, per_feature
-    )
+    class_stats(features, labels, torch.empty(classes, width, dtype=compute), labels[:classes], -100, per_feature)
 
 
 def _scale_in_place(dtype: str) -> None:
@@ -190,8 +180,7 @@ def variants(quick: bool) -> list[Variant]:
     def add(function: Callable[..., None], *arguments: Any, **keywords: Any) -> None:
         words = [function.__name__.strip("_"), *map(str, arguments)]
         words += [
-            key if value is True else f"no {key}" if value is False else str(value)
-            for key, value in keywords.items()
+            key if value is True else f"no {key}" if value is False else str(value) for key, value in keywords.items()
         ]
         found.append((" ".join(words), function, arguments, keywords))
 
@@ -250,8 +239,7 @@ def table(usages: list[Usage]) -> str:
     lines = [head, *((u.kernel, u.variant, f"sm_{u.target}", *map(str, u[3:])) for u in usages)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
@@ -261,11 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel, for sm_90 only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     chosen = parser.parse_args(arguments)
-    jobs = [
-        (variant, target)
-        for target in ((90,) if chosen.quick else TARGETS)
-        for variant in variants(chosen.quick)
-    ]
+    jobs = [(variant, target) for target in ((90,) if chosen.quick else TARGETS) for variant in variants(chosen.quick)]
     with ProcessPoolExecutor(chosen.processes, multiprocessing.get_context("spawn")) as pool:
         # The same kernel of several variants is listed once.
         usages = list({usage: None for found in pool.map(resources, jobs) for usage in found})

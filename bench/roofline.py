@@ -36,9 +36,7 @@ def read_of(source: Tensor) -> Callable[[], Any]:
 def limits(seconds: float) -> dict[str, float]:
     """GB/s of a copy (bytes read and written) and of a read of 256 MiB; GFLOP/s of a square GEMM by dtype."""
     buffer = torch.zeros(_BUFFER_BYTES // 4)
-    square = {
-        dtype: torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for dtype in (torch.float32, torch.bfloat16)
-    }
+    square = {dtype: torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     products = {dtype: torch.empty_like(matrix) for dtype, matrix in square.items()}
     calls: Mapping[str, Callable[[], Any]] = {
         "copy": copy_of(buffer),
@@ -49,6 +47,5 @@ def limits(seconds: float) -> dict[str, float]:
     amount = {"copy": 2 * _BUFFER_BYTES, "read": _BUFFER_BYTES}
     times = timing.in_turn(calls, lambda _: None, seconds)
     return {
-        name: amount.get(name, 2 * _GEMM_SIZE**3) / timing.summary(taken).median / 1e9
-        for name, taken in times.items()
+        name: amount.get(name, 2 * _GEMM_SIZE**3) / timing.summary(taken).median / 1e9 for name, taken in times.items()
     }

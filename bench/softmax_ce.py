@@ -81,9 +81,7 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, divisor: int, vace: bool
     )
 
 
-def _check(
-    losses: dict[str, Loss], sources: list[Tensor], labels: list[Tensor], tau: Tensor, divisor: int
-) -> None:
+def _check(losses: dict[str, Loss], sources: list[Tensor], labels: list[Tensor], tau: Tensor, divisor: int) -> None:
     """Two losses alive at once, with different upstream gradients: each must be right in every contestant."""
     divisors = (divisor, 3)
     found: list[dict[str, tuple[float, Tensor]]] = [{}, {}]
@@ -100,9 +98,7 @@ def _check(
         deviations = _deviations(results, source, target, tau, by)
         allowed = deviations["eager"]
         for name, deviation in deviations.items():
-            if not all(
-                got <= least + _TOLERANCE[source.dtype] for got, least in zip(deviation, allowed, strict=True)
-            ):
+            if not all(got <= least + _TOLERANCE[source.dtype] for got, least in zip(deviation, allowed, strict=True)):
                 raise Mismatch(f"{name} is {deviation} from float64, eager {allowed}")
 
 

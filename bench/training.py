@@ -49,9 +49,7 @@ def synthetic_rows(case: Case) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(case.classes, (case.rows,), generator=generator)
     features = torch.randn(case.rows, case.width, generator=generator)
-    return features.add_(
-        torch.randn(case.classes, case.width, generator=generator)[labels], alpha=0.2
-    ), labels
+    return features.add_(torch.randn(case.classes, case.width, generator=generator)[labels], alpha=0.2), labels
 
 
 def ours(case: Case, features: Tensor, labels: Tensor, loss: str = "ce") -> tuple[Epoch, nn.Module]:
@@ -175,19 +173,12 @@ def report(name: str, case: Case, epochs: int) -> None:
         )
     parts = parts_of_a_step(case, features, labels, min(4 * steps, 100))
     whole = sum(parts.values())
-    print(
-        "  a step of ours: "
-        + ", ".join(f"{part} {1000 * s:.3f} ms ({s / whole:.0%})" for part, s in parts.items())
-    )
+    print("  a step of ours: " + ", ".join(f"{part} {1000 * s:.3f} ms ({s / whole:.0%})" for part, s in parts.items()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--case", choices=CASES, action="append", help="a case; several may be named (default: all)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="a case; several may be named (default: all)")
     parser.add_argument("--epochs", type=int, default=7, help="timed epochs of each contestant (default: 7)")
     options = parser.parse_args()
     for name in options.case or CASES:

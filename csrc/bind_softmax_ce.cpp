@@ -13,8 +13,8 @@ namespace py = pybind11;
 namespace fusedloss {
 namespace {
 
-// What Python passes for the inputs of every softmax operation: (logits, target, scale, bias, class_weight, ignore_index)
-// where target is the address of int64 labels or a view of probabilities.
+// What Python passes for the inputs of every softmax operation: (logits, target, scale, bias, class_weight,
+// ignore_index) where target is the address of int64 labels or a view of probabilities.
 template <class T>
 SoftmaxInputs<T> inputs_of(const py::tuple& t) {
     SoftmaxInputs<T> inputs;
@@ -41,8 +41,8 @@ void check_labels(const SoftmaxInputs<T>& inputs) {
         const int64_t label = inputs.labels[row];
         if (label == inputs.ignore_index || (label >= 0 && label < K)) continue;
         throw py::index_error("target: got label " + std::to_string(label) + " at row " + std::to_string(row) +
-                              "; allowed are 0 to " + std::to_string(K - 1) + " and ignore_index=" +
-                              std::to_string(inputs.ignore_index));
+                              "; allowed are 0 to " + std::to_string(K - 1) +
+                              " and ignore_index=" + std::to_string(inputs.ignore_index));
     }
 }
 
@@ -53,7 +53,8 @@ double denominator(const SoftmaxInputs<T>& inputs) {
     if (!inputs.labels) return double(rows);
     double sum = 0;
     for (int64_t row = 0; row < rows; ++row)
-        if (inputs.labels[row] != inputs.ignore_index) sum += inputs.class_weight ? inputs.class_weight[inputs.labels[row]] : 1;
+        if (inputs.labels[row] != inputs.ignore_index)
+            sum += inputs.class_weight ? inputs.class_weight[inputs.labels[row]] : 1;
     return sum;
 }
 
@@ -89,8 +90,8 @@ int threads_for(const View& logits, int threads) {
     return useful_threads(logits.num_rows() * logits.num_classes, logits.num_rows(), threads);
 }
 
-// gradients: (view of dL/dlogits or None, address of dL/dscale, address of dL/dbias); options: (smoothing, row_smoothing,
-// focal_gamma, z_loss, row_scale, mean); outputs: (loss, row_loss, smoothing slope).
+// gradients: (view of dL/dlogits or None, address of dL/dscale, address of dL/dbias); options: (smoothing,
+// row_smoothing, focal_gamma, z_loss, row_scale, mean); outputs: (loss, row_loss, smoothing slope).
 template <class T>
 void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tuple& outputs, const py::tuple& gradients,
                 int threads) {
@@ -118,7 +119,8 @@ void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tup
     call.gradients.scale_bias = columns.data();
     use_huge_pages(call.gradients.logits);
     const auto kernel = kernels().softmax<T>().ce;
-    parallel_ranges(logits.num_rows(), threads, [&](int64_t first, int64_t last, int thread) { kernel(call, first, last, thread); });
+    parallel_ranges(logits.num_rows(), threads,
+                    [&](int64_t first, int64_t last, int thread) { kernel(call, first, last, thread); });
     columns.write(grad_scale, grad_bias);
     double total = 0;
     for (int64_t row = 0; row < logits.num_rows(); ++row)
@@ -131,8 +133,9 @@ template <class T>
 void softmax_stats(const py::tuple& inputs, const py::tuple& outputs, int threads) {
     SoftmaxStatistics<T> call;
     call.inputs = inputs_of<T>(inputs);
-    T** const fields[] = {&call.row_max, &call.row_sum, &call.log_sum_exp, &call.target_logit, &call.cross_entropy,
-                          &call.uniform_cross_entropy, &call.rest};
+    T** const fields[] = {&call.row_max,      &call.row_sum,       &call.log_sum_exp,
+                          &call.target_logit, &call.cross_entropy, &call.uniform_cross_entropy,
+                          &call.rest};
     for (size_t i = 0; i < 7; ++i) *fields[i] = pointer<T>(outputs[i].cast<uintptr_t>());
     call.prediction = pointer<int64_t>(outputs[7].cast<uintptr_t>());
 
@@ -146,12 +149,12 @@ void softmax_stats(const py::tuple& inputs, const py::tuple& outputs, int thread
 
 // saved: (row_max, row_sum, rest); upstream: (log_sum_exp, target_logit, cross_entropy, uniform, rest), 0 where absent.
 template <class T>
-void softmax_sweep(const py::tuple& inputs, const py::tuple& saved, const py::tuple& upstream, const py::tuple& gradients,
-                   int threads) {
+void softmax_sweep(const py::tuple& inputs, const py::tuple& saved, const py::tuple& upstream,
+                   const py::tuple& gradients, int threads) {
     SoftmaxSweep<T> call;
     call.inputs = inputs_of<T>(inputs);
-    const T** const fields[] = {&call.row_max, &call.row_sum, &call.rest_of_row, &call.log_sum_exp, &call.target_logit,
-                                &call.cross_entropy, &call.uniform_cross_entropy, &call.rest};
+    const T** const fields[] = {&call.row_max,      &call.row_sum,       &call.rest_of_row,           &call.log_sum_exp,
+                                &call.target_logit, &call.cross_entropy, &call.uniform_cross_entropy, &call.rest};
     for (size_t i = 0; i < 8; ++i)
         *fields[i] = pointer<const T>((i < 3 ? saved[i] : upstream[i - 3]).cast<uintptr_t>());
     call.gradients.logits = view_of(gradients[0]);
@@ -165,7 +168,8 @@ void softmax_sweep(const py::tuple& inputs, const py::tuple& saved, const py::tu
     call.gradients.scale_bias = columns.data();
     use_huge_pages(call.gradients.logits);
     const auto kernel = kernels().softmax<T>().sweep;
-    parallel_ranges(logits.num_rows(), threads, [&](int64_t first, int64_t last, int thread) { kernel(call, first, last, thread); });
+    parallel_ranges(logits.num_rows(), threads,
+                    [&](int64_t first, int64_t last, int thread) { kernel(call, first, last, thread); });
     columns.write(grad_scale, grad_bias);
 }
 
@@ -176,14 +180,16 @@ bool is_double(const py::tuple& inputs) { return view_of(inputs[0]).dtype == DTy
 void bind_softmax_ce(py::module_& module) {
     module.def("softmax_ce", [](const py::tuple& inputs, const py::tuple& options, const py::tuple& outputs,
                                 const py::tuple& gradients, int threads) {
-        return (is_double(inputs) ? softmax_ce<double> : softmax_ce<float>)(inputs, options, outputs, gradients, threads);
+        return (is_double(inputs) ? softmax_ce<double> : softmax_ce<float>)(inputs, options, outputs, gradients,
+                                                                            threads);
     });
     module.def("softmax_stats", [](const py::tuple& inputs, const py::tuple& outputs, int threads) {
         return (is_double(inputs) ? softmax_stats<double> : softmax_stats<float>)(inputs, outputs, threads);
     });
     module.def("softmax_sweep", [](const py::tuple& inputs, const py::tuple& saved, const py::tuple& upstream,
                                    const py::tuple& gradients, int threads) {
-        return (is_double(inputs) ? softmax_sweep<double> : softmax_sweep<float>)(inputs, saved, upstream, gradients, threads);
+        return (is_double(inputs) ? softmax_sweep<double> : softmax_sweep<float>)(inputs, saved, upstream, gradients,
+                                                                                  threads);
     });
 }
 

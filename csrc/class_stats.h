@@ -21,9 +21,9 @@ struct ClassStats {
     const int64_t* order = nullptr;  // rows kept, class by class, in the order of the batch within a class
     int64_t num_kept = 0;
     const ClassSegment* segments = nullptr;
-    T* shift = nullptr;         // (K, width)
-    T* sum = nullptr;           // (K, width)
-    T* square = nullptr;        // (K,) or (K, width)
+    T* shift = nullptr;          // (K, width)
+    T* sum = nullptr;            // (K, width)
+    T* square = nullptr;         // (K,) or (K, width)
     double* partials = nullptr;  // slots, each of width sums, then one square or width of them
     double* scratch = nullptr;   // one slot for each thread
 

@@ -21,7 +21,8 @@ inline void add_to(double* sum, FloatVector value, int64_t count) {
 }
 inline void add_to(double* sum, Vector<double> value, int64_t count) {
     if (count >= Lanes<double>::count) store(sum, load(sum) + value);
-    else for (int64_t lane = 0; lane < count; ++lane) sum[lane] += value[lane];
+    else
+        for (int64_t lane = 0; lane < count; ++lane) sum[lane] += value[lane];
 }
 
 // Adds kRows rows to a slot while asking the memory for the kRowsAtOnce rows after them.

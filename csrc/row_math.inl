@@ -105,7 +105,8 @@ inline typename Lanes<T>::Bits lane_index() {
 template <class T>
 inline Vector<T> first_lanes(Vector<T> value, int64_t count, T fill) {
     typedef typename Lanes<T>::Bits Bits;
-    return lane_index<T>() < (Bits{} + static_cast<std::decay_t<decltype(Bits{}[0])>>(count)) ? value : Vector<T>{} + fill;
+    return lane_index<T>() < (Bits{} + static_cast<std::decay_t<decltype(Bits{}[0])>>(count)) ? value
+                                                                                              : Vector<T>{} + fill;
 }
 
 // The last, partial vector of a row: `count` elements, never touching memory beyond them.

@@ -3,13 +3,13 @@
 
 struct RowSums {
     double max = -std::numeric_limits<double>::infinity();
-    double rest = 0;          // sum of exp(z - max) over all classes but the label
-    double label_z = 0;       // of the label
+    double rest = 0;     // sum of exp(z - max) over all classes but the label
+    double label_z = 0;  // of the label
     double label_exp = 0;
-    double reference = 0;     // what the next two are relative to: near the z, so that a common offset costs no digits
-    double uniform_z = 0;     // sum of w_j (z_j - reference)
-    double soft_z = 0;        // sum of w_j q_j (z_j - reference)
-    double soft_weight = 0;   // sum of w_j q_j
+    double reference = 0;    // what the next two are relative to: near the z, so that a common offset costs no digits
+    double uniform_z = 0;    // sum of w_j (z_j - reference)
+    double soft_z = 0;       // sum of w_j q_j (z_j - reference)
+    double soft_weight = 0;  // sum of w_j q_j
     double sum() const { return rest + label_exp; }
 };
 
@@ -39,7 +39,8 @@ inline double cross_entropy_of(double weight, double relative_z, double max, dou
     return weight * (log_sum + (max - reference)) - relative_z;
 }
 
-// softmax * p - counted, where drift = softmax - counted: by whichever of p and 1 - p is small and so has all its digits.
+// softmax * p - counted, where drift = softmax - counted: by whichever of p and 1 - p is small and so has all its
+// digits.
 inline double label_slope(double softmax, double counted, double drift, double p, double rest) {
     return p < 0.5 ? softmax * p - counted : drift - softmax * rest;
 }
@@ -73,7 +74,8 @@ inline RowLoss label_row(const RowSums& sums, int64_t label, const RowOptions& o
     const double drift = focus * share * options.weight_sum + 2 * options.z_loss * lse;
     const double counted = focus * (1 - eps) * options.label_weight + focus_slope;
     row.slope.softmax = counted + drift;
-    row.slope.label = label_slope(row.slope.softmax, counted, drift, p, rest) - row.slope.uniform * options.label_weight;
+    row.slope.label =
+        label_slope(row.slope.softmax, counted, drift, p, rest) - row.slope.uniform * options.label_weight;
     return row;
 }
 

@@ -44,11 +44,11 @@ struct SoftmaxCE {
 template <class T>
 struct SoftmaxStatistics {
     SoftmaxInputs<T> inputs;
-    T *row_max = nullptr, *row_sum = nullptr;                   // saved for the backward sweep
-    T *log_sum_exp = nullptr, *target_logit = nullptr;          // (rows,)
+    T *row_max = nullptr, *row_sum = nullptr;                      // saved for the backward sweep
+    T *log_sum_exp = nullptr, *target_logit = nullptr;             // (rows,)
     T *cross_entropy = nullptr, *uniform_cross_entropy = nullptr;  // the second may be null
-    T *rest = nullptr;                                          // 1 - p of the label
-    int64_t* prediction = nullptr;                              // may be null
+    T* rest = nullptr;                                             // 1 - p of the label
+    int64_t* prediction = nullptr;                                 // may be null
 };
 
 template <class T>

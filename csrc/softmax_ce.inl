@@ -67,8 +67,10 @@ struct StatisticsRow {
         call.row_sum[row] = T(sums.sum());
         call.log_sum_exp[row] = T(max + log_sum);
         if (call.prediction) call.prediction[row] = sweep.prediction(x, sums);
-        call.target_logit[row] = ignored ? T(0) : T(inputs.labels ? sums.label_z : sums.soft_z + sums.soft_weight * sums.reference);
-        call.cross_entropy[row] = ignored ? T(0) : T(inputs.labels ? label_row(sums, label, options).loss : soft_row(sums, options).loss);
+        call.target_logit[row] =
+            ignored ? T(0) : T(inputs.labels ? sums.label_z : sums.soft_z + sums.soft_weight * sums.reference);
+        call.cross_entropy[row] =
+            ignored ? T(0) : T(inputs.labels ? label_row(sums, label, options).loss : soft_row(sums, options).loss);
         call.rest[row] = label >= 0 ? T(sums.rest / sums.sum()) : T(0);
         if (call.uniform_cross_entropy)
             call.uniform_cross_entropy[row] =

@@ -1,8 +1,8 @@
 // Vector loops over the classes of one row, a chunk at a time: z, exp(z - max), sums, and the slopes written back.
 
-constexpr int64_t kChunk = 4096;            // classes whose z stay in the first-level cache
+constexpr int64_t kChunk = 4096;                // classes whose z stay in the first-level cache
 constexpr int64_t kKeepExponentials = 1 << 18;  // longer rows leave the second-level cache: recompute instead
-constexpr int64_t kStagedRows = 16;         // rows gathered together where classes are not adjacent in memory
+constexpr int64_t kStagedRows = 16;             // rows gathered together where classes are not adjacent in memory
 
 // z = scale * x + bias for `count` classes, padded with -inf to whole vectors; returns the largest.
 template <class T, bool kScale, bool kBias, class In>
@@ -72,7 +72,7 @@ enum class Subtract { nothing, uniform, weighted, soft };
 
 template <class T>
 struct Slope {
-    T softmax = 0;                  // k
+    T softmax = 0;  // k
     T uniform = 0, soft = 0;
     const T* class_weight = nullptr;
     const T* q = nullptr;

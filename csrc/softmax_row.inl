@@ -155,9 +155,12 @@ private:
     void load_soft(int64_t row, int64_t start, int64_t width) {
         const View& view = inputs_.probabilities;
         const int64_t offset = view.row_offset(row) + start * view.class_stride;
-        if constexpr (std::is_same_v<T, double>) gather(static_cast<const double*>(view.data) + offset, view.class_stride, width, q_);
-        else if (view.dtype == DType::float32) gather(static_cast<const float*>(view.data) + offset, view.class_stride, width, q_);
-        else if (view.dtype == DType::bfloat16) gather(static_cast<const BFloat16*>(view.data) + offset, view.class_stride, width, q_);
+        if constexpr (std::is_same_v<T, double>)
+            gather(static_cast<const double*>(view.data) + offset, view.class_stride, width, q_);
+        else if (view.dtype == DType::float32)
+            gather(static_cast<const float*>(view.data) + offset, view.class_stride, width, q_);
+        else if (view.dtype == DType::bfloat16)
+            gather(static_cast<const BFloat16*>(view.data) + offset, view.class_stride, width, q_);
         else gather(static_cast<const Float16*>(view.data) + offset, view.class_stride, width, q_);
         if (!inputs_.class_weight) return;
         for (int64_t j = 0; j < width; ++j) q_[j] *= inputs_.class_weight[start + j];
@@ -172,7 +175,8 @@ private:
     }
 
     template <class Out>
-    void finish_chunk(const In* x, int64_t row, int64_t start, int64_t width, const Slope<T>& slope, const T* e, Out* gradient) {
+    void finish_chunk(const In* x, int64_t row, int64_t start, int64_t width, const Slope<T>& slope, const T* e,
+                      Out* gradient) {
         if (inputs_.probabilities.data) {
             load_soft(row, start, width);
             // Smoothing moves part of each row's mass to w_j / K: fold both into one vector.
@@ -255,14 +259,15 @@ void sweep_rows(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradient
                     g.data ? &tile_gradient[r * K] : nullptr);
         if (!g.data) continue;
         for (int64_t j = 0; j < K; ++j)
-            for (int64_t r = 0; r < count; ++r) write_one(gradients_of[r] + j * g.class_stride, tile_gradient[r * K + j]);
+            for (int64_t r = 0; r < count; ++r)
+                write_one(gradients_of[r] + j * g.class_stride, tile_gradient[r * K + j]);
     }
 }
 
 // The stored type of the logits is named here and nowhere else.
 template <class T, class PerRow>
-void dispatch_logits(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, const PerRow& per_row, int64_t first,
-                     int64_t last, int thread) {
+void dispatch_logits(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, const PerRow& per_row,
+                     int64_t first, int64_t last, int thread) {
     if constexpr (std::is_same_v<T, double>) {
         sweep_rows<T, double>(inputs, gradients, per_row, first, last, thread);
     } else {

@@ -77,19 +77,11 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo"), help="folder for everything (default: demo)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
     parser.add_argument("--controls", action="store_true", help="also a = 1 - strength and cosine heads")
-    parser.add_argument(
-        "--weights", type=Path, help=f"weights file (default: from the package {WEIGHTS_PACKAGE})"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=64, help="images per step of the backbone (default: 64)"
-    )
+    parser.add_argument("--weights", type=Path, help=f"weights file (default: from the package {WEIGHTS_PACKAGE})")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step of the backbone (default: 64)")
     return parser.parse_args()
 
 

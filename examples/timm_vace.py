@@ -1,6 +1,6 @@
 """Fine-tunes a timm network on the glyph images with VACELoss: a plain PyTorch loop with two lines of fusedloss.
 
-    python examples/timm_vace.py --steps 200 --checkpoint run.pt     # run it again to go on where it stopped
+python examples/timm_vace.py --steps 200 --checkpoint run.pt     # run it again to go on where it stopped
 """
 
 import argparse
@@ -29,14 +29,18 @@ def main(arguments=None):
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, help="saved after every 20 steps and at the end; resumed from if there")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="saved after every 20 steps and at the end; resumed from if there"
+    )
     args = parser.parse_args(arguments)
 
     torch.manual_seed(args.seed)
     data = np.load(GLYPHS)
     images, labels = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"]).long()
     num_classes = len(data["class_names"])
-    model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes, in_chans=1, drop_rate=0.0)
+    model = timm.create_model(
+        args.model, pretrained=args.pretrained, num_classes=num_classes, in_chans=1, drop_rate=0.0
+    )
 
     loss = fusedloss.VACELoss(model.head_hidden_size, num_classes)
     loss.watch(model.get_classifier())

@@ -19,9 +19,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name not in CLI_LIBRARIES:
             raise
-        print(
-            f"fusedloss: the command line needs {error.name}: pip install 'fusedloss[train]'", file=sys.stderr
-        )
+        print(f"fusedloss: the command line needs {error.name}: pip install 'fusedloss[train]'", file=sys.stderr)
         return 2
     return run(sys.argv[1:])
 

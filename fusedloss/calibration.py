@@ -117,9 +117,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, max_iterations: int = 100
     """
     logits, labels = torch.as_tensor(logits).detach(), torch.as_tensor(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
+        raise ValueError(f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
     if len(labels) == 0:
         raise ValueError("logits must hold at least one sample, got none")
     if not bool(torch.isfinite(logits).all()):

@@ -1,11 +1,8 @@
-"""The losses as functions: arguments are checked here, once; terms and rows are assembled; one operation answers."""
+"""The losses as functions: arguments are checked once (problem.py), one operation answers, and rows are reduced."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,12 +10,9 @@ from torch import Tensor
 
 from fusedloss import backends, ops
 from fusedloss.backends.reference import softmax_ce as reference
-from fusedloss.rows import Row, Statistics
-from fusedloss.terms import AffineTerm, ClassTemperature, Term, fold_affine
-
-_CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
-_LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+from fusedloss.problem import Problem, check_labels, checked
+from fusedloss.rows import Statistics
+from fusedloss.terms import Term
 
 
 class RowStatistics(NamedTuple):
@@ -63,7 +57,8 @@ def cross_entropy(
         terms: what changes the logit, applied in order (``fusedloss.terms``).
         focal_gamma: multiplies a row's loss by ``(1 - p_y) ** focal_gamma``; 0, or at least 0.5.
         z_loss: adds ``z_loss * lse ** 2`` to each row, without class weight.
-        sample_weight: multiplies each row's loss and its share of the mean's denominator; the target's shape or ``(B,)``.
+        sample_weight: multiplies each row's loss and its share of the mean's denominator; the target's shape or
+            ``(B,)``.
         return_stats: also return ``RowStatistics``.
 
     Returns:
@@ -78,7 +73,7 @@ def cross_entropy(
     >>> fusedloss.cross_entropy(logits, torch.tensor([0, 1]), terms=[fusedloss.ClassTemperature(2.0)])
     tensor(0.3937, grad_fn=<...>)
     """
-    problem = _checked(
+    problem = checked(
         input, target, weight, ignore_index, reduction, label_smoothing, terms, focal_gamma, z_loss, sample_weight
     )
     backend = _backend(problem)
@@ -93,14 +88,14 @@ def cross_entropy(
     if not problem.soft and problem.row.z_loss != 0:
         row_loss = torch.where(problem.target != problem.ignore_index, row_loss, row_loss.new_zeros(()))
     loss = _reduce(problem, row_loss, reduction)
-    if not return_stats:
+    if extra is None:
         return loss
     prediction, confidence = extra
     fields = (statistics.log_sum_exp, statistics.target_logit, prediction, confidence, row_loss.detach())
     return loss, RowStatistics(*(field.reshape(problem.shape) for field in fields))
 
 
-def _backend(problem: _Problem) -> str:
+def _backend(problem: Problem) -> str:
     # torch.func transforms see through plain PyTorch only.
     if _transformed():
         return "reference"
@@ -114,58 +109,13 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Checked arguments in the form that the operations take: ``(B, K)`` or ``(B, K, d)`` logits."""
-
-    logits: Tensor
-    target: Tensor
-    terms: tuple[Term, ...]
-    class_weight: Tensor | None
-    ignore_index: int
-    row: Row
-    sample_weight: Tensor | None
-    shape: torch.Size  # of the rows as the caller gave them
-
-    @property
-    def num_classes(self) -> int:
-        return self.logits.shape[1]
-
-    @property
-    def soft(self) -> bool:
-        return self.target.is_floating_point()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return ops.compute_dtype(self.logits.dtype)
-
-    def affine(self) -> tuple[Tensor | None, Tensor | None]:
-        if not self.terms:
-            return None, None
-        return fold_affine(self.terms, self.num_classes, self.dtype, self.logits.device)
-
-    def denominator(self) -> Tensor:
-        """What the mean divides by: class weight of the label times sample weight, over the kept rows."""
-        if self.soft:
-            rows = self.logits.shape[0] * (self.logits.shape[2] if self.logits.dim() == 3 else 1)
-            each = self.logits.new_tensor(float(rows), dtype=self.dtype)
-            return each if self.sample_weight is None else self.sample_weight.sum()
-        kept = self.target != self.ignore_index
-        if self.class_weight is None and self.sample_weight is None:
-            return kept.sum().to(self.dtype)
-        each = kept.to(self.dtype)
-        if self.class_weight is not None:
-            each = each * self.class_weight[self.target.clamp(0, self.num_classes - 1)]
-        return (each if self.sample_weight is None else each * self.sample_weight).sum()
-
-
-def _reduced_in_one_sweep(problem: _Problem, mean: bool) -> Tensor:
+def _reduced_in_one_sweep(problem: Problem, mean: bool) -> Tensor:
     row, row_scale = problem.row, problem.sample_weight
     if row_scale is not None and mean:
         row_scale = row_scale / problem.denominator()
-    per_row = isinstance(row.smoothing, Tensor)
+    per_row = row.smoothing if isinstance(row.smoothing, Tensor) else None
     options = ops.SoftmaxOptions(
-        0.0 if per_row else row.smoothing,
+        0.0 if isinstance(row.smoothing, Tensor) else row.smoothing,
         row.focal_gamma,
         row.z_loss,
         problem.ignore_index,
@@ -178,20 +128,20 @@ def _reduced_in_one_sweep(problem: _Problem, mean: bool) -> Tensor:
         scale,
         bias,
         problem.class_weight,
-        row.smoothing if per_row else None,
+        per_row,
         row_scale,
         options,
     )
 
 
 def _row_statistics(
-    problem: _Problem, backend: str, return_stats: bool
+    problem: Problem, backend: str, return_stats: bool
 ) -> tuple[Statistics, tuple[Tensor, Tensor] | None]:
     """Differentiable statistics, and (prediction, confidence) when asked."""
     logits, target = problem.logits, problem.target
     if backend == "reference":
         if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed():
-            _check_labels_now(target, problem.ignore_index, problem.num_classes)
+            check_labels(target, problem.ignore_index, problem.num_classes)
         statistics = reference.row_statistics(
             logits, target, problem.terms, problem.class_weight, problem.ignore_index, problem.dtype
         )
@@ -205,203 +155,12 @@ def _row_statistics(
     found = ops.softmax_stats(
         logits, target, scale, bias, problem.class_weight, problem.ignore_index, problem.row.smooths, return_stats
     )
-    statistics = Statistics(
-        found.log_sum_exp, found.target_logit, found.cross_entropy, found.uniform, found.rest
-    )
+    statistics = Statistics(found.log_sum_exp, found.target_logit, found.cross_entropy, found.uniform, found.rest)
     return statistics, (found.prediction, found.row_sum.reciprocal()) if return_stats else None
 
 
-def _reduce(problem: _Problem, row_loss: Tensor, reduction: str) -> Tensor:
+def _reduce(problem: Problem, row_loss: Tensor, reduction: str) -> Tensor:
     weighted = row_loss if problem.sample_weight is None else row_loss * problem.sample_weight
     if reduction == "none":
         return weighted.reshape(problem.shape)
     return weighted.sum() if reduction == "sum" else weighted.sum() / problem.denominator()
-
-
-def _checked(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float | Tensor,
-    terms: Sequence[Term],
-    focal_gamma: float,
-    z_loss: float,
-    sample_weight: Tensor | None,
-) -> _Problem:
-    logits = _check_logits(input)
-    target, shape = _check_target(input, logits, target)
-    if _CHECK_VALUES:
-        _check_labels_now(target, ignore_index, logits.shape[1])
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
-    _check_number("focal_gamma", focal_gamma)
-    _check_number("z_loss", z_loss)
-    _check_focal(focal_gamma, target)
-    if not -math.inf < z_loss < math.inf:
-        raise ValueError(f"z_loss must be finite; got {z_loss}")
-    _check_ignore_index(ignore_index)
-    if target.is_floating_point() and ignore_index >= 0:
-        raise ValueError(f"ignore_index is not supported for floating point target; got {ignore_index}")
-    if sample_weight is not None:
-        sample_weight = _check_per_row("sample_weight", sample_weight, logits, shape)
-    smoothing = _check_smoothing(label_smoothing, logits, shape)
-    if weight is not None:
-        weight = _check_class_weight(weight, logits)
-    return _Problem(
-        logits,
-        target,
-        _check_terms(terms, logits) if terms else (),
-        weight,
-        ignore_index,
-        Row(smoothing, focal_gamma, z_loss),
-        sample_weight,
-        shape,
-    )
-
-
-def _check_logits(input: Tensor) -> Tensor:
-    """The logits as ``(B, K)`` or ``(B, K, d)``, without a copy where strides allow."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor of logits; got {type(input).__name__}")
-    if input.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"input must be float32, float64, bfloat16 or float16; got {input.dtype}")
-    if input.layout != torch.strided:
-        raise TypeError(f"input must be a dense tensor; got layout {input.layout}")
-    if input.dim() == 2:
-        logits = input
-    elif input.dim() == 1:
-        logits = input.unsqueeze(0)
-    elif input.dim() == 0:
-        raise ValueError("input must have a class dimension: (K,), (B, K) or (B, K, d1, ...); got a 0-dim tensor")
-    else:
-        logits = input if input.dim() == 3 else input.flatten(2)
-    if logits.shape[1] == 0:
-        raise ValueError(f"input must have at least one class; got shape {tuple(input.shape)}")
-    return logits
-
-
-def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, torch.Size]:
-    """The target in the shape of the rows (labels, int64) or of the logits (probabilities), and the rows' shape."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of labels or probabilities; got {type(target).__name__}")
-    if target.device != input.device:
-        raise ValueError(f"target must be on the device of input, {input.device}; got {target.device}")
-    if target.layout != torch.strided:
-        raise TypeError(f"target must be a dense tensor; got layout {target.layout}")
-    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
-    if target.is_floating_point():
-        if target.shape != input.shape:
-            raise ValueError(
-                f"target holds probabilities ({target.dtype}) and must have input's shape {tuple(input.shape)}; "
-                f"got {tuple(target.shape)}; labels must be int64"
-            )
-        return target.reshape(logits.shape), shape
-    if target.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"target must be int64, int32 or uint8 labels, or probabilities; got {target.dtype}")
-    if target.shape != shape:
-        raise ValueError(
-            f"target must have shape {tuple(shape)} for input of shape {tuple(input.shape)}; got {tuple(target.shape)}"
-        )
-    if target.dtype != torch.int64:
-        target = target.to(torch.int64)
-    if logits is not input:
-        target = target.reshape(logits.shape[:1] + logits.shape[2:])
-    return target, shape
-
-
-def _check_labels_now(target: Tensor, ignore_index: int, num_classes: int) -> None:
-    """The CPU's label check on any device; waits for the device."""
-    if target.is_floating_point():
-        return
-    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"target: got label {int(target.flatten()[row])} at row {row}; allowed are 0 to {num_classes - 1} "
-            f"and ignore_index={ignore_index}"
-        )
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-
-
-def _check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, Tensor) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits; got {ignore_index}")
-
-
-def _check_focal(focal_gamma: float, target: Tensor) -> None:
-    if focal_gamma == 0:
-        return
-    if not 0.5 <= focal_gamma < math.inf:
-        raise ValueError(
-            f"focal_gamma must be 0, or finite and at least 0.5 (below, the slope is infinite at p = 1); got {focal_gamma}"
-        )
-    if target.is_floating_point():
-        raise ValueError(f"focal_gamma needs labels; got {focal_gamma} with probability targets")
-
-
-def _check_smoothing(smoothing: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
-    if isinstance(smoothing, Tensor):
-        return _check_per_row("label_smoothing", smoothing, logits, shape)
-    _check_number("label_smoothing", smoothing)
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0.0 and 1.0; got {smoothing}")
-    return smoothing
-
-
-def _check_per_row(name: str, value: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
-    """One value per row, in the compute dtype and the rows' shape: ``(B,)`` is broadcast over d1, ...."""
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype in _LABEL_DTYPES):
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor with one value per row; got {got}")
-    if value.device != logits.device:
-        raise ValueError(f"{name} must be on the device of input, {logits.device}; got {value.device}")
-    rows = logits.shape[:1] + logits.shape[2:]
-    value = value.to(ops.compute_dtype(logits.dtype))
-    if value.shape == shape:
-        return value.reshape(rows).contiguous()
-    if len(shape) > 1 and value.shape == shape[:1]:
-        return value.unsqueeze(1).expand(rows).contiguous()
-    allowed = f"{tuple(shape)}" + (f" or {tuple(shape[:1])}" if len(shape) > 1 else "")
-    raise ValueError(f"{name} must have shape {allowed}; got {tuple(value.shape)}")
-
-
-def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating-point tensor; got {got}")
-    if tuple(weight.shape) != (logits.shape[1],):
-        raise ValueError(f"weight must have shape ({logits.shape[1]},), one value per class; got {tuple(weight.shape)}")
-    if weight.device != logits.device:
-        raise ValueError(f"weight must be on the device of input, {logits.device}; got {weight.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight gets no gradient; detach it, or pass what is learned as sample_weight or in a term")
-    return weight.to(ops.compute_dtype(logits.dtype)).contiguous()
-
-
-def _check_terms(terms: Sequence[Term], logits: Tensor) -> tuple[AffineTerm, ...]:
-    if not isinstance(terms, Sequence | Term):
-        raise TypeError(f"terms must be a sequence of fusedloss.terms; got {type(terms).__name__}")
-    terms = tuple(terms) if not isinstance(terms, Term) else (terms,)
-    for term in terms:
-        if not isinstance(term, AffineTerm):
-            got = getattr(term, "__name__", type(term).__name__)
-            raise TypeError(f"terms must hold objects of fusedloss.terms; got {got}")
-        term.check(logits.shape[1])
-        for name, value in vars(term).items():
-            if isinstance(value, Tensor) and value.device != logits.device:
-                raise ValueError(
-                    f"{type(term).__name__}: {name} must be on the device of input, {logits.device}; got {value.device}"
-                )
-        if isinstance(term, ClassTemperature) and not torch.compiler.is_compiling():
-            tau = term.tau
-            if isinstance(tau, Tensor) and tau.requires_grad:
-                term.check_values()
-    return terms

@@ -106,9 +106,7 @@ def class_scores(prediction: np.ndarray, labels: np.ndarray, num_classes: int) -
         }
 
 
-def summary_scores(
-    per_class: dict[str, np.ndarray], background: np.ndarray | None = None
-) -> dict[str, float]:
+def summary_scores(per_class: dict[str, np.ndarray], background: np.ndarray | None = None) -> dict[str, float]:
     """Balanced accuracy over classes with a sample, and macro and weighted scores over foreground classes."""
     support = per_class["support"]
     seen = (support > 0) | (per_class["predicted"] > 0)
@@ -153,9 +151,7 @@ def _are_probabilities(values: Tensor) -> bool:
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    names = (
-        [str(k) for k in range(num_classes)] if class_names is None else [str(name) for name in class_names]
-    )
+    names = [str(k) for k in range(num_classes)] if class_names is None else [str(name) for name in class_names]
     if len(names) != num_classes:
         raise ValueError(f"class_names must have {num_classes} entries, got {len(names)}")
     return names

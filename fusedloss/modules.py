@@ -18,7 +18,7 @@ from fusedloss.terms import AffineTerm, ClassTemperature, Prior, Term, fold_affi
 
 
 class CrossEntropyLoss(nn.Module):
-    """``torch.nn.CrossEntropyLoss`` with terms, focal, z-loss and sample weights: ``fusedloss.cross_entropy`` as a module.
+    """``torch.nn.CrossEntropyLoss`` with terms, focal, z-loss and sample weights: ``fusedloss.cross_entropy`` kept.
 
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in ``torch.nn.CrossEntropyLoss``;
@@ -123,7 +123,9 @@ class CrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         shown = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "focal_gamma": 0.0, "z_loss": 0.0}
-        return ", ".join(f"{name}={getattr(self, name)}" for name, usual in shown.items() if getattr(self, name) != usual)
+        return ", ".join(
+            f"{name}={getattr(self, name)}" for name, usual in shown.items() if getattr(self, name) != usual
+        )
 
     def _terms(self) -> tuple[Term, ...]:
         return tuple(term.current() for term in self.terms)  # type: ignore[operator, union-attr]
@@ -202,9 +204,7 @@ class VACELoss(CrossEntropyLoss):
         self.tau_min, self.tau_max = tau_min, tau_max
         self.warmup_steps = warmup_steps
         self.center = center
-        self.statistics = ClassStatistics(
-            in_features, num_classes, momentum=momentum, ignore_index=self.ignore_index
-        )
+        self.statistics = ClassStatistics(in_features, num_classes, momentum=momentum, ignore_index=self.ignore_index)
         clipped = min(max(a, tau_min), tau_max)
         self.register_buffer("temperature", torch.full((num_classes,), clipped, dtype=torch.float32))
         self.register_buffer("slope", torch.zeros((), dtype=torch.float64))

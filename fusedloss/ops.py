@@ -154,7 +154,17 @@ def softmax_ce(
     ):
         return _SoftmaxCE.apply(logits, target, scale, bias, class_weight, row_smoothing, row_scale, options)
     return _call(
-        "softmax_ce", "softmax_ce", logits, target, scale, bias, class_weight, row_smoothing, row_scale, *options, [False, False, False]
+        "softmax_ce",
+        "softmax_ce",
+        logits,
+        target,
+        scale,
+        bias,
+        class_weight,
+        row_smoothing,
+        row_scale,
+        *options,
+        [False, False, False],
     )[0]
 
 
@@ -195,7 +205,17 @@ class _SoftmaxCE(torch.autograd.Function):
     def forward(ctx, logits, target, scale, bias, class_weight, row_smoothing, row_scale, options):
         wanted = _wanted(logits, scale, bias, row_smoothing)
         loss, row_loss, gradients = _call(
-            "softmax_ce", "softmax_ce", logits, target, scale, bias, class_weight, row_smoothing, row_scale, *options, wanted
+            "softmax_ce",
+            "softmax_ce",
+            logits,
+            target,
+            scale,
+            bias,
+            class_weight,
+            row_smoothing,
+            row_scale,
+            *options,
+            wanted,
         )
         ctx.options = options
         ctx.compiling = torch.compiler.is_compiling()
@@ -221,7 +241,17 @@ class _SoftmaxCE(torch.autograd.Function):
             ctx.gradients = None
             if gradients is None:
                 gradients = _call(
-                    "softmax_ce", "softmax_ce", logits, target, scale, bias, class_weight, row_smoothing, row_scale, *ctx.options, wanted
+                    "softmax_ce",
+                    "softmax_ce",
+                    logits,
+                    target,
+                    scale,
+                    bias,
+                    class_weight,
+                    row_smoothing,
+                    row_scale,
+                    *ctx.options,
+                    wanted,
                 )[2]
             _scale_in_place(gradients, upstream)
         found = iter(gradients)
@@ -267,9 +297,7 @@ def softmax_stats(
 ) -> RowTensors:
     """The statistics of each row, differentiable in the five that ``rows.Statistics`` names."""
     arguments = (logits, target, scale, bias, class_weight, ignore_index, want_uniform, want_prediction)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (logits, scale, bias)
-    ):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (logits, scale, bias)):
         return RowTensors(*_SoftmaxStatistics.apply(*arguments))
     return RowTensors(*_call("softmax_ce", "softmax_stats", *arguments))
 
@@ -281,7 +309,16 @@ class _SoftmaxStatistics(torch.autograd.Function):
     def forward(ctx, logits, target, scale, bias, class_weight, ignore_index, want_uniform, want_prediction):
         found = RowTensors(
             *_call(
-                "softmax_ce", "softmax_stats", logits, target, scale, bias, class_weight, ignore_index, want_uniform, want_prediction
+                "softmax_ce",
+                "softmax_stats",
+                logits,
+                target,
+                scale,
+                bias,
+                class_weight,
+                ignore_index,
+                want_uniform,
+                want_prediction,
             )
         )
         ctx.mark_non_differentiable(found.row_max, found.row_sum, found.prediction)
@@ -301,9 +338,20 @@ class _SoftmaxStatistics(torch.autograd.Function):
         wanted = _wanted(logits, scale, bias, None)[:2]
         found = iter(
             _call(
-                "softmax_ce", "softmax_sweep", logits, target, scale, bias, class_weight, row_max, row_sum, rest_of_row, ctx.ignore_index,
-                *upstream, wanted,
-            )  # fmt: skip
+                "softmax_ce",
+                "softmax_sweep",
+                logits,
+                target,
+                scale,
+                bias,
+                class_weight,
+                row_max,
+                row_sum,
+                rest_of_row,
+                ctx.ignore_index,
+                *upstream,
+                wanted,
+            )
         )
         grad_logits = next(found) if wanted[0] else None
         grad_scale, grad_bias = (next(found), next(found)) if wanted[1] else (None, None)

@@ -12,7 +12,8 @@ from torch import Tensor
 class Statistics(NamedTuple):
     """Differentiable statistics of each row, after the terms; every field has the rows' shape.
 
-    ``cross_entropy`` = sum_j w_j q_j (lse - z_j), which is w_y (lse - z_y) for labels; ``uniform`` = sum_j w_j (lse - z_j);
+    ``cross_entropy`` = sum_j w_j q_j (lse - z_j), which is w_y (lse - z_y) for labels;
+    ``uniform`` = sum_j w_j (lse - z_j);
     ``target_logit`` = z_y (sum_j w_j q_j z_j for probabilities); ``rest`` = 1 - p_y. Ignored rows have zeros but in
     ``log_sum_exp``.
     """

@@ -238,9 +238,7 @@ class ClassStatistics(nn.Module):
                 f"features: got shape {tuple(features.shape)}; allowed is (B, in_features={self.in_features})"
             )
         if features.device != self.mean.device:
-            raise ValueError(
-                f"features: got device {features.device}; allowed is the statistics', {self.mean.device}"
-            )
+            raise ValueError(f"features: got device {features.device}; allowed is the statistics', {self.mean.device}")
         if _CHECK_VALUES:
             check_labels(labels, self.num_classes, self.ignore_index)
 
@@ -312,9 +310,7 @@ class NormStatistics(nn.Module):
         return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=ops.compute_dtype(features.dtype))
 
     @torch.no_grad()
-    def update(
-        self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None
-    ) -> None:
+    def update(self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
         """Takes one batch in; rows labelled `ignore_index` are left out, and labels serve nothing else.
 
         Args:

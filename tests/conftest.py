@@ -1,4 +1,4 @@
-"""What every test starts from: a seed, two threads, and on request memory that holds NaN before it is written."""
+"""What every test starts from: a seed, and on request memory that holds NaN before it is written."""
 
 import os
 
@@ -23,7 +23,7 @@ def seeded():
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty and its relatives give NaN (integers: their largest value), so that an unwritten output shows."""
+    """torch.empty and its relatives give NaN (integers: the largest), so that an unwritten output shows."""
     previous = (
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,

@@ -1,7 +1,8 @@
 """The truth that kernels are judged by: eager PyTorch in float64, sharing no code with the package.
 
-`eager` is the loss in plain operations in any dtype. In float64 it is the truth, in the dtype that a kernel computes
-in it is what a user would have had: a kernel may be no further from the truth than twice that, plus a stated tolerance.
+`eager` is the loss in plain operations in any dtype. In float64 it is the truth; in the dtype that a kernel
+computes in it is what a user would have had: a kernel may be no further from the truth than twice that, plus a
+tolerance.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,14 +10,14 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-# The stated tolerance, in units of the computing dtype's epsilon: of a tensor's largest entry, and of each entry.
+# The tolerance in units of the computing dtype's epsilon: of a tensor's largest entry, and of each entry.
 TENSOR_EPSILONS = 16
 ENTRY_EPSILONS = 8
 
 
 @dataclass
 class Case:
-    """Arguments of a loss. `terms` holds ("temperature", tau), ("scale", s) and ("prior", log_prior, strength)."""
+    """Arguments of a loss; `terms` holds ("temperature", tau), ("scale", s), ("prior", log_prior, strength)."""
 
     input: torch.Tensor
     target: torch.Tensor
@@ -52,11 +53,7 @@ def zero_safe_product(weight, value):
 
 
 def per_class(value, z):
-    return (
-        value.reshape(-1, *[1] * (z.dim() - 2))
-        if isinstance(value, torch.Tensor) and value.dim() == 1
-        else value
-    )
+    return value.reshape(-1, *[1] * (z.dim() - 2)) if isinstance(value, torch.Tensor) and value.dim() == 1 else value
 
 
 def apply_terms(z, terms):
@@ -120,9 +117,7 @@ def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
             uniform = -zero_safe_product(per_class(weight, z).expand_as(z), log_p).sum(1)
             loss = (1 - smoothing) * hard + smoothing * uniform / num_classes
         if case.focal_gamma:
-            others = log_p.masked_fill(
-                torch.zeros_like(z, dtype=torch.bool).scatter(1, picked, True), -torch.inf
-            )
+            others = log_p.masked_fill(torch.zeros_like(z, dtype=torch.bool).scatter(1, picked, True), -torch.inf)
             rest = others.exp().sum(1)
             # A certain row has loss and slope 0; the power alone has an infinite slope there below gamma = 1.
             certain = rest == 0
@@ -139,7 +134,7 @@ def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
 
 
 def cast(case: Case, dtype: torch.dtype) -> Case:
-    """The case with every floating tensor in `dtype`, as leaves that require gradients where `learned` says so."""
+    """The case with every floating tensor in `dtype`, as leaves; those in `learned` require gradients."""
 
     def copy(value, name=None):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -175,11 +170,11 @@ def loss_and_gradients(case: Case, loss_of) -> dict[str, torch.Tensor]:
 
 
 def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=ENTRY_EPSILONS) -> None:
-    """Asserts that loss_of(case) and its gradients are as near to float64 as eager PyTorch, plus the tolerance.
+    """Asserts that loss_of(case) and its gradients are as near to float64 as eager PyTorch, plus a tolerance.
 
-    float16 and bfloat16 logits are judged by eager PyTorch in float32, which is stricter than in their own dtype;
-    their gradients are then allowed one rounding to the stored dtype. In float64 the truth is eager PyTorch itself:
-    its own error, which grows with the exponents, shows as ours: the tensor's tolerance grows with the logits' range.
+    float16 and bfloat16 logits are judged by eager PyTorch in float32, which is stricter than in their own
+    dtype; their gradients are then allowed one rounding to the stored dtype. In float64 the truth is eager
+    PyTorch itself, whose own error shows as ours: the tolerance grows with the logits' range, as that does.
     """
     computing = computing_dtype(case.input.dtype)
     if computing == torch.float64:
@@ -189,9 +184,7 @@ def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=E
     with_leaves = cast(case, case.input.dtype)
     found = loss_and_gradients(_keep_layout(case, with_leaves), loss_of)
     # With one class everything cancels, and what is left is the rounding of terms of size 1.
-    scales = (
-        dict.fromkeys(case.learned, 1.0) if case.input.shape[-1 if case.input.dim() == 1 else 1] == 1 else {}
-    )
+    scales = dict.fromkeys(case.learned, 1.0) if case.input.shape[-1 if case.input.dim() == 1 else 1] == 1 else {}
     if case.reduction == "mean" and "sample_weight" in case.learned:
         scales["sample_weight"] = _scale_of_weight_gradients(case, truth["loss"])
     for name, expected in truth.items():
@@ -228,7 +221,7 @@ def _scale_of_weight_gradients(case: Case, mean: torch.Tensor) -> float:
 
 
 def compare(name, found, usual, expected, computing, stored, tensor_epsilons, entry_epsilons, scale=0.0):
-    """Asserts |found - expected| <= 2 |usual - expected| + tolerance, with NaN and infinities in the same places."""
+    """Asserts |found - expected| <= 2 |usual - expected| + tolerance; NaN and infinities in the same places."""
     found, usual = found.double(), usual.double()
     usual_error = (usual - expected).abs().nan_to_num(0.0, 0.0, 0.0)
     finite = torch.isfinite(expected)
@@ -236,9 +229,7 @@ def compare(name, found, usual, expected, computing, stored, tensor_epsilons, en
     computing_epsilon = torch.finfo(computing).eps
     rounding = torch.finfo(stored).eps * expected.abs() if stored != computing else 0.0
     # Where everything cancels (one class) double precision leaves its own rounding, and so may a row's sums.
-    smallest = (
-        torch.finfo(stored).smallest_normal * torch.finfo(stored).eps + 16 * torch.finfo(torch.float64).eps
-    )
+    smallest = torch.finfo(stored).smallest_normal * torch.finfo(stored).eps + 16 * torch.finfo(torch.float64).eps
     allowed = (
         2 * float(usual_error.max() if usual_error.numel() else 0)
         + tensor_epsilons * computing_epsilon * largest
@@ -247,15 +238,14 @@ def compare(name, found, usual, expected, computing, stored, tensor_epsilons, en
         + smallest
     )
     too_large = expected.abs() > torch.finfo(stored).max
-    same = (
-        (torch.isnan(found) & torch.isnan(expected)) | (found == expected) | (too_large & torch.isinf(found))
-    )
+    same = (torch.isnan(found) & torch.isnan(expected)) | (found == expected) | (too_large & torch.isinf(found))
     wrong = ~(same | ((found - expected).abs() <= allowed))
     if bool(wrong.any()):
         where = tuple(wrong.nonzero()[0].tolist())
+        limit = torch.as_tensor(allowed).expand_as(expected)[where].item()
         raise AssertionError(
             f"{name}{list(where)}: got {found[where].item():.9g}, truth {expected[where].item():.9g}, eager "
-            f"{usual[where].item():.9g}, allowed error {torch.as_tensor(allowed).expand_as(expected)[where].item():.3g}; "
+            f"{usual[where].item():.9g}, allowed error {limit:.3g}; "
             f"{int(wrong.sum())} of {wrong.numel()} entries are wrong"
         )
 

@@ -2,7 +2,8 @@
 
     python tests/softmax_battery.py [--extension path/of/_C.so] [--gradcheck]
 
-prints the SIMD level and one line per failure, and exits with 1 where there is one. FUSEDLOSS_SIMD picks the level.
+prints the SIMD level and one line per failure, and exits with 1 where there is one. FUSEDLOSS_SIMD picks the
+level.
 """
 
 import argparse
@@ -39,9 +40,7 @@ def fused(case: Case) -> torch.Tensor:
     )
 
 
-def random_case(
-    rows, num_classes, *inner, dtype=torch.float32, seed=0, spread=4.0, soft=False, ignored=0.2, **options
-):
+def random_case(rows, num_classes, *inner, dtype=torch.float32, seed=0, spread=4.0, soft=False, ignored=0.2, **options):
     """Logits, and labels of which some are ignored (or probabilities), for further options of a Case."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, num_classes, *inner) if rows is not None else (num_classes,)

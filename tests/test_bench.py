@@ -91,9 +91,7 @@ def test_contestants_take_turns_on_refilled_inputs():
     rounds = len(times["a"])
     timed = log[-6 * rounds :]
     assert timed[:12] == [0, "a", 0, "b", 0, "c", 1, "b", 1, "c", 1, "a"]
-    assert [entry for entry in timed if isinstance(entry, int)] == [
-        i for i in range(rounds) for _ in range(3)
-    ]
+    assert [entry for entry in timed if isinstance(entry, int)] == [i for i in range(rounds) for _ in range(3)]
 
 
 def test_ratio_is_the_median_of_the_rounds():
@@ -117,9 +115,7 @@ def test_every_case_has_a_name_of_its_own():
 
 
 def test_verdicts_and_tables():
-    (case,) = (
-        case for case in cases_of("softmax_ce") if case.name == "VACE cross-entropy (4096, 1000) float32"
-    )
+    (case,) = (case for case in cases_of("softmax_ce") if case.name == "VACE cross-entropy (4096, 1000) float32")
     line = {"median_ms": 2.0, "gb_per_s": 16.0, "share": 0.7, "ratio": 1.0}
     speed = {
         "fused": line,

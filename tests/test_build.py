@@ -1,4 +1,4 @@
-"""Installing without a compiler succeeds and says what is missing; a compiler that fails is an error; no torch is needed."""
+"""Installing without a compiler succeeds and says what is missing; one that fails is an error; no torch needed."""
 
 from __future__ import annotations
 

@@ -47,9 +47,7 @@ def test_adaptive_error_keeps_ties_together_and_sees_every_sample():
 
 def test_classwise_error_counts_every_class():
     probs = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]])
-    assert calibration_error(probs, torch.tensor([0, 0]), kind="classwise") == pytest.approx(
-        (0.5 + 0.5 + 0) / 3
-    )
+    assert calibration_error(probs, torch.tensor([0, 0]), kind="classwise") == pytest.approx((0.5 + 0.5 + 0) / 3)
 
 
 def test_no_sample_is_nan():

@@ -72,9 +72,7 @@ def check_against_two_pass(features, labels, num_classes, shift, seen, ignore_in
             first = features[(labels == label).nonzero()[0, 0]].to(shift.dtype)
             assert torch.equal(used[label], shift[label] if seen[label] else first)
             deviation = total[label].double() / rows
-            found = square[label].double() / rows - (
-                deviation.square() if per_feature else deviation.square().sum()
-            )
+            found = square[label].double() / rows - (deviation.square() if per_feature else deviation.square().sum())
             scale = (square[label].double() / rows).clamp(min=1e-300)
             torch.testing.assert_close(used[label] + deviation, mean, rtol=1e-6, atol=1e-9 + rtol * 10)
             assert ((found - (variance if per_feature else scatter)).abs() <= rtol * scale).all()
@@ -163,9 +161,7 @@ def test_a_bad_label_names_its_row_and_changes_nothing(backend, label):
     features, labels = random_batch(20, 6, 5)
     labels[2], labels[11] = -100, label
     shift, seen = start(features, 5)
-    with pytest.raises(
-        IndexError, match=rf"labels: got label {label} at row 11; .* 0 to 4 and ignore_index=-100"
-    ):
+    with pytest.raises(IndexError, match=rf"labels: got label {label} at row 11; .* 0 to 4 and ignore_index=-100"):
         ops.class_stats(features, labels, shift, seen, -100, False)
     assert not shift.any()
 
@@ -235,9 +231,7 @@ def test_reruns_and_thread_counts_give_the_same_bits(backend):
 @given(data=st.data())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_any_shape(name, data):
-    rows, width, num_classes = (
-        data.draw(st.integers(low, high)) for low, high in ((0, 300), (1, 90), (1, 30))
-    )
+    rows, width, num_classes = (data.draw(st.integers(low, high)) for low, high in ((0, 300), (1, 90), (1, 30)))
     dtype = data.draw(st.sampled_from(DTYPES))
     features, labels = random_batch(rows, width, num_classes, dtype, seed=data.draw(st.integers(0, 9)))
     ignored = data.draw(st.sampled_from([0.0, 0.3, 1.0]))

@@ -132,9 +132,7 @@ def save_mixed(folder, arrays):
     return [folder / "features.pt", "--labels", folder / "labels.csv", "--groups", folder / "groups.npy"]
 
 
-@pytest.mark.parametrize(
-    "save", [save_npz, save_npy, save_pt, save_safetensors, save_csv, save_csv_gz, save_mixed]
-)
+@pytest.mark.parametrize("save", [save_npz, save_npy, save_pt, save_safetensors, save_csv, save_csv_gz, save_mixed])
 def test_import_reads_every_kind_of_file(capsys, tmp_path, arrays, save):
     given = save(tmp_path, arrays)
     status, text, errors = call(capsys, "import", given[0], tmp_path / "bank", *given[1:])
@@ -200,9 +198,7 @@ def test_import_explains_what_it_cannot_read(capsys, tmp_path, arrays):
     assert "line 3: 2 values, the header has 3" in error("a.csv", b"label,a,b\n0,1,2\n0,1\n")
     assert "row 0: could not convert string to float: 'x'" in error("b.csv", b"label,a\n0,x\n")
     assert "has no rows below its header" in error("c.csv", b"label,a\n")
-    assert "dtype must be one of float16, float32; got 'int8'" in error(
-        "d.csv", b"label,a\n0,1\n", "--dtype", "int8"
-    )
+    assert "dtype must be one of float16, float32; got 'int8'" in error("d.csv", b"label,a\n0,1\n", "--dtype", "int8")
     assert "1 rows overflow float16 (the first is row 1)" in error(
         "e.csv", b"label,a\n0,1\n0,1e6\n", "--dtype", "float16"
     )
@@ -228,9 +224,7 @@ def packed(tmp_path):
     import timm
 
     images = np.random.default_rng(0).integers(0, 256, (9, 16, 16), np.uint8)
-    np.savez(
-        tmp_path / "p.npz", images=images, labels=np.arange(9) % 3, class_names=np.array(["x", "y", "z"])
-    )
+    np.savez(tmp_path / "p.npz", images=images, labels=np.arange(9) % 3, class_names=np.array(["x", "y", "z"]))
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / "w.pth")
     return [
@@ -262,10 +256,7 @@ def test_extract_makes_a_bank(capsys, tmp_path, packed):
     assert f"bank: 9 rows, {bank.in_features} features, 3 classes" in text
     source = bank.manifest.source
     assert (source.backbone, source.image_size, source.crop) == ("timm:test_resnet", 32, 1.0)
-    assert (
-        source
-        == load_backbone("timm:test_resnet", weights=packed[-1], image_size=32, crop=1.0, device="cpu").source
-    )
+    assert source == load_backbone("timm:test_resnet", weights=packed[-1], image_size=32, crop=1.0, device="cpu").source
     assert call(capsys, "extract", *packed, *options)[0] == 0
     changed = refused(capsys, "extract", *packed, *options, "--normalize")
     assert "normalized False, not True" in changed and "another folder" in changed
@@ -273,9 +264,7 @@ def test_extract_makes_a_bank(capsys, tmp_path, packed):
 
 def test_extract_with_the_classes_of_another_bank(capsys, tmp_path, packed):
     assert call(capsys, "extract", *packed, "--image-size", "32")[0] == 0
-    np.savez(
-        tmp_path / "q.npz", images=np.zeros((1, 16, 16), np.uint8), labels=[0], class_names=np.array(["z"])
-    )
+    np.savez(tmp_path / "q.npz", images=np.zeros((1, 16, 16), np.uint8), labels=[0], class_names=np.array(["z"]))
     options = ["--image-size", "32", "--classes", tmp_path / "bank"]
     assert call(capsys, "extract", tmp_path / "q.npz", tmp_path / "test", *packed[2:], *options)[0] == 0
     test = FeatureBank.open(tmp_path / "test")

@@ -224,10 +224,7 @@ def test_identical_rows_differ_by_nothing(folder, tmp_path, capsys):
     assert [row.name for row in rows] == ["a", "b"]
     found = difference(rows[1], rows[0], "top1")
     assert (found.mean, found.error, found.n, found.verdict) == (0.0, 0.0, 3, "=")
-    assert (
-        call("report", tmp_path, "--baseline", "b", "--metrics", "top1,nll", "--output", tmp_path / "out")
-        == 0
-    )
+    assert call("report", tmp_path, "--baseline", "b", "--metrics", "top1,nll", "--output", tmp_path / "out") == 0
     assert "a against b: within 2 standard errors in top-1, nll." in capsys.readouterr().out
 
 

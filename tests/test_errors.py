@@ -1,4 +1,4 @@
-"""Every bad input of cross_entropy and its terms: an error that names the argument, what came and what is allowed."""
+"""Every bad input of cross_entropy and its terms: an error that names the argument and says what is allowed."""
 
 import os
 import subprocess
@@ -199,9 +199,7 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize("backend", ["reference", CPP])
-@pytest.mark.parametrize(
-    "name, error, message, arguments, options", BAD_CALLS, ids=[bad[0] for bad in BAD_CALLS]
-)
+@pytest.mark.parametrize("name, error, message, arguments, options", BAD_CALLS, ids=[bad[0] for bad in BAD_CALLS])
 def test_bad_calls(backend, name, error, message, arguments, options):
     with fusedloss.backend(backend), pytest.raises(error, match=message):
         fusedloss.cross_entropy(*arguments, **options)
@@ -254,7 +252,8 @@ def test_bad_terms(make, error, message):
 def test_labels_out_of_range(label, reduction, shape):
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
     target[2] = label
-    message = f"got label {label} at row {2 * (shape[2] if len(shape) == 3 else 1)}; allowed are 0 to 4 .*ignore_index=-100"
+    row = 2 * (shape[2] if len(shape) == 3 else 1)
+    message = f"got label {label} at row {row}; allowed are 0 to 4 .*ignore_index=-100"
     with pytest.raises(IndexError, match=message):
         fusedloss.cross_entropy(torch.randn(shape, requires_grad=True), target, reduction=reduction)
 
@@ -267,7 +266,7 @@ def test_labels_out_of_range_on_the_reference():
 
 
 def test_a_bad_label_of_another_ignore_index():
-    with pytest.raises(IndexError, match="got label -100 at row 0; .*ignore_index=-1"):
+    with pytest.raises(IndexError, match=r"got label -100 at row 0; .*ignore_index=-1"):
         fusedloss.cross_entropy(X, torch.tensor([-100, 1, 2]), ignore_index=-1)
 
 
@@ -276,7 +275,7 @@ def test_a_temperature_learned_below_zero_is_an_error_at_the_call():
     term = fusedloss.ClassTemperature(tau)
     with torch.no_grad():
         tau[3] = -0.5
-    with pytest.raises(ValueError, match="tau .*positive.*-0.5 for class 3"):
+    with pytest.raises(ValueError, match=r"tau .*positive.*-0.5 for class 3"):
         fusedloss.cross_entropy(X, Y, terms=[term])
 
 
@@ -294,9 +293,7 @@ def test_a_backend_that_does_not_exist_or_cannot_answer():
 
 def test_a_backend_of_the_environment_that_does_not_exist():
     environment = {**os.environ, "FUSEDLOSS_BACKEND": "cuda", "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(
-        [sys.executable, "-c", "import fusedloss"], env=environment, capture_output=True, text=True
-    )
+    found = subprocess.run([sys.executable, "-c", "import fusedloss"], env=environment, capture_output=True, text=True)
     assert "FUSEDLOSS_BACKEND: got 'cuda'; allowed are reference, cpp, triton" in found.stderr
 
 
@@ -309,6 +306,4 @@ def test_the_synchronous_label_check_says_the_same():
     )
     environment = {**os.environ, "FUSEDLOSS_CHECK": "1", "PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert found.stdout == "target: got label 7 at row 1; allowed are 0 to 4 and ignore_index=-100\n", (
-        found.stderr
-    )
+    assert found.stdout == "target: got label 7 at row 1; allowed are 0 to 4 and ignore_index=-100\n", found.stderr

@@ -104,9 +104,7 @@ def test_installed_weights_are_checked(monkeypatch, tmp_path):
             return self
 
     (tmp_path / "w.pth").write_bytes(b"weights")
-    monkeypatch.setattr(
-        weights.metadata, "files", lambda name: [Packaged(tmp_path / "w.pth"), Packaged("a.py")]
-    )
+    monkeypatch.setattr(weights.metadata, "files", lambda name: [Packaged(tmp_path / "w.pth"), Packaged("a.py")])
     with pytest.raises(SystemExit, match=r"w.pth has sha256 .*, not 5793"):
         weights.installed_weights()
     monkeypatch.setattr(weights, "SHA256", "9a129038fe0f3bf7ec4edbcc7a4f6b0ff4f2ea0a1ea0d8e0b6c8bd2a1e4fe6f5")

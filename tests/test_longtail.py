@@ -48,9 +48,7 @@ def test_inverse_frequency_has_mean_one_over_present_classes():
 
 
 def test_log_prior_with_and_without_a_floor():
-    assert log_prior(torch.tensor([3, 0, 1])).tolist() == pytest.approx(
-        [math.log(0.75), -math.inf, math.log(0.25)]
-    )
+    assert log_prior(torch.tensor([3, 0, 1])).tolist() == pytest.approx([math.log(0.75), -math.inf, math.log(0.25)])
     assert log_prior(torch.tensor([3, 0, 1]), floor=1)[1].item() == pytest.approx(math.log(0.25))
 
 

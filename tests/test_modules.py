@@ -27,7 +27,7 @@ class TestCrossEntropyLoss:
     def test_takes_the_place_of_torchs(self, reduction):
         _, logits, labels = data()
         weight = torch.rand(5)
-        arguments = dict(weight=weight, ignore_index=2, reduction=reduction, label_smoothing=0.1)
+        arguments = {"weight": weight, "ignore_index": 2, "reduction": reduction, "label_smoothing": 0.1}
         torch.testing.assert_close(
             CrossEntropyLoss(**arguments)(logits, labels), nn.CrossEntropyLoss(**arguments)(logits, labels)
         )
@@ -79,7 +79,7 @@ class TestCrossEntropyLoss:
         assert torch.equal(layer.weight, before)
         bare = nn.Linear(6, 5, bias=False)
         torch.testing.assert_close(loss.fold_into(bare)(x), bare(x) / tau * 2 + 0.7 * prior)
-        with pytest.raises(TypeError, match="linear must be an nn.Linear"):
+        with pytest.raises(TypeError, match=r"linear must be an nn\.Linear"):
             loss.fold_into(nn.Conv2d(1, 1, 1))
         with pytest.raises(ValueError, match=r"shape \(3,\)"):
             loss.fold_into(nn.Linear(6, 3))
@@ -241,7 +241,7 @@ class TestVACELoss:
     def test_watch_refuses_what_does_not_fit(self):
         with pytest.raises(ValueError, match="in_features=6 but the layer takes 4"):
             VACELoss(6, 5).watch(nn.Linear(4, 5))
-        with pytest.raises(TypeError, match="layer must be an nn.Module; got tuple"):
+        with pytest.raises(TypeError, match=r"layer must be an nn\.Module; got tuple"):
             VACELoss(6, 5).watch((nn.Linear(6, 5), nn.Linear(6, 5)))
 
     def test_errors_name_the_argument(self):
@@ -252,12 +252,12 @@ class TestVACELoss:
         with pytest.raises(ValueError, match=r"features: got None and no statistics"):
             VACELoss(6, 5)(logits, labels)
         for arguments, name in (
-            (dict(a=float("nan")), "a must be finite"),
-            (dict(strength=-1.0), "strength"),
-            (dict(tau_min=0.0), "tau_min"),
-            (dict(tau_min=3.0), "tau_min"),
-            (dict(warmup_steps=-1), "warmup_steps"),
-            (dict(momentum=2.0), "momentum"),
+            ({"a": float("nan")}, "a must be finite"),
+            ({"strength": -1.0}, "strength"),
+            ({"tau_min": 0.0}, "tau_min"),
+            ({"tau_min": 3.0}, "tau_min"),
+            ({"warmup_steps": -1}, "warmup_steps"),
+            ({"momentum": 2.0}, "momentum"),
         ):
             with pytest.raises(ValueError, match=name):
                 VACELoss(6, 5, **arguments)

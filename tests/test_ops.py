@@ -1,4 +1,4 @@
-"""The softmax operations under torch: opcheck, torch.compile, export, autograd's contracts, modes and autocast."""
+"""The softmax operations under torch: opcheck, torch.compile, export, autograd, modes and autocast."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def compiler():
 
 
 def inputs(rows=6, num_classes=7, inner=(), dtype=torch.float32, learned=()):
-    """logits, tau, smoothing, sample weight and labels; those in `learned` (by position) require gradients."""
+    """logits, tau, smoothing, sample weight and labels; those at positions `learned` require gradients."""
     generator = torch.Generator().manual_seed(rows)
     computing = torch.float64 if dtype == torch.float64 else torch.float32
     row_shape = (rows, *inner)
@@ -52,9 +52,7 @@ def inputs(rows=6, num_classes=7, inner=(), dtype=torch.float32, learned=()):
 class TestOpcheck:
     @pytest.mark.parametrize("inner", [(), (3,)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    @pytest.mark.parametrize(
-        "wanted", [[True, True, True], [True, False, False], [False, True, False], [False] * 3]
-    )
+    @pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, True, False], [False] * 3])
     def test_softmax_ce(self, wanted, dtype, inner):
         logits, tau, smoothing, sample_weight, target = inputs(inner=inner, dtype=dtype)
         for arguments in (
@@ -101,9 +99,7 @@ class TestOpcheck:
         opcheck(OPS.softmax_stats.default, (logits, target, tau, tau, tau, -100, True, True))
 
     @pytest.mark.parametrize("inner", [(), (3,)])
-    @pytest.mark.parametrize(
-        "want_uniform, want_prediction", list(itertools.product([False, True], repeat=2))
-    )
+    @pytest.mark.parametrize("want_uniform, want_prediction", list(itertools.product([False, True], repeat=2)))
     def test_softmax_stats_and_sweep(self, want_uniform, want_prediction, inner):
         logits, tau, smoothing, _, target = inputs(inner=inner)
         arguments = (logits, target, tau, None, None, -100, want_uniform, want_prediction)
@@ -133,16 +129,12 @@ def check_compiled(compiled, function, learned, rows):
     assert found.requires_grad == bool(learned)
     if learned:
         leaves = [arguments[position] for position in learned]
-        for ours, theirs in zip(
-            torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True
-        ):
+        for ours, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
 def subsets(positions):
-    return [
-        subset for size in range(len(positions) + 1) for subset in itertools.combinations(positions, size)
-    ]
+    return [subset for size in range(len(positions) + 1) for subset in itertools.combinations(positions, size)]
 
 
 @needs_kernels
@@ -191,9 +183,7 @@ class TestCompile:
         torch.testing.assert_close(found, expected)
 
     def test_a_module_under_no_grad_and_autocast(self, compiler):
-        loss = fusedloss.CrossEntropyLoss(
-            terms=[fusedloss.ClassTemperature(torch.nn.Parameter(torch.ones(7)))]
-        )
+        loss = fusedloss.CrossEntropyLoss(terms=[fusedloss.ClassTemperature(torch.nn.Parameter(torch.ones(7)))])
         layer = torch.nn.Linear(7, 7)
         logits, *_, target = inputs()
 
@@ -280,14 +270,11 @@ class TestAutograd:
         arguments = inputs(learned=(0, 1))
         other = (*arguments[:4], (arguments[4] + 1) % 7)
         expected = [
-            torch.autograd.grad(_loss(*each, reduction=reduction).sum(), each[:2])
-            for each in (arguments, other)
+            torch.autograd.grad(_loss(*each, reduction=reduction).sum(), each[:2]) for each in (arguments, other)
         ]
         one, two = (_loss(*each, reduction=reduction).sum() for each in (arguments, other))
         assert all(a.equal(b) for a, b in zip(torch.autograd.grad(two, other[:2]), expected[1], strict=True))
-        assert all(
-            a.equal(b) for a, b in zip(torch.autograd.grad(one, arguments[:2]), expected[0], strict=True)
-        )
+        assert all(a.equal(b) for a, b in zip(torch.autograd.grad(one, arguments[:2]), expected[0], strict=True))
 
     @needs_kernels
     @REDUCTIONS
@@ -415,9 +402,7 @@ class TestModes:
                 gradients = torch.autograd.grad(inside.sum(), arguments[:2])
             assert inside.dtype == torch.float32
             assert inside.equal(outside)
-            for ours, theirs in zip(
-                gradients, torch.autograd.grad(outside.sum(), arguments[:2]), strict=True
-            ):
+            for ours, theirs in zip(gradients, torch.autograd.grad(outside.sum(), arguments[:2]), strict=True):
                 assert ours.dtype == theirs.dtype
                 assert ours.equal(theirs)
 
@@ -442,6 +427,4 @@ class TestModes:
             torch.func.grad(loss)(logits), torch.func.grad(lambda x: expected(x, target))(logits)
         )
         each = torch.func.vmap(torch.func.grad(lambda x, y: fusedloss.cross_entropy(x, y)))(logits, target)
-        torch.testing.assert_close(
-            each, torch.func.vmap(torch.func.grad(lambda x, y: expected(x, y)))(logits, target)
-        )
+        torch.testing.assert_close(each, torch.func.vmap(torch.func.grad(lambda x, y: expected(x, y)))(logits, target))

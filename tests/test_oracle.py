@@ -27,13 +27,9 @@ def test_the_oracle_shares_no_code_with_the_package():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(6, 5), (4, 5, 3), (2, 5, 2, 3)])
 def test_the_written_out_formula_is_torchs_where_torch_has_one(shape, reduction, smoothing, soft):
-    case = random_case(
-        shape[0], *shape[1:], dtype=DOUBLE, soft=soft, reduction=reduction, label_smoothing=smoothing
-    )
+    case = random_case(shape[0], *shape[1:], dtype=DOUBLE, soft=soft, reduction=reduction, label_smoothing=smoothing)
     case.weight = torch.rand(5, dtype=DOUBLE)
-    expected = F.cross_entropy(
-        case.input, case.target, case.weight, reduction=reduction, label_smoothing=smoothing
-    )
+    expected = F.cross_entropy(case.input, case.target, case.weight, reduction=reduction, label_smoothing=smoothing)
     torch.testing.assert_close(oracle.written_out(case, case.input), expected, rtol=1e-13, atol=0)
 
 
@@ -82,9 +78,7 @@ def test_the_check_passes_eager_torch_and_fails_small_errors(dtype):
     oracle.check(case, eager_in_float32)
     for wrong in (
         lambda c: eager_in_float32(c) * (1 + 1e-4),
-        lambda c: eager_in_float32(
-            replace(c, sample_weight=c.sample_weight.detach() + 1e-4 * c.sample_weight)
-        ),
+        lambda c: eager_in_float32(replace(c, sample_weight=c.sample_weight.detach() + 1e-4 * c.sample_weight)),
         lambda c: eager_in_float32(c) * float("nan"),
         lambda c: eager_in_float32(c) + 0.03 * (c.input[0, 0] - c.input[0, 0].detach()),
     ):

@@ -26,12 +26,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "unaligned")
-NUM_CLASSES = st.one_of(
-    st.integers(1, 40), st.integers(1, 300), st.sampled_from([511, 4095, 4096, 4097, 4113])
-)
-TERMS = st.lists(
-    st.sampled_from(["temperature", "scale", "prior", "one temperature", "one scale"]), max_size=3
-)
+NUM_CLASSES = st.one_of(st.integers(1, 40), st.integers(1, 300), st.sampled_from([511, 4095, 4096, 4097, 4113]))
+TERMS = st.lists(st.sampled_from(["temperature", "scale", "prior", "one temperature", "one scale"]), max_size=3)
 
 shares = collections.Counter()
 
@@ -102,9 +98,7 @@ def random_cases(draw):
         case.focal_gamma = draw(st.sampled_from([0.5, 1.0, 2.0, 3.5]))
     if not soft and option("ignored rows"):
         case.ignore_index = draw(st.sampled_from([-100, 0, num_classes - 1]))
-        case.target = torch.where(
-            torch.rand(row_shape, generator=generator) < 0.4, case.ignore_index, case.target
-        )
+        case.target = torch.where(torch.rand(row_shape, generator=generator) < 0.4, case.ignore_index, case.target)
     terms = []
     for kind in draw(TERMS):
         if kind == "prior":
@@ -117,9 +111,7 @@ def random_cases(draw):
     if option("upstream"):
         case.upstream = torch.randn(row_shape, generator=generator) if case.reduction == "none" else -0.3
     case.learned = tuple(name for name in sorted(case.tensors()) if draw(st.booleans()))
-    used |= {f"learned {'term' if name.startswith('term') else name}" for name in case.learned} or {
-        "nothing learned"
-    }
+    used |= {f"learned {'term' if name.startswith('term') else name}" for name in case.learned} or {"nothing learned"}
     backend = draw(st.sampled_from(["cpp", "cpp", "cpp", "reference"]))
     return case, backend, used | {backend}
 

@@ -56,9 +56,7 @@ def build(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
     for name, (text, wrong) in changes.items():
         path = folder / "csrc" / name
         source = path.read_text()
-        assert source.count(text) == 1, (
-            f"{name} holds {text!r} {source.count(text)} times: choose another error"
-        )
+        assert source.count(text) == 1, f"{name} holds {text!r} {source.count(text)} times: choose another error"
         path.write_text(source.replace(text, wrong))
     (folder / "fusedloss").mkdir()
     command = [
@@ -78,9 +76,7 @@ def build(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
 
 @pytest.mark.slow
 @needs_kernels
-@pytest.mark.skipif(
-    shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None, reason="no compiler"
-)
+@pytest.mark.skipif(shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None, reason="no compiler")
 def test_the_battery_fails_on_a_wrong_kernel(tmp_path):
     changes = {
         "rows.inl": (

@@ -41,9 +41,7 @@ def test_the_reference_on_the_battery():
 def parity(input, target, weight=None, rtol=1e-5, atol=1e-7, **options):
     """torch's value and gradient, NaN and infinities included; returns both of ours."""
     ours, theirs = (input.detach().clone().requires_grad_() for _ in range(2))
-    expected = F.cross_entropy(
-        theirs, target.long() if target.dtype == torch.int32 else target, weight, **options
-    )
+    expected = F.cross_entropy(theirs, target.long() if target.dtype == torch.int32 else target, weight, **options)
     found = fusedloss.cross_entropy(ours, target, weight, **options)
     upstream = torch.ones_like(expected)
     expected.backward(upstream)
@@ -59,9 +57,7 @@ REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 class TestParityWithTorch:
     @REDUCTIONS
     @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-    @pytest.mark.parametrize(
-        "shape", [(7,), (5, 7), (4, 7, 3), (2, 7, 3, 2), (2, 7, 2, 1, 2), (5, 1), (1, 1)]
-    )
+    @pytest.mark.parametrize("shape", [(7,), (5, 7), (4, 7, 3), (2, 7, 3, 2), (2, 7, 2, 1, 2), (5, 1), (1, 1)])
     def test_shapes(self, backend, shape, smoothing, reduction):
         input = torch.randn(shape)
         rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
@@ -103,9 +99,7 @@ class TestParityWithTorch:
         for target in (torch.zeros(shape[:1] + shape[2:], dtype=torch.int64), torch.zeros(shape)):
             parity(torch.randn(shape), target, reduction=reduction)
             weight = torch.ones(shape[:1] + shape[2:])
-            found = fusedloss.cross_entropy(
-                torch.randn(shape), target, sample_weight=weight, reduction=reduction
-            )
+            found = fusedloss.cross_entropy(torch.randn(shape), target, sample_weight=weight, reduction=reduction)
             assert torch.isnan(found).all() if reduction == "mean" else (found == 0).all()
 
     def test_one_class(self, backend):
@@ -149,7 +143,7 @@ class TestParityWithTorch:
             assert torch.isnan(rows[1]) or torch.isinf(rows[1])
             assert torch.isfinite(rows[[0, 2]]).all()
             assert torch.isfinite(gradient[[0, 2]]).all()
-            loss, gradient = parity(input, target)
+            _, gradient = parity(input, target)
             assert torch.isfinite(gradient[[0, 2]]).all()
             assert torch.isnan(gradient[1]).any()
 
@@ -199,7 +193,7 @@ class TestPrecision:
             for label in range(7):
                 x = torch.linspace(-1, 1, 7).to(dtype)
                 x[label] += gap
-                # In float64 too log p would lose its digits: everything follows from the odds of the other classes.
+                # In float64 too log p would lose its digits: all follows from the odds of the other classes.
                 odds = torch.exp(x.double() - x[label].double())
                 odds[label] = 0
                 expected, gradient = odds.sum().log1p(), odds / (1 + odds.sum())
@@ -211,9 +205,7 @@ class TestPrecision:
                 rtol = (4 + gap) * torch.finfo(torch.float32).eps
                 torch.testing.assert_close(loss.sum().double(), expected, rtol=rtol, atol=0)
                 rounding = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
-                torch.testing.assert_close(
-                    found[0].double(), gradient, rtol=rtol + rounding[0], atol=rounding[1]
-                )
+                torch.testing.assert_close(found[0].double(), gradient, rtol=rtol + rounding[0], atol=rounding[1])
 
     @REDUCTIONS
     def test_the_label_of_a_row_that_hardly_counts_it(self, backend, reduction):
@@ -236,9 +228,7 @@ class TestPrecision:
             torch.testing.assert_close(gradient.double(), truth, rtol=4e-6, atol=0)
 
     @CPP_ONLY
-    @pytest.mark.skipif(
-        np.finfo(np.longdouble).eps >= np.finfo(np.double).eps, reason="no extended precision"
-    )
+    @pytest.mark.skipif(np.finfo(np.longdouble).eps >= np.finfo(np.double).eps, reason="no extended precision")
     @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
     @pytest.mark.parametrize("smoothing", [0.0, 0.05])
     @pytest.mark.parametrize("num_classes", [40, 4097])
@@ -260,9 +250,7 @@ class TestPrecision:
         focus = rest ** np.longdouble(gamma)
         rest_slope = p[label] * p
         rest_slope[label] = -p[label] * rest
-        expected = focus * slope + (
-            gamma * rest ** np.longdouble(gamma - 1) * mixed * rest_slope if gamma else 0
-        )
+        expected = focus * slope + (gamma * rest ** np.longdouble(gamma - 1) * mixed * rest_slope if gamma else 0)
         assert abs(loss.item() - focus * mixed) <= 4e-16 * abs(focus * mixed)
         assert np.abs(gradient.numpy()[0] - expected).max() <= 8e-16 * np.abs(expected).max()
 
@@ -385,9 +373,7 @@ def test_a_prior_of_zero_gives_its_class_no_probability(backend):
     loss = fusedloss.cross_entropy(x, torch.tensor([0, 1, 1, 0]), terms=terms)
     loss.backward()
     small = x.detach()[:, :2].clone().requires_grad_()
-    expected = F.cross_entropy(
-        (small + 0.5**1 * 0 + log_prior.detach()[:2]) / tau.detach()[:2], torch.tensor([0, 1, 1, 0])
-    )
+    expected = F.cross_entropy((small + log_prior.detach()[:2]) / tau.detach()[:2], torch.tensor([0, 1, 1, 0]))
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(x.grad[:, :2], small.grad)
@@ -414,9 +400,7 @@ class TestStatistics:
         rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
         y = torch.randint(num_classes, rows)
         tau = torch.rand(num_classes) + 0.5
-        _, stats = fusedloss.cross_entropy(
-            x, y, terms=[fusedloss.ClassTemperature(tau)], return_stats=True, z_loss=0.1
-        )
+        _, stats = fusedloss.cross_entropy(x, y, terms=[fusedloss.ClassTemperature(tau)], return_stats=True, z_loss=0.1)
         axis = 1 if len(shape) > 1 else 0
         z = x.double() / tau.double().reshape(-1, *[1] * (len(shape) - 2))
         computing = torch.float64 if dtype == torch.float64 else torch.float32
@@ -486,18 +470,14 @@ class TestStatistics:
                     "sample_weight": case.sample_weight,
                 }
                 with_stats, _ = fusedloss.cross_entropy(case.input, case.target, return_stats=True, **options)
-                torch.testing.assert_close(
-                    with_stats, fusedloss.cross_entropy(case.input, case.target, **options)
-                )
+                torch.testing.assert_close(with_stats, fusedloss.cross_entropy(case.input, case.target, **options))
 
 
 class TestInvariance:
     def test_reruns_give_the_same_bits(self, backend):
         for reduction in ("mean", "none"):
             case = replace(everything(random_case(300, 257)), reduction=reduction)
-            first, second = (
-                oracle.loss_and_gradients(oracle.cast(case, torch.float32), fused) for _ in range(2)
-            )
+            first, second = (oracle.loss_and_gradients(oracle.cast(case, torch.float32), fused) for _ in range(2))
             assert all(first[name].equal(second[name]) for name in first)
 
     def test_the_number_of_threads_changes_no_row(self, backend):

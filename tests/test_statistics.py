@@ -39,9 +39,7 @@ def check_exact(statistics, features, labels, rtol=1e-6):
         torch.testing.assert_close(statistics.mean[label].double(), mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(statistics.scatter[label], variance.sum(), rtol=rtol, atol=1e-12)
         if statistics.per_feature:
-            torch.testing.assert_close(
-                statistics.variance[label].double(), variance, rtol=10 * rtol, atol=1e-12
-            )
+            torch.testing.assert_close(statistics.variance[label].double(), variance, rtol=10 * rtol, atol=1e-12)
 
 
 def state(statistics):
@@ -50,9 +48,7 @@ def state(statistics):
 
 def same_state(first, second):
     assert first.keys() == second.keys()
-    return all(
-        torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first
-    )
+    return all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
 
 
 @pytest.mark.parametrize("per_feature", [False, True])
@@ -111,9 +107,7 @@ def test_moving_average_follows_its_recurrence(momentum, rows, per_feature):
                 old_mean, old_variance = expected[label]
                 d = mean - old_mean
                 mean = old_mean + momentum * d
-                variance = (
-                    (1 - momentum) * old_variance + momentum * variance + momentum * (1 - momentum) * d**2
-                )
+                variance = (1 - momentum) * old_variance + momentum * variance + momentum * (1 - momentum) * d**2
             expected[label] = mean, variance
     for label, (mean, variance) in expected.items():
         torch.testing.assert_close(statistics.mean[label].double(), mean, rtol=3e-6, atol=1e-6)
@@ -361,9 +355,7 @@ def test_any_sequence_of_batches(sizes, width, num_classes, momentum, per_featur
         features, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         check_exact(statistics, features, labels, rtol=3e-6)
     if per_feature:
-        torch.testing.assert_close(
-            statistics.variance.double().sum(1), statistics.scatter, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(statistics.variance.double().sum(1), statistics.scatter, rtol=1e-5, atol=1e-5)
 
 
 def _rank(rank, folder):
@@ -396,9 +388,7 @@ def _rank(rank, folder):
 
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    (batches, first), (_, second) = (
-        torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)
-    )
+    (batches, first), (_, second) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
     assert all(same_state(state(first[key]), state(second[key])) for key in first)
     for (momentum, per_feature), distributed in list(first.items())[:4]:
         single = ClassStatistics(12, 5, momentum, per_feature)
@@ -414,9 +404,7 @@ def test_two_processes_equal_one(tmp_path):
     torch.testing.assert_close(first["norms"].deviation, norms.deviation, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("norm", "momentum"), [(1.0, 0.5), (2.0, 0.1), (math.inf, None), (1.0, 0.0), (1.0, 1.0)]
-)
+@pytest.mark.parametrize(("norm", "momentum"), [(1.0, 0.5), (2.0, 0.1), (math.inf, None), (1.0, 0.0), (1.0, 1.0)])
 def test_norm_statistics_follow_their_recurrence(norm, momentum):
     statistics = NormStatistics(momentum, norm=norm)
     mean = variance = None

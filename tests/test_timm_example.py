@@ -1,4 +1,4 @@
-"""The fine-tuning example does what it promises: statistics move, the loss falls, a checkpoint resumes to the same bits."""
+"""The example keeps its promises: statistics move, the loss falls, a checkpoint resumes to the same bits."""
 
 from __future__ import annotations
 

@@ -22,9 +22,7 @@ def long_tailed_bank(classes=8, width=12, seed=0, **options):
     counts = (120 * 0.7 ** np.arange(classes)).astype(int) + 4
     labels = np.repeat(np.arange(classes), counts)
     centers = random.randn(classes, width) * 2
-    features = (centers[labels] + random.randn(len(labels), width) * (1 + labels[:, None] / classes)).astype(
-        np.float32
-    )
+    features = (centers[labels] + random.randn(len(labels), width) * (1 + labels[:, None] / classes)).astype(np.float32)
     return FeatureBank.from_arrays(features, labels, groups=np.arange(len(labels)) // 2, **options)
 
 
@@ -109,9 +107,7 @@ def test_a_linear_head_follows_a_plain_loop(bank):
             F.cross_entropy(head(features[batch]), labels[batch]).backward()
             optimizer.step()
             steps += 1
-    torch.testing.assert_close(
-        result.predictor.head.state_dict(), dict(head.state_dict()), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(result.predictor.head.state_dict(), dict(head.state_dict()), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["ce", "vace"])

@@ -59,9 +59,7 @@ def result_bits(folder):
 
 def scores(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in row.items() if name not in ("train_s", "ms_step")} for row in rows
-    ]
+    return [{name: value for name, value in row.items() if name not in ("train_s", "ms_step")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +101,13 @@ def test_killed_at_many_moments_a_run_ends_with_the_same_bits(uninterrupted, tmp
     assert scores(run) == scores(uninterrupted / "run")
     for trial in ("lr-0.001", "lr-0.01"):
         first, second = (
-            read_tensors(f / "trials" / trial / "checkpoint-00006.safetensors")
-            for f in (run, uninterrupted / "run")
+            read_tensors(f / "trials" / trial / "checkpoint-00006.safetensors") for f in (run, uninterrupted / "run")
         )
         assert all(np.array_equal(first[name].numpy(), second[name].numpy()) for name in first | second)
         assert len(list((run / "trials" / trial).iterdir())) == 3
 
 
-@pytest.mark.parametrize(
-    "settings", [{"head": "linear"}, {"head": "cosine", "loss": "ce"}, {"head": "mlp"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{"head": "linear"}, {"head": "cosine", "loss": "ce"}, {"head": "mlp"}], ids=str)
 def test_an_exception_in_any_epoch_can_be_resumed(uninterrupted, tmp_path, settings):
     recipe = RECIPE.replace(lr=1e-2, keep="last", **settings)
     bank = FeatureBank.open(uninterrupted / "bank")
@@ -141,9 +136,7 @@ def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(uninterrupted, tmp_p
         real(descriptor)
 
     monkeypatch.setattr(durable.os, "fsync", full)
-    with pytest.raises(
-        StorageError, match=r"No space left on device: .*what was complete before is untouched"
-    ):
+    with pytest.raises(StorageError, match=r"No space left on device: .*what was complete before is untouched"):
         fit(bank, recipe, folder=run, device="cpu", pictures=False)
     monkeypatch.undo()
     epoch = json.loads((run / "checkpoint.json").read_text())["epoch"]

@@ -108,9 +108,7 @@ def test_label_out_of_range_fails_an_assertion():
         "softmax_ce(x, y, *[None] * 5, 0.0, 0.0, 0.0, -100, True, [False] * 3)\n"
         "torch.cuda.synchronize()\n"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode != 0
     assert "a label is outside" in found.stderr
 
@@ -126,9 +124,7 @@ def test_more_than_two_to_the_31_logits():
     target = torch.tensor([0, 1, classes - 1], device="cuda")
     arguments = (None,) * 5 + (0.0, 0.0, 0.0, -100, False, [True, False, False])
     _, row_loss, (gradient,) = softmax_ce(logits, target, *arguments)
-    truth = torch.tensor(
-        [classes, classes, 1 + (classes - 1) * 9.357622968840175e-14], dtype=torch.float64
-    ).log()
+    truth = torch.tensor([classes, classes, 1 + (classes - 1) * 9.357622968840175e-14], dtype=torch.float64).log()
     torch.testing.assert_close(row_loss.cpu().double(), truth, rtol=1e-4, atol=1e-6)
     assert gradient[1, 1].item() == -1.0
     assert gradient[2, 0].item() > 0

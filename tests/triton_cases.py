@@ -91,10 +91,7 @@ def make(
     return {
         "logits": laid_out(logits, layout),
         "target": laid_out(probabilities.to(dtype), layout) if soft else labels,
-        **{
-            key: value.to(compute) if key.split("_")[-1] in terms else None
-            for key, value in classwise.items()
-        },
+        **{key: value.to(compute) if key.split("_")[-1] in terms else None for key, value in classwise.items()},
         "per_row": torch.rand(rows, generator=generator, dtype=torch.float64).to(compute),
     }
 
@@ -121,9 +118,7 @@ def affine(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return torch.where(masked, x, inner)
 
 
-def statistics(
-    made: dict[str, Any], z: Tensor, weight: Tensor, ignore_index: int = -100
-) -> dict[str, Tensor]:
+def statistics(made: dict[str, Any], z: Tensor, weight: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
     """The row statistics in float64, differentiable."""
     target = made["target"]
     log_p = z.log_softmax(1)
@@ -148,9 +143,7 @@ def statistics(
     return {"log_sum_exp": z.logsumexp(1), **found, "kept": kept}
 
 
-def loss_formula(
-    made: dict[str, Any], found: dict[str, Tensor], eps: Any, gamma: float, z_loss: float
-) -> Tensor:
+def loss_formula(made: dict[str, Any], found: dict[str, Tensor], eps: Any, gamma: float, z_loss: float) -> Tensor:
     """Loss of each row."""
     row = found["cross_entropy"]
     if isinstance(eps, Tensor) or eps:
@@ -205,9 +198,7 @@ def cross_entropy(
         )  # fmt: skip
         x, scale, bias, weight = leaves(made)
         eps = (
-            row_smoothing.double().clone().requires_grad_()
-            if per_row
-            else torch.tensor(smoothing, dtype=torch.float64)
+            row_smoothing.double().clone().requires_grad_() if per_row else torch.tensor(smoothing, dtype=torch.float64)
         )
         found = statistics(made, affine(x, scale, bias), weight)
         rows = loss_formula(made, found, eps if per_row else smoothing, gamma, z_loss)
@@ -222,9 +213,7 @@ def cross_entropy(
                 label_smoothing=smoothing,
             )  # fmt: skip
             torch.testing.assert_close(torch_loss, total, equal_nan=True)
-        truth = list(
-            torch.autograd.grad(total, [x, scale, bias, *([eps] if per_row else [])], allow_unused=True)
-        )
+        truth = list(torch.autograd.grad(total, [x, scale, bias, *([eps] if per_row else [])], allow_unused=True))
         kept = found["kept"].unsqueeze(1)
         truth[0] = torch.where(kept, truth[0], 0.0)
         names = [("gradient of logits", truth[0])] if wanted[0] else []
@@ -267,15 +256,11 @@ def sweep(tile: tuple[int, int, int] | None = STEPS, *, upstream: str = EVERY,
             wrong.append(f"prediction: {prediction.tolist()}, not {z.argmax(1).tolist()}")
         wrong += difference("row maximum and sum", (row_max + row_sum.log()), found["log_sum_exp"], tolerance)
         generator = torch.Generator().manual_seed(1)
-        gradients = {
-            name: torch.randn(row_max.shape, generator=generator).to(row_max.dtype) for name in names
-        }
+        gradients = {name: torch.randn(row_max.shape, generator=generator).to(row_max.dtype) for name in names}
         total = sum((gradients[name].double() * found[name]).sum() for name in names if name in upstream)
         truth = torch.autograd.grad(total, [x, scale, bias], allow_unused=True)
         given = [gradients[name] if name in upstream else None for name in names]
-        swept = call(
-            device, tile, "softmax_sweep", *arguments, row_max, row_sum, rest, -100, *given, list(wanted)
-        )
+        swept = call(device, tile, "softmax_sweep", *arguments, row_max, row_sum, rest, -100, *given, list(wanted))
         chosen = [("logits", truth[0])] * wanted[0] + [("scale", truth[1]), ("bias", truth[2])] * wanted[1]
         for (name, value), one in zip(chosen, swept, strict=True):
             wrong += difference(f"gradient of {name}", one, value, ROUNDED[one.dtype])
@@ -296,9 +281,7 @@ def class_statistics(
 
         generator = torch.Generator().manual_seed(0)
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        features = (
-            torch.randn(rows, width, generator=generator).add(1000.0 if compute == dtype else 4.0).to(dtype)
-        )
+        features = torch.randn(rows, width, generator=generator).add(1000.0 if compute == dtype else 4.0).to(dtype)
         labels = torch.randint(classes, (rows,), generator=generator)
         labels[: int(0.7 * rows)] = 1
         labels[labels == 4] = 0  # class 4 is absent
@@ -313,9 +296,7 @@ def class_statistics(
         if kind == "strided":
             old = _strided(features, device)
         with launch.forced(features=tile and launch.FeatureTile(*tile)):
-            count, total, square = class_stats(
-                old, labels.to(device), given, seen.to(device), -100, per_feature
-            )
+            count, total, square = class_stats(old, labels.to(device), given, seen.to(device), -100, per_feature)
             other = before.clone().to(device)
             again = class_stats(old, labels.to(device), other, seen.to(device), -100, per_feature)
         both = zip((count, total, square), again, strict=True)

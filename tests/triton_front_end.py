@@ -29,9 +29,7 @@ def front_end(source: Any, target: Any, options: Any, **_: Any) -> object:
     ir.load_dialects(context)
     backend.load_dialects(context)
     try:
-        source.make_ir(
-            target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
-        )
+        source.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
     except Exception:
         refused.append(f"{source.name}: {traceback.format_exc()}")
     done.append(source.name)

@@ -57,9 +57,7 @@ def add_columns(scale_sum, bias_sum, slope, x):
 
 
 @triton.jit
-def add_block(
-    sums, block, label, classes, SOFT: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr
-):
+def add_block(sums, block, label, classes, SOFT: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr):
     # The sum of earlier blocks is not moved to the new maximum.
     right = _add_block(sums, block, label, classes, SOFT, UNIFORM, PREDICTION)
     rest = right.rest + sums.rest * (1.0 - tl.exp(sums.top - right.top))

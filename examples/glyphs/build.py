@@ -150,9 +150,7 @@ def compare(arrays: dict[str, np.ndarray], content: bytes, kept: Path) -> int:
         print(f"{kept.name}: the same {len(content)} bytes")
         return 0
     with np.load(kept) as old:
-        differing = [
-            name for name in arrays if name not in old or not np.array_equal(arrays[name], old[name])
-        ]
+        differing = [name for name in arrays if name not in old or not np.array_equal(arrays[name], old[name])]
     print(
         f"{kept.name}: "
         + (f"differs in {', '.join(differing)}" if differing else "the same arrays, compressed differently")
@@ -161,9 +159,7 @@ def compare(arrays: dict[str, np.ndarray], content: bytes, kept: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deb", type=Path, help=f"{PACKAGE}_{VERSION}_all.deb; default: apt-get download")
     parser.add_argument(
         "--output",
@@ -171,9 +167,7 @@ def main() -> int:
         default=Path(__file__).with_name("glyphs.npz"),
         help="default: beside this file",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the output file instead of writing it"
-    )
+    parser.add_argument("--check", action="store_true", help="compare with the output file instead of writing it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         package = options.deb or fetch_package(Path(folder))

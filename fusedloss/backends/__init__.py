@@ -8,8 +8,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 
-import torch
-
 NAMES = ("reference", "cpp", "triton")
 OPERATIONS = ("softmax_ce", "class_stats")
 

@@ -53,7 +53,6 @@ def evaluate(
     if output is not None:
         write_json(
             output,
-            {"run": str(run), "bank": found.bank, "rows": found.rows, "calibrated": calibrated}
-            | found.report,
+            {"run": str(run), "bank": found.bank, "rows": found.rows, "calibrated": calibrated} | found.report,
         )
         print(f"scores: {output}")

@@ -9,40 +9,26 @@ import typer
 
 
 def extract(
-    inputs: Annotated[
-        Path, typer.Argument(help="folder of class folders, or a .csv, .tsv, .jsonl or .npz file")
-    ],
-    out: Annotated[
-        Path, typer.Argument(help="the bank: a new folder, or one whose extraction was interrupted")
-    ],
+    inputs: Annotated[Path, typer.Argument(help="folder of class folders, or a .csv, .tsv, .jsonl or .npz file")],
+    out: Annotated[Path, typer.Argument(help="the bank: a new folder, or one whose extraction was interrupted")],
     backbone: Annotated[str, typer.Option(help="timm:NAME or hf:NAME; an hf NAME may be a local folder")],
     weights: Annotated[
         Path | None,
-        typer.Option(
-            help="local .safetensors or .pth weights [default: pretrained, from the hub or its cache]"
-        ),
+        typer.Option(help="local .safetensors or .pth weights [default: pretrained, from the hub or its cache]"),
     ] = None,
     pooling: Annotated[
         str | None,
-        typer.Option(
-            help="hf: cls or mean over tokens [default: cls for images that have such a token, else mean]"
-        ),
+        typer.Option(help="hf: cls or mean over tokens [default: cls for images that have such a token, else mean]"),
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="timm: edge in pixels [default: the network's own]")
-    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="timm: edge in pixels [default: the network's own]")] = None,
     crop: Annotated[
         float | None,
-        typer.Option(
-            help="timm: share of the edge that the centre crop keeps, 1 for all [default: the network's own]"
-        ),
+        typer.Option(help="timm: share of the edge that the centre crop keeps, 1 for all [default: the network's own]"),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="text: tokens kept [default: the network's own limit, at most 512]")
     ] = None,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="scale every feature row to L2 norm one")
-    ] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="scale every feature row to L2 norm one")] = False,
     classes: Annotated[
         Path | None,
         typer.Option(
@@ -54,9 +40,7 @@ def extract(
     precision: Annotated[
         str, typer.Option(help="the backbone's arithmetic: float32, or autocast to bfloat16 or float16")
     ] = "float32",
-    device: Annotated[
-        str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N")] = "auto",
     batch_size: Annotated[int, typer.Option(help="inputs per forward pass")] = 64,
     workers: Annotated[int, typer.Option(help="processes that read and decode inputs; 0: the main one")] = 0,
     progress: Annotated[bool, typer.Option(help="show a progress bar on a terminal")] = True,

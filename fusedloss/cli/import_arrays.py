@@ -9,15 +9,11 @@ import typer
 
 
 def import_arrays(
-    features: Annotated[
-        Path, typer.Argument(help="features (N, D): .npy, .npz, .csv, .csv.gz, .pt or .safetensors")
-    ],
+    features: Annotated[Path, typer.Argument(help="features (N, D): .npy, .npz, .csv, .csv.gz, .pt or .safetensors")],
     out: Annotated[Path, typer.Argument(help="the bank: a new folder")],
     labels: Annotated[
         Path | None,
-        typer.Option(
-            help="labels (N,), integers or names, in a file of these kinds [default: in the features file]"
-        ),
+        typer.Option(help="labels (N,), integers or names, in a file of these kinds [default: in the features file]"),
     ] = None,
     groups: Annotated[
         Path | None,
@@ -60,7 +56,5 @@ def import_arrays(
     from fusedloss.features.arrays import bank_from_files
 
     names = None if classes is None else read_class_names(classes)
-    bank = bank_from_files(features, labels, groups, class_names=names, backbone=backbone, dtype=dtype).save(
-        out
-    )
+    bank = bank_from_files(features, labels, groups, class_names=names, backbone=backbone, dtype=dtype).save(out)
     typer.echo(f"{out}: {len(bank)} rows, {bank.in_features} features, {bank.num_classes} classes")

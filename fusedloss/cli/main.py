@@ -36,14 +36,10 @@ COMMANDS = {
     ),
     "train": Command("fusedloss.cli.train:train", "Train heads on a feature bank."),
     "evaluate": Command("fusedloss.cli.evaluate:evaluate", "Measure a trained head on a feature bank."),
-    "predict": Command(
-        "fusedloss.cli.predict:predict", "Classes and probabilities for new images, texts or features."
-    ),
+    "predict": Command("fusedloss.cli.predict:predict", "Classes and probabilities for new images, texts or features."),
     "sweep": Command("fusedloss.cli.sweep:sweep", "Compare recipes over several seeds, in one table."),
     "report": Command("fusedloss.cli.report:report", "Tables and pictures of finished runs."),
-    "info": Command(
-        "fusedloss.cli.main:info", "Which backend answers for each operation, and why others do not."
-    ),
+    "info": Command("fusedloss.cli.main:info", "Which backend answers for each operation, and why others do not."),
 }
 
 

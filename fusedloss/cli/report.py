@@ -13,18 +13,14 @@ if TYPE_CHECKING:
 
 
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Run folders, or folders above them.", show_default=False)
-    ],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders above them.", show_default=False)],
     baseline: Annotated[
         str | None,
         typer.Option(help="Row that the others are compared with; the first by default.", show_default=False),
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(
-            help="Columns of the table, separated by commas. [default: those of sweep]", show_default=False
-        ),
+        typer.Option(help="Columns of the table, separated by commas. [default: those of sweep]", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -45,20 +41,14 @@ def report(
 
     rows = collect_rows(folders)
     columns = DEFAULT_METRICS if metrics is None else tuple(metrics.split(","))
-    known = [
-        name
-        for name, value in next(iter(rows[0].by_seed.values())).items()
-        if isinstance(value, (int, float))
-    ]
+    known = [name for name, value in next(iter(rows[0].by_seed.values())).items() if isinstance(value, (int, float))]
     for name in columns:
         if name not in known:
             raise ValueError(f"metrics must be among {', '.join(known)}, got {name!r}")
     print_tables(rows, find_baseline(rows, baseline), columns, output)
 
 
-def print_tables(
-    rows: Sequence[Row], baseline: Row, metrics: Sequence[str], output: Path | None = None
-) -> None:
+def print_tables(rows: Sequence[Row], baseline: Row, metrics: Sequence[str], output: Path | None = None) -> None:
     """Print both tables and the verdicts, and write them below ``output``."""
     from fusedloss.train import report as tables
     from fusedloss.train.storage import write_atomically

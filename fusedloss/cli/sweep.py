@@ -17,14 +17,10 @@ def sweep(
     bank: Annotated[
         Path, typer.Argument(help="Folder of a feature bank (from extract or import).", show_default=False)
     ],
-    folder: Annotated[
-        Path, typer.Argument(help="Folder for the runs: ROW/seed-N below it.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(help="Folder for the runs: ROW/seed-N below it.", show_default=False)],
     row: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A recipe as 'NAME: setting=value setting=value'; give several.", show_default=False
-        ),
+        typer.Option(help="A recipe as 'NAME: setting=value setting=value'; give several.", show_default=False),
     ] = None,
     grid: Annotated[
         list[str] | None,
@@ -36,9 +32,7 @@ def sweep(
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
     lr_per: Annotated[
         str,
-        typer.Option(
-            help="Where --lr names several: choose one per row (best on average over seeds) or per run."
-        ),
+        typer.Option(help="Where --lr names several: choose one per row (best on average over seeds) or per run."),
     ] = "row",
     baseline: Annotated[
         str | None,

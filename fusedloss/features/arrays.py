@@ -44,22 +44,16 @@ def bank_from_files(
         if file is not None:
             given = read_arrays(file, name)
             if name not in given:
-                raise ValueError(
-                    f"{file} must hold one array, or one called {name}; it holds {sorted(given)}"
-                )
+                raise ValueError(f"{file} must hold one array, or one called {name}; it holds {sorted(given)}")
             found[name] = given[name]
     for name in ("features", "labels"):
         if name not in found:
-            raise ValueError(
-                f"no {name}: {features} holds {sorted(found)}; give them with --{name} or in that file"
-            )
+            raise ValueError(f"no {name}: {features} holds {sorted(found)}; give them with --{name} or in that file")
     label_array = np.asarray(found["labels"])
     if class_names is None and "class_names" in found:
         class_names = [str(name) for name in found["class_names"]]
     if label_array.dtype.kind in "US":
-        label_array, class_names = encode_labels(
-            label_array.astype(str).tolist(), class_names, labels or features
-        )
+        label_array, class_names = encode_labels(label_array.astype(str).tolist(), class_names, labels or features)
     group_array = found.get("groups")
     if group_array is not None and group_array.dtype.kind in "US":
         group_array = encode_groups(group_array.astype(str).tolist())
@@ -78,8 +72,7 @@ def convert(array: np.ndarray, dtype: str) -> np.ndarray:
     overflowed = np.isfinite(array).all(axis=1) & ~np.isfinite(converted).all(axis=1)
     if overflowed.any():
         raise BankError(
-            f"{overflowed.sum()} rows overflow {dtype} (the first is row {overflowed.argmax()}); "
-            "use --dtype float32"
+            f"{overflowed.sum()} rows overflow {dtype} (the first is row {overflowed.argmax()}); use --dtype float32"
         )
     return converted
 
@@ -144,9 +137,7 @@ def read_csv(file: Path) -> tuple[list[str], list[list[str]]]:
             header = next(reader, [])
             for row in reader:
                 if len(row) != len(header):
-                    raise csv.Error(
-                        f"line {reader.line_num}: {len(row)} values, the header has {len(header)}"
-                    )
+                    raise csv.Error(f"line {reader.line_num}: {len(row)} values, the header has {len(header)}")
                 rows.append(row)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error

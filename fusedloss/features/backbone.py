@@ -103,23 +103,17 @@ def load_backbone(
     from fusedloss.features.transformers_backbone import load_transformers
 
     if image_size is not None or crop is not None:
-        raise ValueError(
-            "image_size and crop are for timm backbones; hf image networks use their own processor"
-        )
+        raise ValueError("image_size and crop are for timm backbones; hf image networks use their own processor")
     return load_transformers(architecture, file, pooling, max_length, precision, normalize, where)
 
 
-def backbone_of(
-    source: FeatureSource, *, weights: Path | str | None = None, device: str = "auto"
-) -> Backbone:
+def backbone_of(source: FeatureSource, *, weights: Path | str | None = None, device: str = "auto") -> Backbone:
     """The backbone that features were computed with; ValueError when it is not the same any more.
 
     `weights` is needed where the file has moved since.
     """
     if source.backbone is None:
-        raise ValueError(
-            "these features were brought by the user: no backbone is known that could compute new ones"
-        )
+        raise ValueError("these features were brought by the user: no backbone is known that could compute new ones")
     if weights is None and source.weights != "pretrained":
         weights = source.weights
     backbone = load_backbone(
@@ -135,9 +129,7 @@ def backbone_of(
     )
     differences = backbone.source.differences(source)
     if differences:
-        raise ValueError(
-            f"{source.backbone} is not the backbone of the features any more: {'; '.join(differences)}"
-        )
+        raise ValueError(f"{source.backbone} is not the backbone of the features any more: {'; '.join(differences)}")
     return backbone
 
 

@@ -123,9 +123,7 @@ class FeatureBank:
             if not (folder / name).is_file():
                 raise BankError(f"{folder}: {name} is missing, though the manifest lists it")
             if verify and sha256_of_file(folder / name) != expected:
-                raise BankError(
-                    f"{folder}: {name} does not have the sha256 of the manifest; it was changed or damaged"
-                )
+                raise BankError(f"{folder}: {name} does not have the sha256 of the manifest; it was changed or damaged")
         rows = manifest.num_rows
         features = load_array(folder / "features.npy", (rows, manifest.in_features), manifest.dtype)
         labels = np.array(load_array(folder / "labels.npy", (rows,), "int64"))
@@ -228,9 +226,7 @@ class FeatureBank:
 
 def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
-        raise BankError(
-            f"{folder} is not a folder; a feature bank is the folder that extract or import wrote"
-        )
+        raise BankError(f"{folder} is not a folder; a feature bank is the folder that extract or import wrote")
     if not (folder / MANIFEST_FILE).is_file():
         if (folder / PROGRESS_FILE).is_file():
             done, total = rows_done(folder)

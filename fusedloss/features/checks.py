@@ -39,9 +39,7 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
         raise BankError(f"labels must lie in [0, {num_classes}); {len(wrong)} do not ({shown})")
 
 
-def check_finite(
-    features: np.ndarray, paths: Sequence[str] | None = None, first_row: int = 0, note: str = ""
-) -> None:
+def check_finite(features: np.ndarray, paths: Sequence[str] | None = None, first_row: int = 0, note: str = "") -> None:
     """Refuse NaN and infinite features, naming the first rows (their paths too) and how many there are."""
     wrong: list[int] = []
     for start in range(0, len(features), ROWS_PER_BLOCK):

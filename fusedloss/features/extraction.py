@@ -36,9 +36,7 @@ def feature_batches(
 ) -> Iterator[np.ndarray]:
     """Features of the rows from `first_row` on, batch by batch, float32 `(b, D)`."""
     if batch_size < 1 or workers < 0:
-        raise ValueError(
-            f"batch_size must be at least 1 and workers at least 0; got {batch_size} and {workers}"
-        )
+        raise ValueError(f"batch_size must be at least 1 and workers at least 0; got {batch_size} and {workers}")
     if inputs.kind != backbone.kind:
         raise ValueError(f"{backbone.source.backbone} reads {backbone.kind}s; the inputs are {inputs.kind}s")
     loader = DataLoader(

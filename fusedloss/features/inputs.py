@@ -76,9 +76,7 @@ def image_inputs(
 ) -> Inputs:
     # names and sizes, not contents: reading every image before the first one is used would double the time
     entries = [f"{name}\0{file.stat().st_size}" for name, file in zip(names, files, strict=True)]
-    return Inputs(
-        "image", ImageFiles(files), names, labels, groups, class_names, sha256_of_list("image", entries)
-    )
+    return Inputs("image", ImageFiles(files), names, labels, groups, class_names, sha256_of_list("image", entries))
 
 
 def encode_labels(
@@ -93,8 +91,7 @@ def encode_labels(
     unknown = sorted(set(values) - set(number))
     if unknown:
         raise ValueError(
-            f"{origin}: {len(unknown)} labels are not among the {len(number)} classes given, "
-            f"e.g. {unknown[0]!r}"
+            f"{origin}: {len(unknown)} labels are not among the {len(number)} classes given, e.g. {unknown[0]!r}"
         )
     return np.array([number[value] for value in values], np.int64), tuple(map(str, class_names))
 

@@ -23,16 +23,12 @@ from fusedloss.features.inputs import (
     sha256_of_list,
 )
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 LARGEST_CELL = 1 << 27  # characters; the csv module's own limit, 131072, cuts long documents off
 
 
-def read_inputs(
-    path: Path | str, *, labelled: bool = True, class_names: Sequence[str] | None = None
-) -> Inputs:
+def read_inputs(path: Path | str, *, labelled: bool = True, class_names: Sequence[str] | None = None) -> Inputs:
     """Read a list of inputs; the kind follows from the path.
 
     * a folder: one sub-folder of images per class (with `labelled=False`, any images below the folder);
@@ -49,9 +45,7 @@ def read_inputs(
     if path.is_dir():
         return read_folder(path, labelled, class_names)
     if not path.is_file():
-        raise ValueError(
-            f"{path} does not exist; give a folder of images, or a .csv, .tsv, .jsonl or .npz file"
-        )
+        raise ValueError(f"{path} does not exist; give a folder of images, or a .csv, .tsv, .jsonl or .npz file")
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return read_packed(path, labelled, class_names)
@@ -59,15 +53,11 @@ def read_inputs(
         return read_table(path, labelled, class_names)
     if suffix in IMAGE_SUFFIXES and not labelled:
         return image_inputs([path], [path.name], None, None, None)
-    raise ValueError(
-        f"{path} is not a kind of input: give a folder of images, or a .csv, .tsv, .jsonl or .npz file"
-    )
+    raise ValueError(f"{path} is not a kind of input: give a folder of images, or a .csv, .tsv, .jsonl or .npz file")
 
 
 def read_folder(folder: Path, labelled: bool, class_names: Sequence[str] | None) -> Inputs:
-    files = sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-    )
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     names = [file.relative_to(folder).as_posix() for file in files]
@@ -75,9 +65,7 @@ def read_folder(folder: Path, labelled: bool, class_names: Sequence[str] | None)
         return image_inputs(files, names, None, None, None)
     loose = [name for name in names if "/" not in name]
     if loose:
-        raise ValueError(
-            f"{folder} must hold one folder per class; {len(loose)} images lie beside them ({loose[0]})"
-        )
+        raise ValueError(f"{folder} must hold one folder per class; {len(loose)} images lie beside them ({loose[0]})")
     labels, classes = encode_labels([name.split("/")[0] for name in names], class_names, folder)
     return image_inputs(files, names, labels, None, classes)
 
@@ -88,9 +76,7 @@ def read_table(file: Path, labelled: bool, class_names: Sequence[str] | None) ->
         raise ValueError(f"{file} has no rows")
     columns = set(rows[0][1])
     if len(columns & {"path", "text"}) != 1:
-        raise ValueError(
-            f"{file} must have a column 'path' (images) or 'text', not both; it has {sorted(columns)}"
-        )
+        raise ValueError(f"{file} must have a column 'path' (images) or 'text', not both; it has {sorted(columns)}")
     if labelled and "label" not in columns:
         raise ValueError(f"{file} must have a column 'label'; it has {sorted(columns)}")
 
@@ -107,9 +93,7 @@ def read_table(file: Path, labelled: bool, class_names: Sequence[str] | None) ->
         files = [file.parent / name for name in names]
         missing = [str(image) for image in files if not image.is_file()]
         if missing:
-            raise ValueError(
-                f"{file}: {len(missing)} of {len(files)} images do not exist, the first is {missing[0]}"
-            )
+            raise ValueError(f"{file}: {len(missing)} of {len(files)} images do not exist, the first is {missing[0]}")
         return image_inputs(files, names, labels, groups, classes)
     texts = column("text")
     names = [f"{file.name}:{number}" for number, _ in rows]
@@ -123,9 +107,7 @@ def read_delimited(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         try:
             for row in reader:
                 if None in row:
-                    raise ValueError(
-                        f"{file}, line {reader.line_num}: more values than the header has columns"
-                    )
+                    raise ValueError(f"{file}, line {reader.line_num}: more values than the header has columns")
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{file}, after line {reader.line_num}: {error}") from error
@@ -141,9 +123,7 @@ def read_jsonl(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{file}, line {number} must be an object with 'path' or 'text', and 'label'"
-                )
+                raise ValueError(f"{file}, line {number} must be an object with 'path' or 'text', and 'label'")
             yield number, row
 
 
@@ -172,11 +152,7 @@ def read_packed(file: Path, labelled: bool, class_names: Sequence[str] | None) -
     if len(names) != len(images):
         raise ValueError(f"{file}: 'paths' has {len(names)} entries for {len(images)} images")
     labels, classes = packed_labels(file, arrays, class_names) if labelled else (None, None)
-    groups = (
-        checks.integer_vector(f"{file}: groups", arrays["groups"], len(images))
-        if "groups" in arrays
-        else None
-    )
+    groups = checks.integer_vector(f"{file}: groups", arrays["groups"], len(images)) if "groups" in arrays else None
     digest = hashlib.sha256(f"{images.shape}".encode() + np.ascontiguousarray(images).data).hexdigest()
     return Inputs("image", PackedImages(images), names, labels, groups, classes, digest)
 

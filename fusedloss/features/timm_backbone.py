@@ -55,9 +55,7 @@ def load_timm(
         raise explain_missing("timm", error) from error
     if not timm.is_model(architecture.split(".")[0]):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(
-            f"timm has no model {architecture!r}" + (f"; close: {', '.join(close)}" if close else "")
-        )
+        raise ValueError(f"timm has no model {architecture!r}" + (f"; close: {', '.join(close)}" if close else ""))
     model = create_model(timm, architecture, weights)
     classifier = model.pretrained_cfg.get("classifier") or ()
     unused = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -99,6 +97,4 @@ def resize_input(model: Any, architecture: str, image_size: int) -> None:
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(image_size, image_size))
     elif model.pretrained_cfg.get("fixed_input_size"):
-        raise ValueError(
-            f"timm:{architecture} takes only its own image size, {model.pretrained_cfg['input_size'][-1]}"
-        )
+        raise ValueError(f"timm:{architecture} takes only its own image size, {model.pretrained_cfg['input_size'][-1]}")

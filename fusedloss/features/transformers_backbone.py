@@ -123,14 +123,10 @@ def load_model(transformers: Any, name: str, config: Any, weights: Path | None) 
         model: nn.Module = transformers.AutoModel.from_config(config)
         load_weights(model, weights, UNUSED)
         return model
-    model, report = transformers.AutoModel.from_pretrained(
-        name, output_loading_info=True, dtype=torch.float32
-    )
+    model, report = transformers.AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED))
     if missing:
-        raise ValueError(
-            f"hf:{name}: its checkpoint lacks {len(missing)} tensors, the first is {missing[0]!r}"
-        )
+        raise ValueError(f"hf:{name}: its checkpoint lacks {len(missing)} tensors, the first is {missing[0]!r}")
     return model
 
 

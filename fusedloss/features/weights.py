@@ -35,9 +35,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{file} cannot be read as weights (torch.load with weights_only=True): {reason}"
-        ) from error
+        raise ValueError(f"{file} cannot be read as weights (torch.load with weights_only=True): {reason}") from error
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -64,8 +62,7 @@ def load_weights(model: nn.Module, file: Path, unused: Sequence[str] = ()) -> No
         extra = sorted(name for name in found if name not in expected and not is_unused(name, unused))
         if extra:
             raise ValueError(
-                f"{file} has {len(extra)} tensors that the backbone has no place for, "
-                f"the first is {extra[0]!r}"
+                f"{file} has {len(extra)} tensors that the backbone has no place for, the first is {extra[0]!r}"
             )
         for name in needed:
             if found[name].shape != expected[name].shape:
@@ -74,18 +71,14 @@ def load_weights(model: nn.Module, file: Path, unused: Sequence[str] = ()) -> No
         model.load_state_dict({name: found[name] for name in needed}, strict=False)
         return
     renamed = dict(zip(expected, found.values(), strict=False))
-    for position, ((name, tensor), (other, given)) in enumerate(
-        zip(expected.items(), found.items(), strict=False)
-    ):
+    for position, ((name, tensor), (other, given)) in enumerate(zip(expected.items(), found.items(), strict=False)):
         if tensor.shape != given.shape:
             raise ValueError(
                 f"{file} does not fit the backbone: tensor {position} is {other!r} {tuple(given.shape)}, "
                 f"the backbone has {name!r} {tuple(tensor.shape)} there"
             )
     if len(found) != len(expected):
-        raise ValueError(
-            f"{file} does not fit the backbone: it has {len(found)} tensors, the backbone {len(expected)}"
-        )
+        raise ValueError(f"{file} does not fit the backbone: it has {len(found)} tensors, the backbone {len(expected)}")
     model.load_state_dict(renamed)
 
 

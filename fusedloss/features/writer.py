@@ -155,8 +155,7 @@ class BankWriter:
         if not self.complete:
             if self.rows_done != self.manifest.num_rows:
                 raise BankError(
-                    f"{self.folder} has {self.rows_done} of {self.manifest.num_rows} rows; "
-                    "append the others first"
+                    f"{self.folder} has {self.rows_done} of {self.manifest.num_rows} rows; append the others first"
                 )
             self.file.close()
             names = (FEATURES_FILE, *self.small_files)
@@ -175,11 +174,7 @@ class BankWriter:
         if self.folder.exists() and any(entry.suffix != ".tmp" for entry in self.folder.iterdir()):
             raise BankError(f"{self.folder} is neither empty nor a feature bank; nothing was written there")
         self.folder.mkdir(parents=True, exist_ok=True)
-        needed = (
-            len(self.header)
-            + self.row_bytes * self.manifest.num_rows
-            + sum(map(len, self.small_files.values()))
-        )
+        needed = len(self.header) + self.row_bytes * self.manifest.num_rows + sum(map(len, self.small_files.values()))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             sizes = f"it needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
@@ -209,9 +204,7 @@ class BankWriter:
         for name, value in self.plan.items():
             if found.get(name) != value:
                 hashed = "sha256" in name or "." in name
-                differences.append(
-                    f"{name} " + ("other than now" if hashed else f"{found.get(name)!r}, not {value!r}")
-                )
+                differences.append(f"{name} " + ("other than now" if hashed else f"{found.get(name)!r}, not {value!r}"))
         differences += [f"{name} other than now" for name in found if name not in self.plan]
         if differences:
             raise BankError(

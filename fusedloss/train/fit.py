@@ -142,9 +142,7 @@ class Run:
         bank, recipe, (split, training, validation, transform) = self.bank, self.recipe, self.prepared
         chosen = next(one for one in self.trained if one.lr == lr)
         if chosen.diverged:
-            raise DivergedError(
-                f"the loss was not finite at lr {', '.join(f'{r:g}' for r in recipe.lr)}: lower lr"
-            )
+            raise DivergedError(f"the loss was not finite at lr {', '.join(f'{r:g}' for r in recipe.lr)}: lower lr")
         predictor = Predictor(
             recipe, transform, chosen.head, chosen.temperature, list(bank.class_names),
             training.counts.tolist(), lr, chosen.epoch, _calibration(chosen, validation),
@@ -152,9 +150,7 @@ class Run:
         )  # fmt: skip
         logits = predictor.logits(gather(bank.features, split.test))
         labels = np.asarray(bank.labels)[split.test]
-        report = classification_report(
-            logits, labels, predictor.class_names, train_counts=predictor.train_counts
-        )
+        report = classification_report(logits, labels, predictor.class_names, train_counts=predictor.train_counts)
         row = result_row(bank, recipe, split, predictor, chosen, report, logits, labels)
         trials = [
             {"lr": t.lr, "epoch": t.epoch, recipe.select: t.score(recipe.select), "diverged": t.diverged}

@@ -82,9 +82,7 @@ class Training:
         self.objective = build_objective(recipe, data)
         self.optimizer = adamw([self.head, self.objective.loss], lr, recipe.weight_decay)
         self.order = torch.Generator().manual_seed(recipe.seed)
-        self.step_gradients = gradient_step(
-            self.head, self.objective, min(recipe.batch_size, len(data.labels))
-        )
+        self.step_gradients = gradient_step(self.head, self.objective, min(recipe.batch_size, len(data.labels)))
         self.epoch = self.steps = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
@@ -143,9 +141,7 @@ class Training:
             "loss": loss,
         }
         if self.validation is not None and not self.diverged:
-            row |= validation_scores(
-                self.head, self.objective.temperature, self.validation, len(self.data.counts)
-            )
+            row |= validation_scores(self.head, self.objective.temperature, self.validation, len(self.data.counts))
         return row | {"train_s": self.seconds, "ms_step": 1000 * self.seconds / self.steps}
 
     def _note_best(self, row: dict[str, Any]) -> None:
@@ -185,8 +181,7 @@ class Training:
         except OSError as error:
             raise StorageError(
                 error.errno,
-                f"{error.strerror}: {path} could not be written; the checkpoint of "
-                f"epoch {self.epoch} is complete",
+                f"{error.strerror}: {path} could not be written; the checkpoint of epoch {self.epoch} is complete",
             ) from error
 
     def _restore(self) -> None:
@@ -195,9 +190,7 @@ class Training:
         self.head.load_state_dict(select_prefix(tensors, "head."))
         self.objective.loss.load_state_dict(select_prefix(tensors, "loss."))
         state = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(
-            {"state": unflatten_optimizer(tensors), "param_groups": state["param_groups"]}
-        )
+        self.optimizer.load_state_dict({"state": unflatten_optimizer(tensors), "param_groups": state["param_groups"]})
         self.order.set_state(tensors["random.order"])
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and self.device.type == "cuda":
@@ -214,9 +207,7 @@ class Training:
         if self.recipe.keep == "best" and self.best.tensors:
             self.head.load_state_dict(self.best.tensors)
             epoch = self.best.epoch
-        return Trained(
-            self.lr, self.head.eval(), self.objective.temperature, epoch, self.history, self.diverged
-        )
+        return Trained(self.lr, self.head.eval(), self.objective.temperature, epoch, self.history, self.diverged)
 
 
 @dataclass

@@ -71,9 +71,7 @@ def draw_recall_by_frequency(path: Path, report: dict[str, Any]) -> None:
     recall = np.array([row["recall"] for row in tested])
     area = 14 + 10 * np.sqrt(np.array([row["support"] for row in tested]))
     figure, axis = _figure(1, 1, (7.6, 4.6))
-    axis.scatter(
-        counts, recall, s=area, color=BLUE, alpha=0.4, linewidths=0, label="a class, its area by test rows"
-    )
+    axis.scatter(counts, recall, s=area, color=BLUE, alpha=0.4, linewidths=0, label="a class, its area by test rows")
     axis.set_xscale("log")
     edges = [min(counts.min() * 0.8, 5), 20.5, 100.5, max(counts.max() * 1.3, 320)]
     titles = {"few": "few (at most 20)", "med": "medium (21-100)", "many": "many (over 100)"}

@@ -98,7 +98,5 @@ def _read_array(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"inputs {path} cannot be read as an array: {error}") from error
     if array.ndim != 2 or array.dtype.kind != "f":
-        raise ValueError(
-            f"inputs {path} must hold floating-point features (N, D), got {array.dtype} {array.shape}"
-        )
+        raise ValueError(f"inputs {path} must hold floating-point features (N, D), got {array.dtype} {array.shape}")
     return array

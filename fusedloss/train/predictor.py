@@ -69,24 +69,20 @@ class Predictor:
                 ``calibrated`` for a head trained without validation rows.
         """
         if calibrated and self.calibration is None:
-            raise ValueError(
-                "calibrated needs a temperature, but this head was trained without validation rows"
-            )
+            raise ValueError("calibrated needs a temperature, but this head was trained without validation rows")
         if not isinstance(features, Tensor):
             features = np.asanyarray(features)
         if features.ndim != 2 or features.shape[1] != self.in_features:
-            raise ValueError(
-                f"features must be (N, {self.in_features}) as in training, got {tuple(features.shape)}"
-            )
+            raise ValueError(f"features must be (N, {self.in_features}) as in training, got {tuple(features.shape)}")
         self.head.eval()
         device = self.transform.mean.device
         parts = []
         for start in range(0, len(features), CHUNK_ROWS):
             chunk = features[start : start + CHUNK_ROWS]
             # a memory map is copied chunk by chunk: it is read-only, and may be larger than the memory
-            chunk = (
-                chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk, dtype=np.float32))
-            ).to(device)
+            chunk = (chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk, dtype=np.float32))).to(
+                device
+            )
             finite = torch.isfinite(chunk).all(1)
             if not bool(finite.all()):
                 rows = (start + (~finite).nonzero()[:5, 0]).tolist()
@@ -108,9 +104,7 @@ class Predictor:
 
     def save(self, folder: Path) -> None:
         """Write ``head.safetensors`` and ``head.json``."""
-        tensors = with_prefix(self.head.state_dict(), "head.") | with_prefix(
-            self.transform.state_dict(), "transform."
-        )
+        tensors = with_prefix(self.head.state_dict(), "head.") | with_prefix(self.transform.state_dict(), "transform.")
         if self.temperature is not None:
             tensors["temperature"] = self.temperature
         write_tensors(folder / TENSORS, tensors)
@@ -145,9 +139,7 @@ class Predictor:
         """
         folder = Path(folder)
         if not (folder / DESCRIPTION).exists():
-            raise StorageError(
-                f"{folder} holds no trained head ({DESCRIPTION}): not a run folder, or not finished"
-            )
+            raise StorageError(f"{folder} holds no trained head ({DESCRIPTION}): not a run folder, or not finished")
         values, tensors = read_json(folder / DESCRIPTION), read_tensors(folder / TENSORS)
         recipe = Recipe.from_dict(values["recipe"])
         with torch.random.fork_rng(devices=[]):

@@ -48,9 +48,7 @@ class Recipe:
         "predictions then use the raw logits",
     )
     strength: float = knob(0.5, "how far temperatures follow the class scatter (vace)")
-    a: float = knob(
-        1.0, "temperature of a class without scatter (vace); 1 - strength gives mean temperature 1"
-    )
+    a: float = knob(1.0, "temperature of a class without scatter (vace); 1 - strength gives mean temperature 1")
     tau_min: float = knob(0.5, "least class temperature (vace)")
     tau_max: float = knob(2.0, "largest class temperature (vace)")
     uniform: bool = knob(False, "control: give every class the mean of vace's temperatures (vace)")
@@ -62,16 +60,12 @@ class Recipe:
     weight_decay: float = knob(1e-4, "AdamW's decay of weight matrices; biases and norms have none")
     warmup: float = knob(0.05, "share of all steps with a linearly rising learning rate, before the cosine")
     seed: int = knob(0, "seed of initial weights, batch order and dropout")
-    standardize: bool = knob(
-        True, "shift and scale each feature to mean 0 and deviation 1 on the training rows"
-    )
+    standardize: bool = knob(True, "shift and scale each feature to mean 0 and deviation 1 on the training rows")
     normalize: bool = knob(False, "then scale each row to length 1 (the cosine head always does)")
     test_fraction: float = knob(0.2, "share of the groups held out for the test")
     val_fraction: float = knob(0.1, "share of the groups held out for validation; 0 for none")
     split_seed: int = knob(42, "seed of the split, independent of seed")
-    select: str = knob(
-        "macro_f1_fg", "validation score that chooses the learning rate and the best epoch", SELECTIONS
-    )
+    select: str = knob("macro_f1_fg", "validation score that chooses the learning rate and the best epoch", SELECTIONS)
     keep: str = knob("last", "epoch whose head is kept: the last, or the best on the validation rows", KEEPS)
 
     def __post_init__(self) -> None:
@@ -93,9 +87,7 @@ class Recipe:
                 f"{self.test_fraction} + {self.val_fraction}"
             )
         if self.val_fraction == 0 and (len(self.lr) > 1 or self.keep == "best"):
-            raise ValueError(
-                "val_fraction must be above 0 to choose between learning rates or to keep the best epoch"
-            )
+            raise ValueError("val_fraction must be above 0 to choose between learning rates or to keep the best epoch")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed; an unknown name is refused."""

@@ -90,13 +90,9 @@ def collect_rows(folders: Sequence[str | Path]) -> list[Row]:
         name = _name(run.path)
         key = f"{name} {recipe.replace(seed=0, lr=1.0).to_dict()}"
         by_seed = rows.setdefault(key, {})
-        names[key] = (
-            name if name not in (n for k, n in names.items() if k != key) else f"{name} ({len(names) + 1})"
-        )
+        names[key] = name if name not in (n for k, n in names.items() if k != key) else f"{name} ({len(names) + 1})"
         if recipe.seed in by_seed:
-            raise StorageError(
-                f"{run.path} repeats recipe and seed {recipe.seed} of another run: remove one of them"
-            )
+            raise StorageError(f"{run.path} repeats recipe and seed {recipe.seed} of another run: remove one of them")
         by_seed[recipe.seed] = run.result()["row"]
     return [Row(names[key], by_seed) for key, by_seed in rows.items()]
 

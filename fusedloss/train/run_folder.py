@@ -40,9 +40,7 @@ class RunFolder:
         config = self.path / CONFIG
         if not config.exists():
             if self._holds_something():
-                raise StorageError(
-                    f"{self.path} exists, is not empty and is not a run folder; name a new one"
-                )
+                raise StorageError(f"{self.path} exists, is not empty and is not a run folder; name a new one")
             description = {
                 "rows": len(bank),
                 "in_features": bank.in_features,
@@ -71,9 +69,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finish(
-        self, result: Result, split: Split, logits: torch.Tensor, labels: np.ndarray, pictures: bool
-    ) -> None:
+    def finish(self, result: Result, split: Split, logits: torch.Tensor, labels: np.ndarray, pictures: bool) -> None:
         """Write head, metrics, predictions and pictures, then the result."""
         result.predictor.save(self.path)
         write_json_lines(self.path / METRICS, result.history)
@@ -118,16 +114,12 @@ class RunFolder:
         asked = recipe.to_dict()
         before = Recipe.from_dict(config["recipe"]).to_dict()
         changed = [
-            f"{name} was {before[name]} and is now {asked[name]}"
-            for name in asked
-            if asked[name] != before[name]
+            f"{name} was {before[name]} and is now {asked[name]}" for name in asked if asked[name] != before[name]
         ]
         if changed:
             raise StorageError(f"{self.path} holds a run of another recipe: {'; '.join(changed)}")
         if config["bank"]["fingerprint"] != bank.fingerprint():
-            raise StorageError(
-                f"{self.path} holds a run on another bank (features, labels, groups or names differ)"
-            )
+            raise StorageError(f"{self.path} holds a run on another bank (features, labels, groups or names differ)")
 
     def _write_predictions(self, split: Split, probs: torch.Tensor, labels: np.ndarray) -> None:
         top = probs.topk(min(TOP_CLASSES, probs.shape[1]), dim=1)
@@ -156,10 +148,7 @@ class RunFolder:
 def _with_nan(value: Any) -> Any:
     """JSON's null back to NaN, where a number was not defined."""
     if isinstance(value, dict):
-        return {
-            key: entry if key in ("train_count", "backbone") else _with_nan(entry)
-            for key, entry in value.items()
-        }
+        return {key: entry if key in ("train_count", "backbone") else _with_nan(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_with_nan(entry) for entry in value]
     return float("nan") if value is None else value

@@ -69,9 +69,7 @@ def _whole_groups(groups: np.ndarray, rows: np.ndarray, fraction: float, seed: i
     return np.sort(rows[next(shuffle.split(rows, groups=groups[rows]))[1]])
 
 
-def _per_class(
-    labels: np.ndarray, rows: np.ndarray, fraction: float, random: np.random.RandomState
-) -> np.ndarray:
+def _per_class(labels: np.ndarray, rows: np.ndarray, fraction: float, random: np.random.RandomState) -> np.ndarray:
     chosen = []
     for label in np.unique(labels[rows]):
         members = rows[labels[rows] == label]

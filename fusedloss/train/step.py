@@ -29,9 +29,7 @@ def adamw(modules: list[nn.Module], lr: float, weight_decay: float) -> torch.opt
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
-def gradient_step(
-    head: nn.Module, objective: Objective, batch_size: int
-) -> Callable[[Tensor, Tensor], Tensor]:
+def gradient_step(head: nn.Module, objective: Objective, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Function of a batch that fills the gradients and returns the detached loss."""
     if isinstance(head, nn.Linear) and head.bias is not None:
         return LinearStep(head, objective.loss, batch_size)

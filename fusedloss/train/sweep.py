@@ -41,9 +41,7 @@ def sweep(
     if lr_per not in LR_PER:
         raise ValueError(f"lr_per must be one of {', '.join(LR_PER)}, got {lr_per!r}")
     if not rows or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"rows and seeds must not be empty and seeds must differ, got {list(rows)} and {list(seeds)}"
-        )
+        raise ValueError(f"rows and seeds must not be empty and seeds must differ, got {list(rows)} and {list(seeds)}")
     folders = {name: Path(folder) / folder_name(name) for name in rows}
     if len(set(folders.values())) < len(rows):
         raise ValueError(f"rows must have names that differ as folders, got {list(rows)}")
@@ -70,9 +68,7 @@ def grid_rows(base: dict[str, Any], grid: dict[str, Sequence[Any]]) -> dict[str,
     rows = {}
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
-        rows[" ".join(f"{key}={value}" for key, value in settings.items())] = Recipe.from_dict(
-            base | settings
-        )
+        rows[" ".join(f"{key}={value}" for key, value in settings.items())] = Recipe.from_dict(base | settings)
     return rows
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fusedloss.rows import Statistics
-from fusedloss.terms import Term, per_class, widened
+from fusedloss.terms import AffineTerm, per_class, widened
 
 
 def row_statistics(
     logits: Tensor,
     target: Tensor,
-    terms: Sequence[Term],
+    terms: Sequence[AffineTerm],
     class_weight: Tensor | None,
     ignore_index: int,
     dtype: torch.dtype,
@@ -49,7 +49,7 @@ def row_statistics(
     )
 
 
-def terms_applied(logits: Tensor, terms: Sequence[Term], dtype: torch.dtype) -> Tensor:
+def terms_applied(logits: Tensor, terms: Sequence[AffineTerm], dtype: torch.dtype) -> Tensor:
     """The logits in `dtype` after every term, in order."""
     z = logits.to(dtype)
     for term in terms:
@@ -57,7 +57,7 @@ def terms_applied(logits: Tensor, terms: Sequence[Term], dtype: torch.dtype) -> 
     return z
 
 
-def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
+def _weighted(values: Tensor, weight: Tensor | float | None) -> Tensor:
     """weight * values, where a weight of 0 gives 0 even at an infinite value; differentiable in both."""
     if weight is None:
         return values

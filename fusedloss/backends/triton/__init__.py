@@ -14,15 +14,9 @@ def absent(device_type: str) -> str | None:
         return "the package triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
     if interpreted:
-        return (
-            None
-            if device_type in ("cpu", "cuda")
-            else f"Triton's interpreter takes no '{device_type}' tensors"
-        )
+        return None if device_type in ("cpu", "cuda") else f"Triton's interpreter takes no '{device_type}' tensors"
     if device_type == "cpu":
-        return (
-            "Triton takes CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before starting Python"
-        )
+        return "Triton takes CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before starting Python"
     if device_type != "cuda":
         return f"no kernels for '{device_type}' tensors; they take 'cuda'"
     if not torch.cuda.is_available():

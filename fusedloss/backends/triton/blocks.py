@@ -138,9 +138,7 @@ def affine(x, scale, bias, classes, mask):
 def read_block(inputs, rows, classes, num_classes, T: tl.constexpr, ALIGN: tl.constexpr):
     inside = (classes < num_classes)[None, :]
     mask = rows.valid[:, None] & inside
-    place = addresses(
-        inputs.logits, inputs.outer_step, inputs.inner_step, inputs.class_step, rows, classes, ALIGN
-    )
+    place = addresses(inputs.logits, inputs.outer_step, inputs.inner_step, inputs.class_step, rows, classes, ALIGN)
     x = tl.load(place, mask=mask, other=0.0).to(T)
     z = tl.where(inside, affine(x, inputs.scale, inputs.bias, classes[None, :], inside), float("-inf"))
     weight = inside.to(T)
@@ -190,9 +188,7 @@ def differences(weight, z, shift):
 
 
 @triton.jit
-def add_block(
-    sums, block, label, classes, SOFT: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr
-):
+def add_block(sums, block, label, classes, SOFT: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr):
     """The sums of a row after one more block of its classes, all about the new maximum."""
     block_top = tl.max(block.z, 1)
     top = tl.maximum(sums.top, block_top)

@@ -47,10 +47,7 @@ class Centers(NamedTuple):
 
 @triton.jit
 def read_features(features, rows, columns, mask, T: tl.constexpr):
-    place = (
-        rows.to(tl.int64)[:, None] * features.row_step
-        + (columns.to(tl.int64) * features.column_step)[None, :]
-    )
+    place = rows.to(tl.int64)[:, None] * features.row_step + (columns.to(tl.int64) * features.column_step)[None, :]
     return tl.load(features.pointer + place, mask=mask, other=0.0).to(T)
 
 

@@ -57,9 +57,7 @@ def layout_of(tensors: Sequence[torch.Tensor], labels: torch.Tensor | None) -> L
     swapped = not flat and positions < min(samples, _FEWEST_POSITIONS)
     steps = [step for tensor in tensors for step in _row_steps(tensor, 1, swapped, flat)]
     align = math.gcd(16, num_classes, *steps)
-    outer, inner = (
-        (1, samples * positions) if flat else (positions, samples) if swapped else (samples, positions)
-    )
+    outer, inner = (1, samples * positions) if flat else (positions, samples) if swapped else (samples, positions)
     return Layout(outer, inner, num_classes, align, swapped, flat)
 
 

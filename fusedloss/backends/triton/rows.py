@@ -270,7 +270,5 @@ def sweep_row(
         softmax += own + tl.where(label.bad, float("nan"), 0.0)
         others = tl.load(arguments.rest + rows.index, mask=rows.valid, other=0.0)
         # Two forms of one slope: the large terms cancel in the first near p = 1 and in the second near p = 0.
-        at_label = tl.where(
-            p < 0.5, softmax * p - own + logit - uniform * label.weight, drift - softmax * others
-        )
+        at_label = tl.where(p < 0.5, softmax * p - own + logit - uniform * label.weight, drift - softmax * others)
         return Slopes(shift, softmax / total, uniform, at_label, rows.valid)

@@ -104,9 +104,7 @@ def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
     block, warps = launch.SCALE
     dtype = launch.triton_dtype(launch.compute_dtype(gradient))
     grid = (triton.cdiv(gradient.numel(), block),)
-    launch.start(
-        scale_kernel, grid, (run, factor, gradient.numel()), gradient.device, warps, T=dtype, BLOCK=block
-    )
+    launch.start(scale_kernel, grid, (run, factor, gradient.numel()), gradient.device, warps, T=dtype, BLOCK=block)
     return gradient
 
 
@@ -225,9 +223,7 @@ class _Call:
         layout = self.layout
         inner_tiles = triton.cdiv(layout.inner, rows)
         units = layout.num_classes // layout.align
-        return Sizes(
-            units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles, 1
-        )
+        return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles, 1)
 
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], warps: int, **constants: Any

@@ -1,0 +1,260 @@
+"""The arguments of a loss on logits, checked once and brought into the form that the operations take."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedloss import ops
+from fusedloss.rows import Row
+from fusedloss.terms import AffineTerm, ClassTemperature, Term, fold_affine
+
+_CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
+_LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Checked arguments in the form that the operations take: ``(B, K)`` or ``(B, K, d)`` logits."""
+
+    logits: Tensor
+    target: Tensor
+    terms: tuple[AffineTerm, ...]
+    class_weight: Tensor | None
+    ignore_index: int
+    row: Row
+    sample_weight: Tensor | None
+    shape: torch.Size  # of the rows as the caller gave them
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.logits.shape[1]
+
+    @property
+    def soft(self) -> bool:
+        """Whether the target holds probabilities."""
+        return self.target.is_floating_point()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the loss is computed in."""
+        return ops.compute_dtype(self.logits.dtype)
+
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The terms folded into ``(scale, bias)``, each ``(K,)`` or None."""
+        if not self.terms:
+            return None, None
+        return fold_affine(self.terms, self.num_classes, self.dtype, self.logits.device)
+
+    def denominator(self) -> Tensor:
+        """What the mean divides by: class weight of the label times sample weight, over the kept rows."""
+        if self.soft:
+            rows = self.logits.shape[0] * (self.logits.shape[2] if self.logits.dim() == 3 else 1)
+            each = self.logits.new_tensor(float(rows), dtype=self.dtype)
+            return each if self.sample_weight is None else self.sample_weight.sum()
+        kept = self.target != self.ignore_index
+        if self.class_weight is None and self.sample_weight is None:
+            return kept.sum().to(self.dtype)
+        each = kept.to(self.dtype)
+        if self.class_weight is not None:
+            each = each * self.class_weight[self.target.clamp(0, self.num_classes - 1)]
+        return (each if self.sample_weight is None else each * self.sample_weight).sum()
+
+
+def checked(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float | Tensor,
+    terms: Sequence[Term],
+    focal_gamma: float,
+    z_loss: float,
+    sample_weight: Tensor | None,
+) -> Problem:
+    """The arguments of cross_entropy as a Problem; see there for what is raised."""
+    logits = _check_logits(input)
+    target, shape = _check_target(input, logits, target)
+    if _CHECK_VALUES:
+        check_labels(target, ignore_index, logits.shape[1])
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
+    _check_number("focal_gamma", focal_gamma)
+    _check_number("z_loss", z_loss)
+    _check_focal(focal_gamma, target)
+    if not -math.inf < z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite; got {z_loss}")
+    _check_ignore_index(ignore_index)
+    if target.is_floating_point() and ignore_index >= 0:
+        raise ValueError(f"ignore_index is not supported for floating point target; got {ignore_index}")
+    if sample_weight is not None:
+        sample_weight = _check_per_row("sample_weight", sample_weight, logits, shape)
+    smoothing = _check_smoothing(label_smoothing, logits, shape)
+    if weight is not None:
+        weight = _check_class_weight(weight, logits)
+    return Problem(
+        logits,
+        target,
+        _check_terms(terms, logits) if terms else (),
+        weight,
+        ignore_index,
+        Row(smoothing, focal_gamma, z_loss),
+        sample_weight,
+        shape,
+    )
+
+
+def _check_logits(input: Tensor) -> Tensor:
+    """The logits as ``(B, K)`` or ``(B, K, d)``, without a copy where strides allow."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor of logits; got {type(input).__name__}")
+    if input.dtype not in _LOGIT_DTYPES:
+        raise TypeError(f"input must be float32, float64, bfloat16 or float16; got {input.dtype}")
+    if input.layout != torch.strided:
+        raise TypeError(f"input must be a dense tensor; got layout {input.layout}")
+    if input.dim() == 2:
+        logits = input
+    elif input.dim() == 1:
+        logits = input.unsqueeze(0)
+    elif input.dim() == 0:
+        raise ValueError("input must have a class dimension: (K,), (B, K) or (B, K, d1, ...); got a 0-dim tensor")
+    else:
+        logits = input if input.dim() == 3 else input.flatten(2)
+    if logits.shape[1] == 0:
+        raise ValueError(f"input must have at least one class; got shape {tuple(input.shape)}")
+    return logits
+
+
+def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, torch.Size]:
+    """The target in the shape of the rows (labels, int64) or of the logits (probabilities), and the rows' shape."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor of labels or probabilities; got {type(target).__name__}")
+    if target.device != input.device:
+        raise ValueError(f"target must be on the device of input, {input.device}; got {target.device}")
+    if target.layout != torch.strided:
+        raise TypeError(f"target must be a dense tensor; got layout {target.layout}")
+    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(
+                f"target holds probabilities ({target.dtype}) and must have input's shape {tuple(input.shape)}; "
+                f"got {tuple(target.shape)}; labels must be int64"
+            )
+        return target.reshape(logits.shape), shape
+    if target.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"target must be int64, int32 or uint8 labels, or probabilities; got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(
+            f"target must have shape {tuple(shape)} for input of shape {tuple(input.shape)}; got {tuple(target.shape)}"
+        )
+    if target.dtype != torch.int64:
+        target = target.to(torch.int64)
+    if logits is not input:
+        target = target.reshape(logits.shape[:1] + logits.shape[2:])
+    return target, shape
+
+
+def check_labels(target: Tensor, ignore_index: int, num_classes: int) -> None:
+    """The CPU's label check on any device; waits for the device."""
+    if target.is_floating_point():
+        return
+    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        raise IndexError(
+            f"target: got label {int(target.flatten()[row])} at row {row}; allowed are 0 to {num_classes - 1} "
+            f"and ignore_index={ignore_index}"
+        )
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
+def _check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, Tensor) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits; got {ignore_index}")
+
+
+def _check_focal(focal_gamma: float, target: Tensor) -> None:
+    if focal_gamma == 0:
+        return
+    if not 0.5 <= focal_gamma < math.inf:
+        raise ValueError(
+            "focal_gamma must be 0, or finite and at least 0.5 (below, the slope is infinite at p = 1); "
+            f"got {focal_gamma}"
+        )
+    if target.is_floating_point():
+        raise ValueError(f"focal_gamma needs labels; got {focal_gamma} with probability targets")
+
+
+def _check_smoothing(smoothing: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
+    if isinstance(smoothing, Tensor):
+        return _check_per_row("label_smoothing", smoothing, logits, shape)
+    _check_number("label_smoothing", smoothing)
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0.0 and 1.0; got {smoothing}")
+    return smoothing
+
+
+def _check_per_row(name: str, value: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
+    """One value per row, in the compute dtype and the rows' shape: ``(B,)`` is broadcast over d1, ...."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype in _LABEL_DTYPES):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor with one value per row; got {got}")
+    if value.device != logits.device:
+        raise ValueError(f"{name} must be on the device of input, {logits.device}; got {value.device}")
+    rows = logits.shape[:1] + logits.shape[2:]
+    value = value.to(ops.compute_dtype(logits.dtype))
+    if value.shape == shape:
+        return value.reshape(rows).contiguous()
+    if len(shape) > 1 and value.shape == shape[:1]:
+        return value.unsqueeze(1).expand(rows).contiguous()
+    allowed = f"{tuple(shape)}" + (f" or {tuple(shape[:1])}" if len(shape) > 1 else "")
+    raise ValueError(f"{name} must have shape {allowed}; got {tuple(value.shape)}")
+
+
+def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating-point tensor; got {got}")
+    if tuple(weight.shape) != (logits.shape[1],):
+        raise ValueError(f"weight must have shape ({logits.shape[1]},), one value per class; got {tuple(weight.shape)}")
+    if weight.device != logits.device:
+        raise ValueError(f"weight must be on the device of input, {logits.device}; got {weight.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight gets no gradient; detach it, or pass what is learned as sample_weight or in a term")
+    return weight.to(ops.compute_dtype(logits.dtype)).contiguous()
+
+
+def _check_terms(terms: Sequence[Term], logits: Tensor) -> tuple[AffineTerm, ...]:
+    if not isinstance(terms, Sequence | Term):
+        raise TypeError(f"terms must be a sequence of fusedloss.terms; got {type(terms).__name__}")
+    affine: list[AffineTerm] = []
+    for term in (terms,) if isinstance(terms, Term) else terms:
+        if not isinstance(term, AffineTerm):
+            got = getattr(term, "__name__", type(term).__name__)
+            raise TypeError(f"terms must hold objects of fusedloss.terms; got {got}")
+        term.check(logits.shape[1])
+        for name, value in vars(term).items():
+            if isinstance(value, Tensor) and value.device != logits.device:
+                raise ValueError(
+                    f"{type(term).__name__}: {name} must be on the device of input, {logits.device}; got {value.device}"
+                )
+        if isinstance(term, ClassTemperature) and not torch.compiler.is_compiling():
+            tau = term.tau
+            if isinstance(tau, Tensor) and tau.requires_grad:
+                term.check_values()
+        affine.append(term)
+    return tuple(affine)
