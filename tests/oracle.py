@@ -1,8 +1,8 @@
 """The truth that kernels are judged by: eager PyTorch in float64, sharing no code with the package.
 
 `eager` is the loss in plain operations in any dtype. In float64 it is the truth; in the dtype that a kernel
-computes in it is what a user would have had: a kernel may be no further from the truth than twice that, plus a
-tolerance.
+computes in it is what a user would have had: a kernel may be no further from the truth than twice that, plus
+a tolerance.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 # The tolerance in units of the computing dtype's epsilon: of a tensor's largest entry, and of each entry.
 TENSOR_EPSILONS = 16
-ENTRY_EPSILONS = 8
+ENTRY_EPSILONS = 4
 
 
 @dataclass
 class Case:
-    """Arguments of a loss; `terms` holds ("temperature", tau), ("scale", s), ("prior", log_prior, strength)."""
+    """Arguments of a loss; `terms` hold ("temperature", tau), ("scale", s), ("prior", log_prior, factor)."""
 
     input: torch.Tensor
     target: torch.Tensor
@@ -221,7 +221,7 @@ def _scale_of_weight_gradients(case: Case, mean: torch.Tensor) -> float:
 
 
 def compare(name, found, usual, expected, computing, stored, tensor_epsilons, entry_epsilons, scale=0.0):
-    """Asserts |found - expected| <= 2 |usual - expected| + tolerance; NaN and infinities in the same places."""
+    """Asserts |found - expected| <= 2 |usual - expected| + tolerance; NaN and infinities in place."""
     found, usual = found.double(), usual.double()
     usual_error = (usual - expected).abs().nan_to_num(0.0, 0.0, 0.0)
     finite = torch.isfinite(expected)

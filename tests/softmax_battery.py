@@ -114,25 +114,72 @@ def cases():
         logits[torch.arange(8), confident.target] += 14
         yield f"{name} confident", replace(confident, input=logits)
         yield f"{name} focal", random_case(8, 33, dtype=dtype, focal_gamma=0.5)
+        masked = random_case(6, 37, dtype=dtype, soft=True)
+        for tensor, value in ((masked.input, -torch.inf), (masked.target, 0.0)):
+            tensor[:, ::5] = value
+        yield f"{name} masked classes without probability", masked
     for num_classes in (4095, 4096, 4097, 8192, 8209):
         yield f"chunk {num_classes}", random_case(2, num_classes, ignored=0.0)
         yield f"chunk {num_classes} everything", everything(random_case(2, num_classes, ignored=0.0))
     yield "rows of two threads", everything(random_case(300, 257))
 
 
-def failures(gradcheck=False):
-    """Messages of the cases that fail."""
+def failures(gradcheck=False, eager=False):
+    """Messages of the cases that fail; `eager` formulas are not asked for digits that only kernels keep."""
     for name, case in cases():
         try:
             check(case, fused)
         except Exception as error:
             yield f"{name}: {type(error).__name__}: {error}"
+    for dtype in (torch.float32, torch.float64):
+        try:
+            check_exponential(dtype)
+        except Exception as error:
+            yield f"exponential {dtype}: {type(error).__name__}: {error}"
+    for dtype in () if eager else (torch.float32, torch.bfloat16, torch.float16):
+        for reduction, label in (("sum", 3), ("none", 18)):
+            try:
+                check_confident_row(label, dtype, reduction)
+            except Exception as error:
+                yield f"confident row {dtype} {reduction}: {type(error).__name__}: {error}"
     if gradcheck:
         for name, case in gradient_cases():
             try:
                 check_gradients(case)
             except Exception as error:
                 yield f"gradcheck {name}: {type(error).__name__}: {error}"
+
+
+def check_exponential(dtype):
+    """The exponential alone: p = e / (1 + e) of rows (0, -x) in units of p's last place, over the normal range."""
+    limits = torch.finfo(dtype)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(20000, generator=generator, dtype=dtype) * (700.0 if dtype == torch.float64 else 87.0)
+    logits = torch.stack([torch.zeros_like(x), -x], 1).requires_grad_()
+    loss = fused(Case(logits, torch.zeros(20000, dtype=torch.int64), reduction="sum"))
+    (found,) = torch.autograd.grad(loss, logits)
+    expected = torch.exp(-x.double()) / (1 + torch.exp(-x.double()))
+    torch.testing.assert_close(found[:, 1].double(), expected, rtol=3 * limits.eps, atol=limits.smallest_normal)
+
+
+def check_confident_row(label, dtype, reduction):
+    """log p and 1 - p of a label with p near 1 keep their digits: a relative comparison, entry by entry."""
+    for gap in (8.0, 12.0, 16.0, 30.0):
+        x = torch.linspace(-1, 1, 19).to(dtype)
+        x[label] += gap
+        # In float64 too log p would lose its digits: all follows from the odds of the other classes.
+        odds = torch.exp(x.double() - x[label].double())
+        odds[label] = 0
+        expected, gradient = odds.sum().log1p(), odds / (1 + odds.sum())
+        gradient[label] = -gradient.sum()
+        x = x.unsqueeze(0).requires_grad_()
+        loss = fused(Case(x, torch.tensor([label]), reduction=reduction))
+        (found,) = torch.autograd.grad(loss.sum(), x)
+        # z - max is rounded once, to its own size.
+        rtol = (4 + gap) * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(loss.sum().double(), expected, rtol=rtol, atol=0)
+        stored = torch.finfo(dtype)
+        torch.testing.assert_close(found[0].double(), gradient, rtol=rtol + stored.eps, atol=stored.smallest_normal)
 
 
 def gradient_cases():

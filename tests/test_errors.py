@@ -1,4 +1,4 @@
-"""Every bad input of cross_entropy and its terms: an error that names the argument and says what is allowed."""
+"""Every bad input of cross_entropy and its terms: an error that names the argument and what is allowed."""
 
 import os
 import subprocess
