@@ -90,6 +90,8 @@ struct SweepRow {
         const double lse = upstream(call.log_sum_exp, row);
         RowSlope slope;
         slope.softmax = lse;
+        // Nothing asks for an ignored row's gradient, unless its log_sum_exp was used: NaN logits there stay there.
+        if (ignored && lse == 0) return zero_row(gradient, inputs.logits.num_classes);
         if (ignored) return sweep.write(x, row, slope, max, sum, nullptr, gradient);
         const double logit = upstream(call.target_logit, row);
         const double cross_entropy = upstream(call.cross_entropy, row);

@@ -131,7 +131,7 @@ def failures(gradcheck=False, eager=False):
             check(case, fused)
         except Exception as error:
             yield f"{name}: {type(error).__name__}: {error}"
-    for dtype in (torch.float32, torch.float64):
+    for dtype in () if eager else (torch.float32, torch.float64):
         try:
             check_exponential(dtype)
         except Exception as error:

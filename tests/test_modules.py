@@ -338,3 +338,13 @@ class TestVACELoss:
         watching = VACELoss(6, 5).watch(model[1])
         watching(torch.compile(model)(features), labels).backward()
         assert int(watching.updates) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_logits_of_an_ignored_row_do_nothing(reduction):
+    logits = torch.randn(3, 4)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    labels = torch.tensor([0, -100, 2])
+    fusedloss.cross_entropy(logits, labels, reduction=reduction).sum().backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[1] == 0).all()
