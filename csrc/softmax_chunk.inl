@@ -2,7 +2,9 @@
 
 constexpr int64_t kChunk = 4096;                // classes whose z stay in the first-level cache
 constexpr int64_t kKeepExponentials = 1 << 18;  // longer rows leave the second-level cache: recompute instead
-constexpr int64_t kStagedRows = 16;             // rows gathered together where classes are not adjacent in memory
+// Bytes of a row for which fetching the next one ahead pays: below, its lines are near; above, they would not stay.
+constexpr int64_t kLeastFetchedAhead = 1 << 10, kMostFetchedAhead = 1 << 17;
+constexpr int64_t kStagedRows = 16;  // rows gathered together where classes are not adjacent in memory
 
 // z = scale * x + bias for `count` classes, padded with -inf to whole vectors; returns the largest.
 template <class T, bool kScale, bool kBias, class In>
@@ -32,13 +34,26 @@ T affine(const In* x, const T* scale, const T* bias, int64_t count, T* z) {
     return largest_lane<T>(larger(larger(top[0], top[1]), larger(top[2], top[3])));
 }
 
+// The row that comes next: its cache lines are asked for while this row's exponentials keep the processor busy.
+struct NextRow {
+    const char* x = nullptr;
+    const char* gradient = nullptr;
+
+    void fetch(int64_t byte) const {
+        __builtin_prefetch(x + byte, 0, 2);
+        if (gradient) __builtin_prefetch(gradient + byte, 1, 2);
+    }
+};
+
 // e = exp(z - shift) for whole vectors of z; returns their sum.
-template <class T>
-inline Vector<T> exponentials(const T* z, T shift, int64_t first, int64_t last, T* e) {
+template <class T, class In>
+inline Vector<T> exponentials(const T* z, T shift, int64_t first, int64_t last, T* e, const NextRow* next = nullptr,
+                              int64_t start = 0) {
     constexpr int W = Lanes<T>::count;
     Vector<T> sum = {};
     for (int64_t j = first; j < last; j += W) {
         const Vector<T> value = exp_nonpositive(load(z + j) - shift);
+        if (next) next->fetch((start + j) * static_cast<int64_t>(sizeof(In)));
         store(e + j, value);
         sum += value;
     }

@@ -25,7 +25,8 @@ public:
             if (start == 0) sums.reference = shift;
             if (want_uniform) sums.uniform_z += uniform_sum(start, width, shift, sums.reference);
             if (inputs_.probabilities.data) add_soft(sums, row, start, width, shift);
-            const double rest = exponentials_of_chunk(shift, label - start, width, e ? e + start : nullptr, sums);
+            const double rest =
+                exponentials_of_chunk(shift, label - start, start, width, e ? e + start : nullptr, sums);
             if (double(chunk_max) > sums.max) {
                 sums.rest = (start == 0 ? 0.0 : rescaled(sums.rest, sums.max - chunk_max)) + rest;
                 sums.max = chunk_max;
@@ -49,7 +50,7 @@ public:
                 factor = rescaled(factor, chunk_max_[chunk] - reference);
             } else {
                 load_chunk(x, start, width);
-                exponentials(z_, T(reference), 0, padded(width), z_);
+                exponentials<T, In>(z_, T(reference), 0, padded(width), z_);
             }
             const int64_t label = slope.label_index - start;
             const bool has_label = slope.label_index >= 0 && label >= 0 && label < width;
@@ -92,6 +93,8 @@ public:
         return weight;
     }
 
+    void set_next(NextRow next) { next_ = next; }
+
 private:
     // sum * exp(change): 0 * exp(-inf - -inf) stays 0, and nothing is computed where nothing changes.
     static double rescaled(double sum, double change) {
@@ -115,7 +118,8 @@ private:
     }
 
     // The label's vector is summed apart, so that 1 - p of a confident row keeps its digits.
-    double exponentials_of_chunk(T shift, int64_t label, int64_t width, T* e, RowSums& sums) {
+    double exponentials_of_chunk(T shift, int64_t label, int64_t start, int64_t width, T* e, RowSums& sums) {
+        const NextRow* next = next_.x ? &next_ : nullptr;
         constexpr int64_t W = Lanes<T>::count;
         T* z = z_;
         const int64_t whole = width / W * W;
@@ -123,14 +127,14 @@ private:
         if (has_label) sums.label_z = z[label];
         const int64_t label_vector = has_label ? label / W * W : whole;
         T* target = e ? e : z;
-        Vector<T> sum = exponentials(z, shift, 0, std::min(label_vector, whole), target);
+        Vector<T> sum = exponentials<T, In>(z, shift, 0, std::min(label_vector, whole), target, next, start);
         if (label_vector < whole) {
             const Vector<T> value = exp_nonpositive(load(z + label_vector) - shift);
             store(target + label_vector, value);
             Vector<T> others = value;
             others[label % W] = 0;
             sum += others;
-            sum += exponentials(z, shift, label_vector + W, whole, target);
+            sum += exponentials<T, In>(z, shift, label_vector + W, whole, target, next, start);
         }
         if (whole < width) {
             Vector<T> value = exp_nonpositive(load(z + whole) - shift);
@@ -219,6 +223,7 @@ private:
     alignas(64) T z_[kChunk];
     alignas(64) T q_[kChunk];
     std::vector<T> chunk_max_;
+    NextRow next_;
     double *scale_sum_ = nullptr, *bias_sum_ = nullptr;
 };
 
@@ -235,8 +240,13 @@ void sweep_rows(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradient
         RowSweep<T, In> sweep(inputs, gradients, thread);
         const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T>);
         std::vector<T> exponentials(own_buffer ? K : 0);
+        const int64_t row_bytes = K * static_cast<int64_t>(sizeof(In));
+        const bool fetch_ahead = row_bytes >= kLeastFetchedAhead && row_bytes <= kMostFetchedAhead;
         for (int64_t row = first; row < last; ++row) {
             In* gradient = g.data ? g.row<In>(row) : nullptr;
+            if (fetch_ahead && row + 1 < last)
+                sweep.set_next({reinterpret_cast<const char*>(x.row<const In>(row + 1)),
+                                g.data ? reinterpret_cast<const char*>(g.row<In>(row + 1)) : nullptr});
             T* e = own_buffer ? exponentials.data() : keep ? reinterpret_cast<T*>(gradient) : nullptr;
             per_row(sweep, x.row<const In>(row), row, e, gradient);
         }
