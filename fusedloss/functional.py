@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedloss import backends, ops
 from fusedloss.backends.reference import softmax_ce as reference
-from fusedloss.problem import Problem, check_labels, checked
+from fusedloss.backends.reference.class_stats import check_labels
+from fusedloss.problem import Problem, checked
 from fusedloss.rows import Statistics
 from fusedloss.terms import Term
 
@@ -140,8 +141,9 @@ def _row_statistics(
     """Differentiable statistics, and (prediction, confidence) when asked."""
     logits, target = problem.logits, problem.target
     if backend == "reference":
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed():
-            check_labels(target, problem.ignore_index, problem.num_classes)
+        readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
+        if readable and not problem.soft:
+            check_labels(target, problem.num_classes, problem.ignore_index, "target")
         statistics = reference.row_statistics(
             logits, target, problem.terms, problem.class_weight, problem.ignore_index, problem.dtype
         )

@@ -149,23 +149,11 @@ def softmax_ce(
     options: SoftmaxOptions,
 ) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (logits, scale, bias, row_smoothing, row_scale)
-    ):
-        return _SoftmaxCE.apply(logits, target, scale, bias, class_weight, row_smoothing, row_scale, options)
-    return _call(
-        "softmax_ce",
-        "softmax_ce",
-        logits,
-        target,
-        scale,
-        bias,
-        class_weight,
-        row_smoothing,
-        row_scale,
-        *options,
-        [False, False, False],
-    )[0]
+    inputs = (logits, target, scale, bias, class_weight, row_smoothing, row_scale)
+    learnable = (logits, scale, bias, row_smoothing, row_scale)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learnable):
+        return _SoftmaxCE.apply(*inputs, options)
+    return _call("softmax_ce", "softmax_ce", *inputs, *options, [False, False, False])[0]
 
 
 class _Refusal(torch.autograd.Function):
@@ -203,35 +191,23 @@ class _SoftmaxCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, scale, bias, class_weight, row_smoothing, row_scale, options):
+        inputs = (logits, target, scale, bias, class_weight, row_smoothing, row_scale)
         wanted = _wanted(logits, scale, bias, row_smoothing)
-        loss, row_loss, gradients = _call(
-            "softmax_ce",
-            "softmax_ce",
-            logits,
-            target,
-            scale,
-            bias,
-            class_weight,
-            row_smoothing,
-            row_scale,
-            *options,
-            wanted,
-        )
+        loss, row_loss, gradients = _call("softmax_ce", "softmax_ce", *inputs, *options, wanted)
         ctx.options = options
         ctx.compiling = torch.compiler.is_compiling()
         if ctx.compiling:
-            ctx.save_for_backward(
-                logits, target, scale, bias, class_weight, row_smoothing, row_scale, row_loss, *gradients
-            )
+            ctx.save_for_backward(*inputs, row_loss, *gradients)
         else:
-            ctx.save_for_backward(logits, target, scale, bias, class_weight, row_smoothing, row_scale)
+            ctx.save_for_backward(*inputs)
             ctx.row_loss, ctx.gradients = row_loss, gradients
         return loss
 
     @staticmethod
     @_differentiable_once
     def backward(ctx, upstream):
-        logits, target, scale, bias, class_weight, row_smoothing, row_scale, *rest = ctx.saved_tensors
+        inputs, rest = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        logits, _, scale, bias, _, row_smoothing, _ = inputs
         wanted = _wanted(logits, scale, bias, row_smoothing)
         if ctx.compiling:
             row_loss, *gradients = rest
@@ -240,19 +216,7 @@ class _SoftmaxCE(torch.autograd.Function):
             row_loss, gradients = ctx.row_loss, ctx.gradients
             ctx.gradients = None
             if gradients is None:
-                gradients = _call(
-                    "softmax_ce",
-                    "softmax_ce",
-                    logits,
-                    target,
-                    scale,
-                    bias,
-                    class_weight,
-                    row_smoothing,
-                    row_scale,
-                    *ctx.options,
-                    wanted,
-                )[2]
+                gradients = _call("softmax_ce", "softmax_ce", *inputs, *ctx.options, wanted)[2]
             _scale_in_place(gradients, upstream)
         found = iter(gradients)
         grad_logits = next(found) if wanted[0] else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedloss import ops
+from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.rows import Row
 from fusedloss.terms import AffineTerm, ClassTemperature, Term, fold_affine
 
@@ -83,8 +84,8 @@ def checked(
     """The arguments of cross_entropy as a Problem; see there for what is raised."""
     logits = _check_logits(input)
     target, shape = _check_target(input, logits, target)
-    if _CHECK_VALUES:
-        check_labels(target, ignore_index, logits.shape[1])
+    if _CHECK_VALUES and not target.is_floating_point():
+        check_labels(target, logits.shape[1], ignore_index, "target")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
     _check_number("focal_gamma", focal_gamma)
@@ -160,19 +161,6 @@ def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
     if logits is not input:
         target = target.reshape(logits.shape[:1] + logits.shape[2:])
     return target, shape
-
-
-def check_labels(target: Tensor, ignore_index: int, num_classes: int) -> None:
-    """The CPU's label check on any device; waits for the device."""
-    if target.is_floating_point():
-        return
-    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"target: got label {int(target.flatten()[row])} at row {row}; allowed are 0 to {num_classes - 1} "
-            f"and ignore_index={ignore_index}"
-        )
 
 
 def _check_number(name: str, value: float) -> None:
