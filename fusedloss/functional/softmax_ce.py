@@ -1,4 +1,4 @@
-"""The losses as functions: arguments are checked once (problem.py), one operation answers, and rows are reduced."""
+"""Softmax cross-entropy of logits: one operation answers, and rows are reduced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedloss import backends, ops
 from fusedloss.backends.reference import softmax_ce as reference
 from fusedloss.backends.reference.class_stats import check_labels
-from fusedloss.problem import Problem, checked
+from fusedloss.functional.problem import Problem, checked
 from fusedloss.rows import Statistics
 from fusedloss.terms import Term
 
