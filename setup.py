@@ -43,6 +43,12 @@ class BuildKernels(build_ext):
             print("fusedloss: this compiler has no OpenMP, so the CPU kernels run on one thread.", file=sys.stderr)
         super().build_extensions()
 
+    def copy_extensions_to_source(self):
+        # A new file: writing over the old one would crash whoever has it loaded.
+        for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
     def _compiles(self, flag):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")

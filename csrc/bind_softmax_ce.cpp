@@ -14,7 +14,8 @@ namespace fusedloss {
 namespace {
 
 // What Python passes for the inputs of every softmax operation: (logits, target, scale, bias, class_weight,
-// ignore_index) where target is the address of int64 labels or a view of probabilities.
+// ignore_index, soft_cap, label_logit, label_slope) where target is the address of int64 labels or a view of
+// probabilities.
 template <class T>
 SoftmaxInputs<T> inputs_of(const py::tuple& t) {
     SoftmaxInputs<T> inputs;
@@ -25,6 +26,9 @@ SoftmaxInputs<T> inputs_of(const py::tuple& t) {
     inputs.bias = pointer<const T>(t[3].cast<uintptr_t>());
     inputs.class_weight = pointer<const T>(t[4].cast<uintptr_t>());
     inputs.ignore_index = t[5].cast<int64_t>();
+    inputs.soft_cap = t[6].cast<double>();
+    inputs.label_logit = pointer<const T>(t[7].cast<uintptr_t>());
+    inputs.label_slope = pointer<const T>(t[8].cast<uintptr_t>());
     inputs.weight_sum = double(inputs.logits.num_classes);
     if (inputs.class_weight) {
         inputs.weight_sum = 0;
@@ -91,7 +95,8 @@ int threads_for(const View& logits, int threads) {
 }
 
 // gradients: (view of dL/dlogits or None, address of dL/dscale, address of dL/dbias); options: (smoothing,
-// row_smoothing, focal_gamma, z_loss, row_scale, mean); outputs: (loss, row_loss, smoothing slope).
+// row_smoothing, focal_gamma, z_loss, row_scale, mean, row_penalty, penalty strength, margin, share, mix); outputs:
+// (loss, row_loss, smoothing slope, dL/dlabel_logit, penalty slope).
 template <class T>
 void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tuple& outputs, const py::tuple& gradients,
                 int threads) {
@@ -103,9 +108,14 @@ void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tup
     call.z_loss = options[3].cast<double>();
     call.row_scale = pointer<const T>(options[4].cast<uintptr_t>());
     const bool mean = options[5].cast<bool>();
+    call.row_penalty = pointer<const T>(options[6].cast<uintptr_t>());
+    call.strength = options[7].cast<double>();
+    call.penalty = {options[8].cast<double>(), options[9].cast<double>(), options[10].cast<bool>()};
     T* loss = pointer<T>(outputs[0].cast<uintptr_t>());
     call.row_loss = pointer<T>(outputs[1].cast<uintptr_t>());
     call.smoothing_slope = pointer<T>(outputs[2].cast<uintptr_t>());
+    call.label_gradient = pointer<T>(outputs[3].cast<uintptr_t>());
+    call.penalty_slope = pointer<T>(outputs[4].cast<uintptr_t>());
     call.gradients.logits = view_of(gradients[0]);
     T* grad_scale = pointer<T>(gradients[1].cast<uintptr_t>());
     T* grad_bias = pointer<T>(gradients[2].cast<uintptr_t>());
@@ -128,16 +138,18 @@ void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tup
     *loss = T(total * call.common_scale);
 }
 
-// outputs: (row_max, row_sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, prediction), 0 where not wanted.
+// outputs: (row_max, row_sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge, confidence, prediction),
+// 0 where not wanted.
 template <class T>
-void softmax_stats(const py::tuple& inputs, const py::tuple& outputs, int threads) {
+void softmax_stats(const py::tuple& inputs, double penalty_margin, const py::tuple& outputs, int threads) {
     SoftmaxStatistics<T> call;
     call.inputs = inputs_of<T>(inputs);
     T** const fields[] = {&call.row_max,      &call.row_sum,       &call.log_sum_exp,
                           &call.target_logit, &call.cross_entropy, &call.uniform_cross_entropy,
-                          &call.rest};
-    for (size_t i = 0; i < 7; ++i) *fields[i] = pointer<T>(outputs[i].cast<uintptr_t>());
-    call.prediction = pointer<int64_t>(outputs[7].cast<uintptr_t>());
+                          &call.rest,         &call.hinge,         &call.confidence};
+    for (size_t i = 0; i < 9; ++i) *fields[i] = pointer<T>(outputs[i].cast<uintptr_t>());
+    call.prediction = pointer<int64_t>(outputs[9].cast<uintptr_t>());
+    call.penalty_margin = penalty_margin;
 
     py::gil_scoped_release release;
     check_labels(call.inputs);
@@ -147,16 +159,20 @@ void softmax_stats(const py::tuple& inputs, const py::tuple& outputs, int thread
                     [&](int64_t first, int64_t last, int thread) { kernel(call, first, last, thread); });
 }
 
-// saved: (row_max, row_sum, rest); upstream: (log_sum_exp, target_logit, cross_entropy, uniform, rest), 0 where absent.
+// saved: (row_max, row_sum, rest); upstream: (log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge), 0 where
+// absent; gradients as above, then the address of dL/dlabel_logit.
 template <class T>
-void softmax_sweep(const py::tuple& inputs, const py::tuple& saved, const py::tuple& upstream,
+void softmax_sweep(const py::tuple& inputs, double penalty_margin, const py::tuple& saved, const py::tuple& upstream,
                    const py::tuple& gradients, int threads) {
     SoftmaxSweep<T> call;
     call.inputs = inputs_of<T>(inputs);
     const T** const fields[] = {&call.row_max,      &call.row_sum,       &call.rest_of_row,           &call.log_sum_exp,
-                                &call.target_logit, &call.cross_entropy, &call.uniform_cross_entropy, &call.rest};
-    for (size_t i = 0; i < 8; ++i)
+                                &call.target_logit, &call.cross_entropy, &call.uniform_cross_entropy, &call.rest,
+                                &call.hinge};
+    for (size_t i = 0; i < 9; ++i)
         *fields[i] = pointer<const T>((i < 3 ? saved[i] : upstream[i - 3]).cast<uintptr_t>());
+    call.penalty_margin = penalty_margin;
+    call.label_gradient = pointer<T>(gradients[3].cast<uintptr_t>());
     call.gradients.logits = view_of(gradients[0]);
     T* grad_scale = pointer<T>(gradients[1].cast<uintptr_t>());
     T* grad_bias = pointer<T>(gradients[2].cast<uintptr_t>());
@@ -183,13 +199,15 @@ void bind_softmax_ce(py::module_& module) {
         return (is_double(inputs) ? softmax_ce<double> : softmax_ce<float>)(inputs, options, outputs, gradients,
                                                                             threads);
     });
-    module.def("softmax_stats", [](const py::tuple& inputs, const py::tuple& outputs, int threads) {
-        return (is_double(inputs) ? softmax_stats<double> : softmax_stats<float>)(inputs, outputs, threads);
-    });
-    module.def("softmax_sweep", [](const py::tuple& inputs, const py::tuple& saved, const py::tuple& upstream,
-                                   const py::tuple& gradients, int threads) {
-        return (is_double(inputs) ? softmax_sweep<double> : softmax_sweep<float>)(inputs, saved, upstream, gradients,
-                                                                                  threads);
+    module.def("softmax_stats",
+               [](const py::tuple& inputs, double penalty_margin, const py::tuple& outputs, int threads) {
+                   return (is_double(inputs) ? softmax_stats<double> : softmax_stats<float>)(inputs, penalty_margin,
+                                                                                             outputs, threads);
+               });
+    module.def("softmax_sweep", [](const py::tuple& inputs, double penalty_margin, const py::tuple& saved,
+                                   const py::tuple& upstream, const py::tuple& gradients, int threads) {
+        return (is_double(inputs) ? softmax_sweep<double> : softmax_sweep<float>)(inputs, penalty_margin, saved,
+                                                                                  upstream, gradients, threads);
     });
 }
 

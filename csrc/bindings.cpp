@@ -10,5 +10,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("level", &fusedloss::simd_level, "The SIMD level that answers: baseline, avx2 or avx512.");
     module.def("has_openmp", &fusedloss::has_openmp, "Whether the kernels were built with OpenMP threads.");
     fusedloss::bind_class_stats(module);
+    fusedloss::bind_linear_ce(module);
     fusedloss::bind_softmax_ce(module);
+    fusedloss::bind_supcon(module);
 }

@@ -14,7 +14,9 @@
 namespace fusedloss {
 
 void bind_class_stats(pybind11::module_& module);
+void bind_linear_ce(pybind11::module_& module);
 void bind_softmax_ce(pybind11::module_& module);
+void bind_supcon(pybind11::module_& module);
 
 template <class T>
 T* pointer(uintptr_t address) {

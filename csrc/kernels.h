@@ -4,7 +4,9 @@
 #include <type_traits>
 
 #include "class_stats.h"
+#include "linear_ce.h"
 #include "softmax_ce.h"
+#include "supcon.h"
 
 namespace fusedloss {
 
@@ -23,11 +25,37 @@ struct ClassStatsKernels {
     void (*write)(const ClassStats<T>&, int64_t label, const double* slot);
 };
 
+// Rows [begin, end) of a panel, counted like its columns.
+template <class T>
+struct SupConKernels {
+    void (*maxima)(const SupConPanel<T>&, int64_t begin, int64_t end, T* column_max);
+    void (*sums)(const SupConPanel<T>&, int64_t begin, int64_t end, SupConSums rows, SupConSums columns);
+    double (*sweep)(const SupConPanel<T>&, int64_t begin, int64_t end, SupConSlopes<T>);
+};
+
+struct LinearKernels {
+    void (*norms)(const RowNorms&, int64_t first, int64_t last);
+    void (*project_float)(const Projection<float>&, int64_t first, int64_t last);
+    void (*project_double)(const Projection<double>&, int64_t first, int64_t last);
+    void (*label_products)(const LabelPairs&, int64_t first, int64_t last);
+    void (*gradients_float)(const LabelGradients<float>&, bool of_weight, int64_t first, int64_t last);
+    void (*gradients_double)(const LabelGradients<double>&, bool of_weight, int64_t first, int64_t last);
+
+    template <class T>
+    auto label_gradients() const {
+        if constexpr (std::is_same_v<T, float>) return gradients_float;
+        else return gradients_double;
+    }
+};
+
 struct Kernels {
     SoftmaxKernels<float> softmax_float;
     SoftmaxKernels<double> softmax_double;
     ClassStatsKernels<float> class_stats_float;
     ClassStatsKernels<double> class_stats_double;
+    SupConKernels<float> supcon_float;
+    SupConKernels<double> supcon_double;
+    LinearKernels linear;
 
     template <class T>
     const SoftmaxKernels<T>& softmax() const {
@@ -38,6 +66,11 @@ struct Kernels {
     const ClassStatsKernels<T>& class_stats() const {
         if constexpr (std::is_same_v<T, float>) return class_stats_float;
         else return class_stats_double;
+    }
+    template <class T>
+    const SupConKernels<T>& supcon() const {
+        if constexpr (std::is_same_v<T, float>) return supcon_float;
+        else return supcon_double;
     }
 };
 

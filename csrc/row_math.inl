@@ -230,6 +230,27 @@ inline double sum_lanes(Vector<T> value) {
     return sum_of<double, Lanes<T>::count>(__builtin_convertvector(value, Pack<double, Lanes<T>::count>));
 }
 
+// sum += value and sum += a * b, in double.
+template <class T>
+inline void add_widened(double* sum, Vector<T> value) {
+    constexpr int W = Lanes<T>::count;
+    typedef Pack<double, W> Wide;
+    Wide total;
+    std::memcpy(&total, sum, sizeof total);
+    total += __builtin_convertvector(value, Wide);
+    std::memcpy(sum, &total, sizeof total);
+}
+
+template <class T>
+inline void add_product(double* sum, Vector<T> a, Vector<T> b) {
+    constexpr int W = Lanes<T>::count;
+    typedef Pack<double, W> Wide;
+    Wide total;
+    std::memcpy(&total, sum, sizeof total);
+    total += __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+    std::memcpy(sum, &total, sizeof total);
+}
+
 // exp(x) for x <= 0, to about one unit in the last place; 0 below the normal range, NaN where x is NaN.
 // x = n ln 2 + r; adding 1.5 * 2^23 + 127 leaves n + 127 in the low bits, which are the exponent of 2^n.
 inline FloatVector exp_nonpositive(FloatVector x) {
@@ -278,4 +299,23 @@ inline Vector<double> exp_nonpositive(Vector<double> x) {
     V power;
     std::memcpy(&power, &exponent, sizeof power);
     return x < -708.0 ? V{} : p * power;
+}
+
+// tanh(x) to a few units in the last place: an odd polynomial near 0, (1 - u) / (1 + u) with u = exp(-2|x|) beyond.
+inline FloatVector tanh_of(FloatVector x) {
+    const FloatVector magnitude = x < 0.0f ? -x : x;
+    const FloatVector u = exp_nonpositive(magnitude * -2.0f);
+    const FloatVector far = (1.0f - u) / (1.0f + u);
+    const FloatVector square = x * x;
+    FloatVector p = square * -0x1.94e63ap-8f + 0x1.5829b4p-6f;
+    p = p * square - 0x1.b9084ap-5f;
+    p = p * square + 0x1.110c6ap-3f;
+    p = p * square - 0x1.555548p-2f;
+    const FloatVector near = x + x * square * p;
+    return magnitude < 0.55f ? near : (x < 0.0f ? -far : far);
+}
+
+inline Vector<double> tanh_of(Vector<double> x) {
+    for (int lane = 0; lane < Lanes<double>::count; ++lane) x[lane] = std::tanh(x[lane]);
+    return x;
 }

@@ -17,6 +17,8 @@ struct CrossEntropyRow {
         if (inputs.labels && label == inputs.ignore_index) {
             call.row_loss[row] = 0;
             if (call.smoothing_slope) call.smoothing_slope[row] = 0;
+            if (call.penalty_slope) call.penalty_slope[row] = 0;
+            if (call.label_gradient) call.label_gradient[row] = 0;
             return zero_row(gradient, inputs.logits.num_classes);
         }
         RowOptions options;
@@ -27,17 +29,24 @@ struct CrossEntropyRow {
         options.focal_gamma = call.focal_gamma;
         options.z_loss = call.z_loss;
         options.has_uniform = options.smoothing != 0 || call.smoothing_slope;
+        options.penalty = call.penalty;
+        options.strength = call.row_penalty ? call.row_penalty[row] : call.strength;
         const RowSums sums = sweep.read(x, row, options.has_uniform, e);
-        RowLoss result = inputs.labels ? label_row(sums, label, options) : soft_row(sums, options);
+        HingeSums hinge_sums;
+        const HingeSums* hinge = nullptr;
+        if (options.strength != 0 || call.row_penalty) {
+            hinge_sums = sweep.hinge(x, row, sums.max, call.penalty.margin);
+            hinge = &hinge_sums;
+        }
+        RowLoss result = inputs.labels ? label_row(sums, label, options, hinge) : soft_row(sums, options, hinge);
         const double scale = call.common_scale * (call.row_scale ? call.row_scale[row] : 1.0);
         call.row_loss[row] = T(result.loss);
         if (call.smoothing_slope) call.smoothing_slope[row] = T(scale * result.smoothing_slope);
+        if (call.penalty_slope) call.penalty_slope[row] = T(scale * result.penalty_slope);
+        result.slope.multiply(scale);
+        if (call.label_gradient) call.label_gradient[row] = T(result.slope.label);
         if (!gradient && !call.gradients.scale_bias) return;
-        result.slope.softmax *= scale;
-        result.slope.uniform *= scale;
-        result.slope.soft *= scale;
-        result.slope.label *= scale;
-        sweep.write(x, row, result.slope, sums.max, sums.sum(), e, gradient);
+        sweep.write(x, row, result.slope, sums.max, sums.sum(), hinge, e, gradient);
     }
 };
 
@@ -66,11 +75,18 @@ struct StatisticsRow {
         call.row_max[row] = T(sums.max);
         call.row_sum[row] = T(sums.sum());
         call.log_sum_exp[row] = T(max + log_sum);
-        if (call.prediction) call.prediction[row] = sweep.prediction(x, sums);
+        if (call.hinge) call.hinge[row] = ignored ? T(0) : T(sweep.hinge(x, row, sums.max, call.penalty_margin).sum);
+        if (call.prediction) {
+            const auto top = sweep.prediction(x, row, sums);
+            call.prediction[row] = top.index;
+            call.confidence[row] = T(top.confidence);
+        }
         call.target_logit[row] =
             ignored ? T(0) : T(inputs.labels ? sums.label_z : sums.soft_z + sums.soft_weight * sums.reference);
         call.cross_entropy[row] =
-            ignored ? T(0) : T(inputs.labels ? label_row(sums, label, options).loss : soft_row(sums, options).loss);
+            ignored
+                ? T(0)
+                : T((inputs.labels ? label_row(sums, label, options, nullptr) : soft_row(sums, options, nullptr)).loss);
         call.rest[row] = label >= 0 ? T(sums.rest / sums.sum()) : T(0);
         if (call.uniform_cross_entropy)
             call.uniform_cross_entropy[row] =
@@ -90,9 +106,10 @@ struct SweepRow {
         const double lse = upstream(call.log_sum_exp, row);
         RowSlope slope;
         slope.softmax = lse;
+        if (ignored && call.label_gradient) call.label_gradient[row] = 0;
         // Nothing asks for an ignored row's gradient, unless its log_sum_exp was used: NaN logits there stay there.
         if (ignored && lse == 0) return zero_row(gradient, inputs.logits.num_classes);
-        if (ignored) return sweep.write(x, row, slope, max, sum, nullptr, gradient);
+        if (ignored) return sweep.write(x, row, slope, max, sum, nullptr, nullptr, gradient);
         const double logit = upstream(call.target_logit, row);
         const double cross_entropy = upstream(call.cross_entropy, row);
         slope.uniform = upstream(call.uniform_cross_entropy, row);
@@ -101,7 +118,7 @@ struct SweepRow {
             const int64_t label = inputs.labels[row];
             const double weight = inputs.class_weight ? inputs.class_weight[label] : 1.0;
             const double rest = call.rest_of_row[row];
-            const double p = sweep.probability(x, label, max, sum);
+            const double p = sweep.probability(x, row, label, max, sum);
             double rest_slope = upstream(call.rest, row);
             rest_slope = std::isfinite(rest_slope) ? rest_slope * p : 0.0;
             const double counted = weight * cross_entropy + rest_slope - logit;
@@ -113,7 +130,15 @@ struct SweepRow {
             slope.softmax += sweep.soft_weight(row) * cross_entropy;
             slope.soft = cross_entropy - logit;
         }
-        sweep.write(x, row, slope, max, sum, nullptr, gradient);
+        HingeSums hinge;
+        slope.hinge = upstream(call.hinge, row);
+        if (slope.hinge != 0) {
+            hinge = sweep.hinge(x, row, max, call.penalty_margin);
+            if (hinge.largest == slope.label_index) slope.label += slope.hinge * hinge.violations;
+            if (hinge.label_violates) slope.label -= slope.hinge;
+        }
+        if (call.label_gradient) call.label_gradient[row] = T(slope.label);
+        sweep.write(x, row, slope, max, sum, &hinge, nullptr, gradient);
     }
 
     static double upstream(const T* gradient, int64_t row) { return gradient ? double(gradient[row]) : 0.0; }

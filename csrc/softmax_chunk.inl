@@ -34,6 +34,54 @@ T affine(const In* x, const T* scale, const T* bias, int64_t count, T* z) {
     return largest_lane<T>(larger(larger(top[0], top[1]), larger(top[2], top[3])));
 }
 
+// c(x) = cap * tanh(x / cap) for `count` classes.
+template <class T, class In>
+void soft_capped(const In* x, T cap, int64_t count, T* out) {
+    constexpr int W = Lanes<T>::count;
+    int64_t j = 0;
+    for (; j + W <= count; j += W) store(out + j, cap * tanh_of(load(x + j) / cap));
+    if (j < count) store_first(out + j, cap * tanh_of(load_first(x + j, count - j) / cap), count - j);
+}
+
+// scale * dc/dx = scale * (1 - tanh(x / cap)^2), scale null for 1.
+template <class T, class In>
+void soft_cap_slopes(const In* x, T cap, const T* scale, int64_t count, T* out) {
+    soft_capped<T>(x, cap, count, out);
+    for (int64_t j = 0; j < count; ++j) {
+        const T tanh = out[j] / cap;
+        out[j] = (1 - tanh) * (1 + tanh) * (scale ? scale[j] : T(1));
+    }
+}
+
+// sum += sum of relu(threshold - z), violations += how many are below it.
+template <class T>
+void add_hinge(const T* z, T threshold, int64_t count, double& sum, double& violations) {
+    constexpr int W = Lanes<T>::count;
+    Vector<T> total = {}, below = {};
+    for (int64_t j = 0; j < count; j += W) {
+        const Vector<T> gap = first_lanes<T>(threshold - load(z + j), count - j, T(0));
+        total += gap > T(0) ? gap : (gap == gap ? Vector<T>{} : gap);
+        below += gap > T(0) ? Vector<T>{} + T(1) : Vector<T>{};
+    }
+    sum += sum_lanes<T>(total);
+    violations += sum_lanes<T>(below);
+}
+
+template <class T>
+int64_t first_equal(const T* z, T value, int64_t start, int64_t count) {
+    for (int64_t j = 0; j < count; ++j)
+        if (z[j] == value) return start + j;
+    return -1;
+}
+
+// The largest of z, which is padded with -inf to whole vectors.
+template <class T>
+T largest_of_chunk(const T* z, int64_t count) {
+    Vector<T> top = Vector<T>{} + kMinusInfinity<T>;
+    for (int64_t j = 0; j < count; j += Lanes<T>::count) top = larger(load(z + j), top);
+    return largest_lane<T>(top);
+}
+
 // The row that comes next: its cache lines are asked for while this row's exponentials keep the processor busy.
 struct NextRow {
     const char* x = nullptr;
@@ -129,14 +177,16 @@ void write_slopes(const Slope<T>& slope, const T* e, const T* scale, int64_t cou
 template <class T, Subtract kind, class In>
 void add_columns(const Slope<T>& slope, const T* e, const In* x, int64_t count, double* scale_sum, double* bias_sum) {
     constexpr int W = Lanes<T>::count;
-    T values[W], slopes[W];
-    for (int64_t j = 0; j < count; j += W) {
-        const int64_t width = std::min<int64_t>(W, count - j);
-        store(slopes, slope_at<T, kind, false>(slope, e, j, width));
-        store(values, load_first(x + j, width));
-        for (int64_t lane = 0; lane < width; ++lane) {
-            bias_sum[j + lane] += slopes[lane];
-            scale_sum[j + lane] += slopes[lane] == T(0) ? 0.0 : double(slopes[lane]) * values[lane];
-        }
+    int64_t j = 0;
+    for (; j + W <= count; j += W) {
+        const Vector<T> value = slope_at<T, kind, true>(slope, e, j, W);
+        add_widened<T>(bias_sum + j, value);
+        add_product<T>(scale_sum + j, value, value == T(0) ? Vector<T>{} : load(x + j));
+    }
+    if (j == count) return;
+    const Vector<T> slopes = slope_at<T, kind, false>(slope, e, j, count - j), values = load_first(x + j, count - j);
+    for (int64_t lane = 0; lane < count - j; ++lane) {
+        bias_sum[j + lane] += slopes[lane];
+        scale_sum[j + lane] += slopes[lane] == T(0) ? 0.0 : double(slopes[lane]) * values[lane];
     }
 }

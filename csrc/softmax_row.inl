@@ -19,68 +19,111 @@ public:
         chunk_max_.clear();
         for (int64_t start = 0; start < count_; start += kChunk) {
             const int64_t width = std::min(kChunk, count_ - start);
-            const T chunk_max = load_chunk(x, start, width);
+            T chunk_max = load_chunk(x, start, width);
+            if (inputs_.label_logit) chunk_max = place_label(row, start, width, chunk_max);
             const T shift = chunk_max == kMinusInfinity<T> ? T(0) : chunk_max;
             chunk_max_.push_back(chunk_max);
             if (start == 0) sums.reference = shift;
             if (want_uniform) sums.uniform_z += uniform_sum(start, width, shift, sums.reference);
             if (inputs_.probabilities.data) add_soft(sums, row, start, width, shift);
-            const double rest =
-                exponentials_of_chunk(shift, label - start, start, width, e ? e + start : nullptr, sums);
+            RowSums chunk;
+            exponentials_of_chunk(shift, label - start, start, width, e ? e + start : nullptr, chunk);
+            if (label >= start && label < start + width) sums.label_z = chunk.label_z;
             if (double(chunk_max) > sums.max) {
-                sums.rest = (start == 0 ? 0.0 : rescaled(sums.rest, sums.max - chunk_max)) + rest;
+                if (start != 0) sums.rescale(sums.max - chunk_max);
                 sums.max = chunk_max;
-            } else {
-                sums.rest += chunk_max == kMinusInfinity<T> ? rest : rescaled(rest, chunk_max - sums.max);
+            } else if (chunk_max != kMinusInfinity<T>) {
+                chunk.rescale(chunk_max - sums.max);
             }
+            sums.rest += chunk.rest;
+            sums.label_exp += chunk.label_exp;
         }
-        if (label >= 0) sums.label_exp = std::exp(sums.label_z - (sums.max == -HUGE_VAL ? 0.0 : sums.max));
         return sums;
+    }
+
+    // sum_k relu(max z - z_k - margin); follows read() of the same row.
+    HingeSums hinge(const In* x, int64_t row, double max, double margin) {
+        HingeSums hinge;
+        hinge.threshold = max - margin;
+        const int64_t label = inputs_.labels ? inputs_.labels[row] : -1;
+        for (int64_t start = 0; start < count_; start += kChunk) {
+            const int64_t width = std::min(kChunk, count_ - start);
+            const T chunk_max = load_chunk(x, start, width);
+            if (inputs_.label_logit) place_label(row, start, width, chunk_max);
+            add_hinge(z_, T(hinge.threshold), width, hinge.sum, hinge.violations);
+            if (hinge.largest < 0) hinge.largest = first_equal(z_, T(max), start, width);
+            if (label >= start && label < start + width) hinge.label_violates = z_[label - start] < hinge.threshold;
+        }
+        return hinge;
     }
 
     // Writes the gradient of one row, from the exponentials kept by read() or, without them, from x.
     template <class Out>
-    void write(const In* x, int64_t row, const RowSlope& slope, double max, double sum, T* e, Out* gradient) {
+    void write(const In* x, int64_t row, const RowSlope& slope, double max, double sum, const HingeSums* hinge, T* e,
+               Out* gradient) {
+        const bool label_read = slope.label_index >= 0 && (scale_sum_ || inputs_.soft_cap != 0);
+        const double label_x = label_read ? capped_one(x + slope.label_index) : 0.0;
         const double reference = max == -HUGE_VAL ? 0.0 : max;
         for (int64_t start = 0, chunk = 0; start < count_; start += kChunk, ++chunk) {
             const int64_t width = std::min(kChunk, count_ - start);
             T* chunk_e = e ? e + start : z_;
             double factor = 1.0 / sum;
+            if (hinge && slope.hinge != 0) load_hinge(x, row, start, width, slope.hinge, hinge->threshold);
             if (e) {
-                factor = rescaled(factor, chunk_max_[chunk] - reference);
+                const double change = chunk_max_[chunk] - reference;
+                if (change != 0 && !std::isnan(change)) factor *= std::exp(change);
             } else {
                 load_chunk(x, start, width);
                 exponentials<T, In>(z_, T(reference), 0, padded(width), z_);
             }
             const int64_t label = slope.label_index - start;
             const bool has_label = slope.label_index >= 0 && label >= 0 && label < width;
-            if (has_label) chunk_e[label] = 0;
             Slope<T> chunk_slope{T(slope.softmax * factor), T(slope.uniform), T(slope.soft),
                                  inputs_.class_weight ? inputs_.class_weight + start : nullptr, q_};
+            if (hinge && slope.hinge != 0) fold_hinge(slope, *hinge, start, width, chunk_slope, chunk_e);
+            if (has_label) chunk_e[label] = 0;
             finish_chunk(x + start, row, start, width, chunk_slope, chunk_e, gradient ? gradient + start : nullptr);
-            if (has_label) finish_label(x, slope, gradient);
+            if (has_label) finish_label(row, label_x, slope, gradient);
         }
     }
 
-    // The first largest class, or the first NaN; follows read() of the same row.
-    int64_t prediction(const In* x, const RowSums& sums) {
-        const bool has_nan = std::isnan(sums.sum());
+    struct Top {
+        int64_t index = 0;
+        double confidence = 0;
+    };
+
+    // The first largest class of z, or the first NaN, and its probability; without label_logit. Follows read().
+    Top prediction(const In* x, int64_t row, const RowSums& sums) {
+        Top top;
+        double max = sums.max, sum = sums.sum();
+        const int64_t label = inputs_.labels ? inputs_.labels[row] : -1;
+        if (inputs_.label_logit && label >= 0 && label < count_) {
+            const double label_z = plain(x, label);
+            for (int64_t start = 0; start < count_; start += kChunk)
+                set_chunk_max(start, load_chunk(x, start, std::min(kChunk, count_ - start)));
+            max = *std::max_element(chunk_max_.begin(), chunk_max_.end());
+            const double rest = sums.rest == 0 ? 0.0 : sums.rest * std::exp(sums.max - max);
+            sum = rest + std::exp(label_z - max);
+        }
+        top.confidence = 1 / sum;
+        const bool has_nan = std::isnan(sum);
         for (int64_t start = 0, chunk = 0; start < count_; start += kChunk, ++chunk) {
-            if (!has_nan && chunk_max_[chunk] != sums.max) continue;
+            if (!has_nan && chunk_max_[chunk] != max) continue;
             const int64_t width = std::min(kChunk, count_ - start);
             load_chunk(x, start, width);
-            for (int64_t j = 0; j < width; ++j)
-                if (has_nan ? std::isnan(z_[j]) : z_[j] == sums.max) return start + j;
+            for (int64_t j = 0; j < width; ++j) {
+                if (has_nan ? !std::isnan(z_[j]) : z_[j] != max) continue;
+                top.index = start + j;
+                return top;
+            }
         }
-        return 0;
+        return top;
     }
 
-    // p of one class, from the row's maximum and sum.
-    double probability(const In* x, int64_t label, double max, double sum) const {
-        T z = read_one(x + label);
-        if (inputs_.scale) z *= inputs_.scale[label];
-        if (inputs_.bias) z += inputs_.bias[label];
-        return std::exp(double(z) - (max == -HUGE_VAL ? 0.0 : max)) / sum;
+    // p of the label, from the row's maximum and sum.
+    double probability(const In* x, int64_t row, int64_t label, double max, double sum) const {
+        const double z = inputs_.label_logit ? double(inputs_.label_logit[row]) : plain(x, label);
+        return std::exp(z - (max == -HUGE_VAL ? 0.0 : max)) / sum;
     }
 
     double soft_weight(int64_t row) {
@@ -96,12 +139,6 @@ public:
     void set_next(NextRow next) { next_ = next; }
 
 private:
-    // sum * exp(change): 0 * exp(-inf - -inf) stays 0, and nothing is computed where nothing changes.
-    static double rescaled(double sum, double change) {
-        if (change == 0) return sum;
-        return std::isnan(change) ? sum : sum * std::exp(change);
-    }
-
     static int64_t padded(int64_t width) {
         constexpr int64_t W = Lanes<T>::count;
         return (width + W - 1) / W * W;
@@ -110,21 +147,70 @@ private:
     T load_chunk(const In* x, int64_t start, int64_t width) {
         const T* scale = inputs_.scale ? inputs_.scale + start : nullptr;
         const T* bias = inputs_.bias ? inputs_.bias + start : nullptr;
-        T* z = z_;
-        if (scale && bias) return affine<T, true, true>(x + start, scale, bias, width, z);
-        if (scale) return affine<T, true, false>(x + start, scale, bias, width, z);
-        if (bias) return affine<T, false, true>(x + start, scale, bias, width, z);
-        return affine<T, false, false>(x + start, scale, bias, width, z);
+        if (inputs_.soft_cap != 0) {
+            soft_capped<T>(x + start, T(inputs_.soft_cap), width, z_);
+            return affine_of(z_, scale, bias, width);
+        }
+        return affine_of(x + start, scale, bias, width);
+    }
+
+    template <class From>
+    T affine_of(const From* x, const T* scale, const T* bias, int64_t width) {
+        if (scale && bias) return affine<T, true, true>(x, scale, bias, width, z_);
+        if (scale) return affine<T, true, false>(x, scale, bias, width, z_);
+        if (bias) return affine<T, false, true>(x, scale, bias, width, z_);
+        return affine<T, false, false>(x, scale, bias, width, z_);
+    }
+
+    // Puts label_logit in its place in z_; returns the maximum that the chunk has then.
+    T place_label(int64_t row, int64_t start, int64_t width, T chunk_max) {
+        const int64_t label = inputs_.labels[row] - start;
+        if (inputs_.labels[row] == inputs_.ignore_index || label < 0 || label >= width) return chunk_max;
+        const T before = z_[label];
+        z_[label] = inputs_.label_logit[row];
+        return before == chunk_max ? largest_of_chunk(z_, width) : larger(z_[label], chunk_max);
+    }
+
+    double capped_one(const In* x) const {
+        const double value = read_one(x);
+        return inputs_.soft_cap == 0 ? value : inputs_.soft_cap * std::tanh(value / inputs_.soft_cap);
+    }
+
+    // z of one class as load_chunk has it, but for rounding.
+    double plain(const In* x, int64_t label) const {
+        T z = capped_one(x + label);
+        if (inputs_.scale) z *= inputs_.scale[label];
+        if (inputs_.bias) z += inputs_.bias[label];
+        return z;
+    }
+
+    void set_chunk_max(int64_t start, T chunk_max) { chunk_max_[start / kChunk] = chunk_max; }
+
+    // q_ becomes the hinge's slope for the chunk: nothing else needs it before finish_chunk.
+    void load_hinge(const In* x, int64_t row, int64_t start, int64_t width, double hinge, double threshold) {
+        const T chunk_max = load_chunk(x, start, width);
+        if (inputs_.label_logit) place_label(row, start, width, chunk_max);
+        const T below = T(-hinge), limit = T(threshold);
+        for (int64_t j = 0; j < width; ++j) q_[j] = z_[j] < limit ? below : T(0);
+    }
+
+    // e becomes softmax slope and hinge slope together.
+    void fold_hinge(const RowSlope& slope, const HingeSums& hinge, int64_t start, int64_t width, Slope<T>& chunk_slope,
+                    T* e) {
+        for (int64_t j = 0; j < width; ++j) e[j] = e[j] * chunk_slope.softmax + q_[j];
+        const int64_t largest = hinge.largest - start;
+        if (largest >= 0 && largest < width) e[largest] += T(slope.hinge * hinge.violations);
+        chunk_slope.softmax = 1;
     }
 
     // The label's vector is summed apart, so that 1 - p of a confident row keeps its digits.
-    double exponentials_of_chunk(T shift, int64_t label, int64_t start, int64_t width, T* e, RowSums& sums) {
+    void exponentials_of_chunk(T shift, int64_t label, int64_t start, int64_t width, T* e, RowSums& chunk) {
         const NextRow* next = next_.x ? &next_ : nullptr;
         constexpr int64_t W = Lanes<T>::count;
         T* z = z_;
         const int64_t whole = width / W * W;
         const bool has_label = label >= 0 && label < width;
-        if (has_label) sums.label_z = z[label];
+        if (has_label) chunk.label_z = z[label];
         const int64_t label_vector = has_label ? label / W * W : whole;
         T* target = e ? e : z;
         Vector<T> sum = exponentials<T, In>(z, shift, 0, std::min(label_vector, whole), target, next, start);
@@ -132,6 +218,7 @@ private:
             const Vector<T> value = exp_nonpositive(load(z + label_vector) - shift);
             store(target + label_vector, value);
             Vector<T> others = value;
+            chunk.label_exp = value[label % W];
             others[label % W] = 0;
             sum += others;
             sum += exponentials<T, In>(z, shift, label_vector + W, whole, target, next, start);
@@ -139,10 +226,13 @@ private:
         if (whole < width) {
             Vector<T> value = exp_nonpositive(load(z + whole) - shift);
             store_partial<T>(target + whole, value, width - whole);
-            if (has_label && label >= whole) value[label - whole] = 0;
+            if (has_label && label >= whole) {
+                chunk.label_exp = value[label - whole];
+                value[label - whole] = 0;
+            }
             sum += value;
         }
-        return sum_lanes<T>(sum);
+        chunk.rest = sum_lanes<T>(sum);
     }
 
     double uniform_sum(int64_t start, int64_t width, T shift, double reference) {
@@ -198,30 +288,53 @@ private:
 
     template <Subtract kind, class Out>
     void finish(const In* x, int64_t start, int64_t width, const Slope<T>& slope, const T* e, Out* gradient) {
-        if (scale_sum_) add_columns<T, kind>(slope, e, x, width, scale_sum_ + start, bias_sum_ + start);
+        const T* scale = inputs_.scale ? inputs_.scale + start : nullptr;
+        if (inputs_.soft_cap == 0) {
+            if (scale_sum_) add_columns<T, kind>(slope, e, x, width, scale_sum_ + start, bias_sum_ + start);
+            return write_scaled<kind>(slope, e, scale, width, gradient);
+        }
+        const T cap = inputs_.soft_cap;
+        if (scale_sum_) {
+            soft_capped<T>(x, cap, width, capped_);
+            add_columns<T, kind>(slope, e, capped_, width, scale_sum_ + start, bias_sum_ + start);
+        }
+        soft_cap_slopes<T>(x, cap, scale, width, capped_);
+        write_scaled<kind>(slope, e, capped_, width, gradient);
+    }
+
+    template <Subtract kind, class Out>
+    void write_scaled(const Slope<T>& slope, const T* e, const T* scale, int64_t width, Out* gradient) {
         if (!gradient) return;
-        if (inputs_.scale) write_slopes<T, kind, true>(slope, e, inputs_.scale + start, width, gradient);
-        else write_slopes<T, kind, false>(slope, e, inputs_.scale, width, gradient);
+        if (scale) write_slopes<T, kind, true>(slope, e, scale, width, gradient);
+        else write_slopes<T, kind, false>(slope, e, scale, width, gradient);
     }
 
     template <class Out>
-    void finish_label(const In* x, const RowSlope& slope, Out* gradient) {
+    void finish_label(int64_t row, double label_x, const RowSlope& slope, Out* gradient) {
         const int64_t label = slope.label_index;
-        const T scale = inputs_.scale ? inputs_.scale[label] : T(1);
-        if (gradient) write_one(gradient + label, T(slope.label) * scale);
+        if (gradient) write_one(gradient + label, T(slope.label * label_x_slope(row, label, label_x)));
         if (!scale_sum_) return;
-        const double weight = inputs_.class_weight ? inputs_.class_weight[label] : T(1);
-        const double value = read_one(x + label);
         // The column pass saw e = 0 at the label and added only what is subtracted everywhere.
-        bias_sum_[label] += slope.label + slope.uniform * weight;
-        const double missing = slope.label + slope.uniform * weight;
-        scale_sum_[label] += missing == 0 ? 0.0 : missing * value;
+        const double subtracted = slope.uniform * (inputs_.class_weight ? inputs_.class_weight[label] : T(1));
+        const double missing = inputs_.label_logit ? subtracted : slope.label + subtracted;
+        bias_sum_[label] += missing;
+        scale_sum_[label] += missing == 0 ? 0.0 : missing * label_x;
+    }
+
+    // dz/dx at the label.
+    double label_x_slope(int64_t row, int64_t label, double label_x) const {
+        if (inputs_.label_logit) return inputs_.label_slope[row];
+        const double scale = inputs_.scale ? inputs_.scale[label] : T(1);
+        if (inputs_.soft_cap == 0) return scale;
+        const double tanh = label_x / inputs_.soft_cap;
+        return scale * (1 - tanh) * (1 + tanh);
     }
 
     const SoftmaxInputs<T>& inputs_;
     int64_t count_;
     alignas(64) T z_[kChunk];
     alignas(64) T q_[kChunk];
+    alignas(64) T capped_[kChunk];
     std::vector<T> chunk_max_;
     NextRow next_;
     double *scale_sum_ = nullptr, *bias_sum_ = nullptr;
@@ -238,7 +351,7 @@ void sweep_rows(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradient
     const bool keep = (g.data || gradients.scale_bias) && K <= kKeepExponentials;
     if (x.class_stride == 1 && (!g.data || g.class_stride == 1)) {
         RowSweep<T, In> sweep(inputs, gradients, thread);
-        const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T>);
+        const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T> || g.data == x.data);
         std::vector<T> exponentials(own_buffer ? K : 0);
         const int64_t row_bytes = K * static_cast<int64_t>(sizeof(In));
         const bool fetch_ahead = row_bytes >= kLeastFetchedAhead && row_bytes <= kMostFetchedAhead;

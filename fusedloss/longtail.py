@@ -1,11 +1,15 @@
-"""Priors and class weights for long-tailed data, each computed in float64 and returned in float32."""
+"""Priors, margins and class weights for long-tailed data, each computed in float64 and returned in float32."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fusedloss.terms import Prior, Term
 
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
@@ -110,6 +114,215 @@ def log_prior(counts: Tensor, floor: float = 0.0) -> Tensor:
         raise ValueError(f"floor must be finite and at least 0, got {floor}")
     counts = _checked_counts(counts)
     return (counts.clamp(min=floor) / counts.sum()).log().to(torch.float32)
+
+
+def adjust_logits(
+    logits: Tensor,
+    log_prior: Tensor,
+    strength: float = 1.0,
+    target_log_prior: Tensor | None = None,
+    *,
+    trained_with: nn.Module | Sequence[Term] | Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Logits of a model trained *without* a prior, adjusted afterwards: ``z - strength * log_prior`` (a minus sign).
+
+    With `target_log_prior`, ``z - strength * log_prior + target_log_prior``: the classes as they are where the model
+    is deployed. A model trained with ``terms.Prior`` needs neither: its raw logits already treat the classes alike, and
+    ``z + target_log_prior`` (here: ``strength=0``) brings them to another prior.
+
+    Args:
+        logits: ``(B, K)`` or ``(B, K, d1, ...)``.
+        log_prior: ``(K,)``, of the training data; -inf (a class without samples, never learned) rules the
+            class out.
+        strength: finite, at least 0 (Menon's tau); a negative one would be the training sign.
+        target_log_prior: ``(K,)``, of the deployment; -inf rules a class out.
+        trained_with: the loss, its terms, or a run's prior record (``Predictor.prior``): what the model was trained
+            with, so that a prior is not applied twice.
+
+    Returns:
+        Adjusted logits in the dtype of `logits`.
+
+    Raises:
+        ValueError: a prior subtracted from the logits of a model trained with one; shapes that do not fit; NaN or +inf
+            in a prior; a strength that is negative or not finite.
+        TypeError: tensors that are not floating-point, or `trained_with` of another kind.
+
+    Source: Menon et al. 2021, arXiv:2007.07314, section 4.1; to another prior: Hong et al. 2021, arXiv:2012.00321.
+
+    Example:
+        >>> adjust_logits(torch.zeros(1, 2), log_prior(torch.tensor([9, 1]))).softmax(1)
+        tensor([[0.1000, 0.9000]])
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:
+        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits must be a floating-point tensor (B, K) or (B, K, d1, ...), got {got}")
+    if isinstance(strength, Tensor) or not (math.isfinite(strength) and strength >= 0.0):
+        raise ValueError(
+            f"strength must be finite and at least 0, got {strength}; the minus sign of a post-hoc adjustment is "
+            "built in, and the plus sign belongs to training (terms.Prior)"
+        )
+    trained = trained_prior(trained_with)
+    if trained != 0 and strength != 0:
+        raise ValueError(
+            f"log_prior would be applied twice: the model was trained with {trained:g} * log_prior added, so that its "
+            "raw logits are adjusted already; pass strength=0 (with target_log_prior for another deployment), or "
+            "train without the prior"
+        )
+    shift = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+    if strength != 0:
+        prior = _checked_log_prior("log_prior", log_prior, logits)
+        shift = shift - strength * prior.masked_fill(prior == -math.inf, math.inf)
+    if target_log_prior is not None:
+        shift = shift + _checked_log_prior("target_log_prior", target_log_prior, logits)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    column = shift.to(dtype).reshape(-1, *[1] * (logits.dim() - 2))
+    return (logits.to(dtype) + column).to(logits.dtype)
+
+
+def trained_prior(trained_with: nn.Module | Sequence[Term] | Mapping[str, Any] | None) -> float:
+    """Strength of the log prior that a model was trained with, 0 for none.
+
+    Args:
+        trained_with: a loss that has ``terms``, a sequence of terms, a record ``{"applied": ..., "strength": ...}`` as
+            ``Predictor.prior``, or None for not known (0).
+
+    Raises:
+        TypeError: anything else.
+
+    Example:
+        >>> trained_prior([Prior(torch.tensor([0.9, 0.1]).log(), 0.5)])
+        0.5
+    """
+    if trained_with is None:
+        return 0.0
+    if isinstance(trained_with, Mapping):
+        return float(trained_with["strength"]) if trained_with["applied"] == "training" else 0.0
+    if isinstance(trained_with, nn.Module) and isinstance(getattr(trained_with, "terms", None), nn.ModuleList):
+        terms: list[Any] = [registered.current() for registered in trained_with.terms]
+    elif isinstance(trained_with, Sequence) and all(isinstance(term, Term) for term in trained_with):
+        terms = list(trained_with)
+    else:
+        raise TypeError(
+            "trained_with must be a loss with terms, a sequence of terms, or a run's prior record, got "
+            f"{type(trained_with).__name__}"
+        )
+    return float(sum(term.strength for term in terms if isinstance(term, Prior)))
+
+
+def ldam_margins(counts: Tensor, max_margin: float = 0.5) -> Tensor:
+    """Label-distribution-aware margins ``m_c = max_margin * n_c**-1/4 / max_k n_k**-1/4`` (Cao et al., NeurIPS 2019).
+
+    The rarest class has `max_margin`; a class without samples counts as having one.
+
+    Args:
+        counts: samples per class ``(K,)``.
+        max_margin: positive and finite, in units of the logit that the margin is subtracted from (a cosine).
+
+    Returns:
+        float32 tensor ``(K,)``, for ``terms.AdditiveMargin``.
+
+    Raises:
+        ValueError: a margin that is not positive and finite, negative or non-finite counts, or no sample at all.
+
+    Source: arXiv:1906.07413; github.com/kaidic/LDAM-DRW.
+
+    Example:
+        >>> ldam_margins(torch.tensor([1000, 500, 100, 20, 5]))
+        tensor([0.1330, 0.1581, 0.2364, 0.3536, 0.5000])
+    """
+    if not (math.isfinite(max_margin) and max_margin > 0.0):
+        raise ValueError(f"max_margin must be positive and finite, got {max_margin}")
+    root = _checked_counts(counts).clamp(min=1.0).pow(-0.25)
+    return (max_margin * root / root.max()).to(torch.float32)
+
+
+class DeferredReweighting:
+    """Class weights that start late: ones until `start_epoch`, then those of the counts (DRW; Cao et al. 2019).
+
+    ``w(epoch) = (1 - t) + t * w_final``, with ``t = 0`` before `start_epoch`; from there on t is 1, or grows by
+    ``1 / ramp_epochs`` with each epoch up to 1 (gradual re-weighting). A function of the epoch alone: a resumed run
+    has nothing to restore. Every weight is 1 before the start; after it, a class without samples has 0.
+
+    Args:
+        counts: samples per class ``(K,)``, over the whole data set.
+        start_epoch: first epoch (from 0) with other weights; LDAM-DRW: 160 of 200.
+        ramp_epochs: epochs over which they grow; 0 for at once.
+        beta: of ``effective_number_weights``.
+        power: of ``inverse_frequency_weights``, which replaces the effective numbers where given.
+
+    Raises:
+        ValueError: a negative epoch, or what the weights' functions refuse.
+        TypeError: an epoch that is not an integer.
+
+    Source: arXiv:1906.07413, section 3.3.
+
+    Example:
+        >>> schedule = DeferredReweighting(torch.tensor([300, 100]), start_epoch=2, ramp_epochs=2, power=1.0)
+        >>> [schedule(epoch).tolist() for epoch in (0, 1, 2, 3)]
+        [[1.0, 1.0], [1.0, 1.0], [0.75, 1.25], [0.5, 1.5]]
+        >>> loss = schedule.apply_to(CrossEntropyLoss(), epoch=3)
+        >>> loss.weight
+        tensor([0.5000, 1.5000])
+    """
+
+    def __init__(
+        self,
+        counts: Tensor,
+        start_epoch: int,
+        *,
+        ramp_epochs: int = 0,
+        beta: float = 0.9999,
+        power: float | None = None,
+    ) -> None:
+        self.start_epoch = _checked_epoch("start_epoch", start_epoch)
+        self.ramp_epochs = _checked_epoch("ramp_epochs", ramp_epochs)
+        self.final = (
+            effective_number_weights(counts, beta) if power is None else inverse_frequency_weights(counts, power)
+        )
+
+    def __call__(self, epoch: int) -> Tensor:
+        """The weights ``(K,)`` of an epoch, float32, counted from 0."""
+        done = _checked_epoch("epoch", epoch) - self.start_epoch + 1
+        share = min(max(done, 0) / (self.ramp_epochs or 1), 1.0)
+        return torch.ones_like(self.final).lerp(self.final, share)
+
+    def apply_to(self, loss: nn.Module, epoch: int) -> nn.Module:
+        """Puts the weights of an epoch into ``loss.weight``, in place where it has one; returns the loss.
+
+        Raises:
+            TypeError: a loss without a buffer ``weight``. ValueError: one of another width.
+        """
+        if "weight" not in getattr(loss, "_buffers", {}):
+            raise TypeError(f"loss must have a buffer 'weight' (torch's or ours do), got {type(loss).__name__}")
+        weights, present = self(epoch), loss.weight
+        if present is None:
+            owned = next((t for t in loss.buffers()), None)
+            loss.weight = weights if owned is None else weights.to(owned.device)
+            return loss
+        if present.shape != weights.shape:
+            raise ValueError(f"loss has weights of shape {tuple(present.shape)}, counts ask for {tuple(weights.shape)}")
+        with torch.no_grad():
+            present.copy_(weights)
+        return loss
+
+
+def _checked_epoch(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def _checked_log_prior(name: str, prior: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(prior, Tensor) or not prior.is_floating_point():
+        got = prior.dtype if isinstance(prior, Tensor) else type(prior).__name__
+        raise TypeError(f"{name} must be a floating-point tensor of log frequencies, got {got}")
+    if tuple(prior.shape) != (logits.shape[1],):
+        raise ValueError(f"{name} must have shape ({logits.shape[1]},), one value per class, got {tuple(prior.shape)}")
+    if bool((~(prior < math.inf)).any()):
+        raise ValueError(f"{name} must be below +inf, got NaN or +inf (use log class frequencies)")
+    return prior.to(device=logits.device, dtype=torch.float64)
 
 
 def _checked_counts(counts: Tensor) -> Tensor:

@@ -328,10 +328,26 @@ class NormStatistics(nn.Module):
             1
         """
         _check_features(features, labels)
-        one_class = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+        self.update_values(self.row_norms(features.detach()), labels, group)
+
+    @torch.no_grad()
+    def update_values(
+        self, values: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Takes in one number per row, ``(B,)``: norms at hand, or another indicator; otherwise as `update`.
+
+        Example:
+            >>> statistics = NormStatistics()
+            >>> statistics.update_values(torch.tensor([-1.0, 3.0]))
+            >>> statistics.mean
+            tensor(1.)
+        """
+        column = values.unsqueeze(1)
+        _check_features(column, labels)
+        one_class = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         if labels is not None:
             one_class.masked_fill_(labels == self.ignore_index, self.statistics.ignore_index)
-        self.statistics.update(self.row_norms(features.detach()).unsqueeze(1), one_class, group)
+        self.statistics.update(column, one_class, group)
 
     def reset(self) -> None:
         """Forgets every row.

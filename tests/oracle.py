@@ -5,6 +5,7 @@ computes in it is what a user would have had: a kernel may be no further from th
 a tolerance.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +18,12 @@ ENTRY_EPSILONS = 4
 
 @dataclass
 class Case:
-    """Arguments of a loss; `terms` hold ("temperature", tau), ("scale", s), ("prior", log_prior, factor)."""
+    """Arguments of a loss.
+
+    `terms` hold ("temperature", tau), ("scale", s), ("prior", log_prior, factor), ("soft cap", cap),
+    ("additive", m), ("angular", m, fallback, gradient) or ("combined", m2, m1, m3, fallback, gradient);
+    `penalty` is (margin, over, mix) and `penalty_strength` goes with it.
+    """
 
     input: torch.Tensor
     target: torch.Tensor
@@ -29,6 +35,8 @@ class Case:
     focal_gamma: float = 0.0
     z_loss: float = 0.0
     sample_weight: torch.Tensor | None = None
+    penalty: tuple[float, str, bool] | None = None
+    penalty_strength: float | torch.Tensor = 0.0
     upstream: torch.Tensor | float = 1.0
     learned: tuple[str, ...] = field(default=("input",))
 
@@ -38,6 +46,7 @@ class Case:
             "input": self.input,
             "label_smoothing": self.label_smoothing,
             "sample_weight": self.sample_weight,
+            "penalty_strength": self.penalty_strength,
         }
         named |= {f"term{i}": term[1] for i, term in enumerate(self.terms)}
         return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
@@ -56,15 +65,49 @@ def per_class(value, z):
     return value.reshape(-1, *[1] * (z.dim() - 2)) if isinstance(value, torch.Tensor) and value.dim() == 1 else value
 
 
-def apply_terms(z, terms):
+def apply_terms(z, terms, target=None):
+    """Logits after the terms; margins change the class of `target` (labels, -1 for none) and need it."""
     for name, value, *rest in terms:
         if name == "temperature":
             z = z / per_class(value, z)
         elif name == "scale":
             z = z * per_class(value, z)
-        else:
+        elif name == "soft cap":
+            z = value * torch.tanh(z / value)
+        elif name == "prior":
             z = z + rest[0] * per_class(value, z)
+        elif target is not None:
+            z = with_margin(z, target, name, value, *rest)
     return z
+
+
+def with_margin(z, target, name, value, *rest):
+    """The margin of each row's label: `value` is a float, one per class (K,), or one per row (B, 1)."""
+    label = target.clamp(min=0)
+    if isinstance(value, torch.Tensor) and value.dim() == 2:
+        value = value.reshape(-1, *[1] * (label.dim() - 1)).expand(label.shape)
+    elif isinstance(value, torch.Tensor) and value.dim() == 1:
+        value = value[label]
+    chosen = z.gather(1, label.unsqueeze(1)).squeeze(1)
+    straight = rest[-1:] == ("straight_through",)
+    x = chosen.detach() if straight else chosen
+    if name == "additive":
+        new = x - value
+    else:
+        m1, m3, fallback, _ = (1.0, 0.0, *rest) if name == "angular" else rest
+        angle = m1 * x.acos() + value
+        new = angle.cos()
+        if fallback == "monotone":
+            sine = value.sin() if isinstance(value, torch.Tensor) else math.sin(value)
+            beyond = x - value * sine if m1 == 1 else -2 - new
+            new = torch.where(angle > torch.pi, beyond, new)
+        elif fallback == "easy":
+            new = torch.where(x > 0, new, x)
+        new = new - m3
+        if straight:
+            new = new + (chosen - chosen.detach())
+    new = torch.where(target >= 0, new, chosen)
+    return z.scatter(1, label.unsqueeze(1), new.unsqueeze(1))
 
 
 def per_row(value, rows):
@@ -76,9 +119,9 @@ def per_row(value, rows):
 def eager(case: Case) -> torch.Tensor:
     """The loss of a case in the dtype of its tensors."""
     plain = not isinstance(case.label_smoothing, torch.Tensor) and case.sample_weight is None
-    plain = plain and case.focal_gamma == 0 and case.z_loss == 0
+    plain = plain and case.focal_gamma == 0 and case.z_loss == 0 and case.penalty is None
     z = case.input if case.input.dim() > 1 else case.input.unsqueeze(0)
-    z = apply_terms(z, case.terms)
+    z = apply_terms(z, case.terms, _labels(case, z))
     masked = bool(torch.isinf(z).any()) and case.target.is_floating_point()
     if plain and not masked:
         z = z if case.input.dim() > 1 else z.squeeze(0)
@@ -86,6 +129,14 @@ def eager(case: Case) -> torch.Tensor:
         target = case.target.long() if case.target.dtype == torch.int32 else case.target
         return F.cross_entropy(z, target, case.weight, label_smoothing=case.label_smoothing, **options)
     return written_out(case, z)
+
+
+def _labels(case, z):
+    """Labels in the rows' shape, -1 in ignored rows; None for probabilities."""
+    if case.target.is_floating_point():
+        return None
+    target = case.target.reshape(z.shape[:1] + z.shape[2:]).long()
+    return torch.where(target == case.ignore_index, -1, target)
 
 
 def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
@@ -102,7 +153,12 @@ def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
         if smooth:
             eps = smoothing.reshape(rows).unsqueeze(1) if isinstance(smoothing, torch.Tensor) else smoothing
             q = (1 - eps) * q + eps / num_classes
-        loss = -zero_safe_product(q * per_class(weight, z), log_p).sum(1)
+        q = q * per_class(weight, z)
+        if case.focal_gamma:
+            p = log_p.exp()
+            certain = p == 1
+            q = torch.where(certain, 0, torch.where(certain, 0.5, 1 - p) ** case.focal_gamma * q)
+        loss = -zero_safe_product(q, log_p).sum(1)
         kept = torch.ones(rows, dtype=torch.bool)
         share = torch.ones(rows, dtype=z.dtype)
     else:
@@ -123,6 +179,13 @@ def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
             certain = rest == 0
             loss = torch.where(certain, 0, torch.where(certain, 1, rest) ** case.focal_gamma * loss)
         share = torch.where(kept, label_weight, 0)
+    if case.penalty is not None:
+        margin, over, mix = case.penalty
+        gaps = (z.max(1, keepdim=True).values - z - margin).relu()
+        hinge = gaps.mean(1) if over == "mean" else gaps.sum(1)
+        strength = per_row(case.penalty_strength, rows)
+        strength = strength.reshape(rows) if isinstance(strength, torch.Tensor) else strength
+        loss = (1 - strength) * loss + strength * hinge if mix else loss + strength * hinge
     if case.z_loss:
         loss = loss + case.z_loss * lse.square()
     loss = torch.where(kept, loss, 0)
@@ -152,6 +215,8 @@ def cast(case: Case, dtype: torch.dtype) -> Case:
         case.focal_gamma,
         case.z_loss,
         copy(case.sample_weight, "sample_weight"),
+        case.penalty,
+        copy(case.penalty_strength, "penalty_strength"),
         copy(case.upstream),
         case.learned,
     )
@@ -169,8 +234,8 @@ def loss_and_gradients(case: Case, loss_of) -> dict[str, torch.Tensor]:
     return found
 
 
-def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=ENTRY_EPSILONS) -> None:
-    """Asserts that loss_of(case) and its gradients are as near to float64 as eager PyTorch, plus a tolerance.
+def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=ENTRY_EPSILONS) -> dict:
+    """Loss and gradients of loss_of(case), which are as near to float64 as eager PyTorch, plus a tolerance.
 
     float16 and bfloat16 logits are judged by eager PyTorch in float32, which is stricter than in their own
     dtype; their gradients are then allowed one rounding to the stored dtype. In float64 the truth is eager
@@ -203,6 +268,7 @@ def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=E
             entry_epsilons,
             scale,
         )
+    return found
 
 
 def _range_of_logits(case: Case) -> float:

@@ -25,7 +25,19 @@ def fused(case: Case) -> torch.Tensor:
     """The package's loss of a case."""
     import fusedloss
 
-    kinds = {"temperature": fusedloss.ClassTemperature, "scale": fusedloss.Scale, "prior": fusedloss.Prior}
+    kinds = {
+        "temperature": fusedloss.ClassTemperature,
+        "scale": fusedloss.Scale,
+        "prior": fusedloss.Prior,
+        "soft cap": fusedloss.SoftCap,
+        "additive": fusedloss.AdditiveMargin,
+        "angular": fusedloss.AngularMargin,
+        "combined": lambda m2, m1, *rest: fusedloss.CombinedMargin(m1, m2, *rest),
+    }
+    penalty = None
+    if case.penalty is not None:
+        margin, over, mix = case.penalty
+        penalty = fusedloss.MarginPenalty(margin, case.penalty_strength, over, mix)
     return fusedloss.cross_entropy(
         case.input,
         case.target,
@@ -36,6 +48,7 @@ def fused(case: Case) -> torch.Tensor:
         terms=[kinds[name](*values) for name, *values in case.terms],
         focal_gamma=case.focal_gamma,
         z_loss=case.z_loss,
+        margin_penalty=penalty,
         sample_weight=case.sample_weight,
     )
 

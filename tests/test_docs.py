@@ -23,10 +23,10 @@ MODULES = [
     "fusedloss.longtail",
     "fusedloss.metrics",
     "fusedloss.statistics",
-    "fusedloss.terms",
+    
     *(
         f"fusedloss.{package}.{path.stem}"
-        for package in ("functional", "modules")
+        for package in ("functional", "modules", "terms")
         for path in sorted((ROOT / "fusedloss" / package).glob("[a-z]*.py"))
         if ">>>" in path.read_text()
     ),

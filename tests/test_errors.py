@@ -132,13 +132,6 @@ BAD_CALLS = [
     ("focal infinite", ValueError, "focal_gamma .*inf", (X, Y), {"focal_gamma": INF}),
     ("focal a tensor", TypeError, "focal_gamma .*number.*Tensor", (X, Y), {"focal_gamma": torch.tensor(2.0)}),
     ("focal text", TypeError, "focal_gamma .*number.*str", (X, Y), {"focal_gamma": "2"}),
-    (
-        "focal with probabilities",
-        ValueError,
-        "focal_gamma .*labels",
-        (X, torch.rand(3, 5)),
-        {"focal_gamma": 2.0},
-    ),
     ("z_loss NaN", ValueError, "z_loss .*finite.*nan", (X, Y), {"z_loss": NAN}),
     ("z_loss infinite", ValueError, "z_loss .*finite.*inf", (X, Y), {"z_loss": INF}),
     ("z_loss None", TypeError, "z_loss .*number.*NoneType", (X, Y), {"z_loss": None}),

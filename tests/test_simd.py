@@ -80,8 +80,8 @@ def build(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
 def test_the_battery_fails_on_a_wrong_kernel(tmp_path):
     changes = {
         "rows.inl": (
-            "const double rest = sums.rest / sum,",
-            "const double rest = (1 + 1e-4) * sums.rest / sum,",
+            "const double rest = sums.rest * per_sum,",
+            "const double rest = (1 + 1e-4) * sums.rest * per_sum,",
         )
     }
     found = run_battery("--extension", str(build(tmp_path, changes)))

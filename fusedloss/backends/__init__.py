@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 NAMES = ("reference", "cpp", "triton")
-OPERATIONS = ("softmax_ce", "class_stats")
+OPERATIONS = ("softmax_ce", "class_stats", "linear_ce")
 
 _PREFERRED = {"cpu": "cpp", "cuda": "triton"}
 _forced: str | None = os.environ.get("FUSEDLOSS_BACKEND") or None

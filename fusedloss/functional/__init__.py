@@ -1,5 +1,7 @@
 """The losses as functions: arguments are checked once (problem.py), one operation answers, and rows are reduced."""
 
+from fusedloss.functional.linear_ce import linear_cross_entropy
 from fusedloss.functional.softmax_ce import RowStatistics, cross_entropy
+from fusedloss.functional.supcon import supcon
 
-__all__ = ["RowStatistics", "cross_entropy"]
+__all__ = ["RowStatistics", "cross_entropy", "linear_cross_entropy", "supcon"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.backends.reference.class_stats import check_labels
-from fusedloss.rows import Row
-from fusedloss.terms import AffineTerm, ClassTemperature, Term, fold_affine
+from fusedloss.backends.reference.softmax_ce import terms_applied
+from fusedloss.rows import MarginPenalty, Row
+from fusedloss.terms import AffineTerm, ClassTemperature, MarginTerm, SoftCap, Term, fold_affine, label_chain
 
 _CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
 _LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ class Problem:
 
     logits: Tensor
     target: Tensor
-    terms: tuple[AffineTerm, ...]
+    terms: tuple[Term, ...]
     class_weight: Tensor | None
     ignore_index: int
     row: Row
@@ -48,11 +49,42 @@ class Problem:
         """What the loss is computed in."""
         return ops.compute_dtype(self.logits.dtype)
 
-    def affine(self) -> tuple[Tensor | None, Tensor | None]:
-        """The terms folded into ``(scale, bias)``, each ``(K,)`` or None."""
+    @property
+    def margins(self) -> bool:
+        """Whether a term changes the labelled class alone."""
+        return any(isinstance(term, MarginTerm) for term in self.terms)
+
+    def inputs(self) -> ops.LogitInputs:
+        """What the operations read: affine terms folded, a soft cap as a number, the label's logit after margins.
+
+        Whatever comes before the last soft cap is applied here, in a pass of its own.
+        """
         if not self.terms:
-            return None, None
-        return fold_affine(self.terms, self.num_classes, self.dtype, self.logits.device)
+            return ops.LogitInputs(self.logits, self.target, class_weight=self.class_weight)
+        logits, terms, soft_cap = self._capped()
+        affine = [term for term in terms if isinstance(term, AffineTerm)]
+        scale, bias = fold_affine(affine, self.num_classes, self.dtype, logits.device)
+        label_logit = label_slope = None
+        if len(affine) < len(terms):
+            column = torch.where(self.target != self.ignore_index, self.target, 0).clamp(0, self.num_classes - 1)
+            x = logits.detach().gather(1, column.unsqueeze(1)).squeeze(1).to(self.dtype)
+            cap = (SoftCap(soft_cap),) if soft_cap else ()
+            label_logit, label_slope = label_chain(x, column, (*cap, *terms))
+            label_logit, label_slope = label_logit.contiguous(), label_slope.contiguous()
+        return ops.LogitInputs(logits, self.target, scale, bias, self.class_weight, label_logit, label_slope, soft_cap)
+
+    def _capped(self) -> tuple[Tensor, tuple[Term, ...], float]:
+        """Logits after all that precedes the last soft cap, the terms that follow it, and the cap (0 without one)."""
+        last = max((i for i, term in enumerate(self.terms) if isinstance(term, SoftCap)), default=-1)
+        if last < 0:
+            return self.logits, self.terms, 0.0
+        cap = self.terms[last].cap  # type: ignore[attr-defined]
+        eager = self.terms[: last + 1] if isinstance(cap, Tensor) else self.terms[:last]
+        logits = self.logits
+        if eager:
+            target = None if self.soft else torch.where(self.target != self.ignore_index, self.target, -1)
+            logits = terms_applied(logits, eager, self.dtype, target)
+        return logits, self.terms[last + 1 :], 0.0 if isinstance(cap, Tensor) else float(cap)
 
     def denominator(self) -> Tensor:
         """What the mean divides by: class weight of the label times sample weight, over the kept rows."""
@@ -79,6 +111,7 @@ def checked(
     terms: Sequence[Term],
     focal_gamma: float,
     z_loss: float,
+    margin_penalty: MarginPenalty | None,
     sample_weight: Tensor | None,
 ) -> Problem:
     """The arguments of cross_entropy as a Problem; see there for what is raised."""
@@ -90,7 +123,7 @@ def checked(
         raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
     _check_number("focal_gamma", focal_gamma)
     _check_number("z_loss", z_loss)
-    _check_focal(focal_gamma, target)
+    _check_focal(focal_gamma)
     if not -math.inf < z_loss < math.inf:
         raise ValueError(f"z_loss must be finite; got {z_loss}")
     _check_ignore_index(ignore_index)
@@ -99,15 +132,17 @@ def checked(
     if sample_weight is not None:
         sample_weight = _check_per_row("sample_weight", sample_weight, logits, shape)
     smoothing = _check_smoothing(label_smoothing, logits, shape)
+    if margin_penalty is not None:
+        margin_penalty = _check_penalty(margin_penalty, logits, shape)
     if weight is not None:
         weight = _check_class_weight(weight, logits)
     return Problem(
         logits,
         target,
-        _check_terms(terms, logits) if terms else (),
+        _check_terms(terms, logits, target) if terms else (),
         weight,
         ignore_index,
-        Row(smoothing, focal_gamma, z_loss),
+        Row(smoothing, focal_gamma, z_loss, margin_penalty),
         sample_weight,
         shape,
     )
@@ -175,7 +210,16 @@ def _check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits; got {ignore_index}")
 
 
-def _check_focal(focal_gamma: float, target: Tensor) -> None:
+def _check_penalty(penalty: MarginPenalty, logits: Tensor, shape: torch.Size) -> MarginPenalty:
+    if not isinstance(penalty, MarginPenalty):
+        raise TypeError(f"margin_penalty must be a fusedloss.MarginPenalty; got {type(penalty).__name__}")
+    if not isinstance(penalty.strength, Tensor):
+        return penalty
+    strength = _check_per_row("MarginPenalty: strength", penalty.strength, logits, shape)
+    return replace(penalty, strength=strength)
+
+
+def _check_focal(focal_gamma: float) -> None:
     if focal_gamma == 0:
         return
     if not 0.5 <= focal_gamma < math.inf:
@@ -183,8 +227,6 @@ def _check_focal(focal_gamma: float, target: Tensor) -> None:
             "focal_gamma must be 0, or finite and at least 0.5 (below, the slope is infinite at p = 1); "
             f"got {focal_gamma}"
         )
-    if target.is_floating_point():
-        raise ValueError(f"focal_gamma needs labels; got {focal_gamma} with probability targets")
 
 
 def _check_smoothing(smoothing: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
@@ -226,23 +268,34 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
     return weight.to(ops.compute_dtype(logits.dtype)).contiguous()
 
 
-def _check_terms(terms: Sequence[Term], logits: Tensor) -> tuple[AffineTerm, ...]:
+def _check_terms(terms: Sequence[Term], logits: Tensor, target: Tensor) -> tuple[Term, ...]:
     if not isinstance(terms, Sequence | Term):
         raise TypeError(f"terms must be a sequence of fusedloss.terms; got {type(terms).__name__}")
-    affine: list[AffineTerm] = []
+    checked_terms: list[Term] = []
     for term in (terms,) if isinstance(terms, Term) else terms:
-        if not isinstance(term, AffineTerm):
+        if not isinstance(term, AffineTerm | MarginTerm | SoftCap):
             got = getattr(term, "__name__", type(term).__name__)
             raise TypeError(f"terms must hold objects of fusedloss.terms; got {got}")
         term.check(logits.shape[1])
+        if isinstance(term, MarginTerm) and target.is_floating_point():
+            raise ValueError(
+                f"terms: {type(term).__name__} changes the labelled class; got probability targets (for mixup, mix the "
+                "losses of both labels)"
+            )
         for name, value in vars(term).items():
             if isinstance(value, Tensor) and value.device != logits.device:
                 raise ValueError(
                     f"{type(term).__name__}: {name} must be on the device of input, {logits.device}; got {value.device}"
                 )
+            per_row = isinstance(term, MarginTerm) and isinstance(value, Tensor) and value.dim() == 2
+            if per_row and value.shape[0] != logits.shape[0]:
+                raise ValueError(
+                    f"{type(term).__name__}: {name} must have shape ({logits.shape[0]}, 1), one value per row; got "
+                    f"{tuple(value.shape)}"
+                )
         if isinstance(term, ClassTemperature) and not torch.compiler.is_compiling():
             tau = term.tau
             if isinstance(tau, Tensor) and tau.requires_grad:
                 term.check_values()
-        affine.append(term)
-    return tuple(affine)
+        checked_terms.append(term)
+    return tuple(checked_terms)

@@ -12,8 +12,8 @@ from fusedloss import backends, ops
 from fusedloss.backends.reference import softmax_ce as reference
 from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.functional.problem import Problem, checked
-from fusedloss.rows import Statistics
-from fusedloss.terms import Term
+from fusedloss.rows import MarginPenalty, Row, Statistics
+from fusedloss.terms import SoftCap, Term
 
 
 class RowStatistics(NamedTuple):
@@ -41,6 +41,7 @@ def cross_entropy(
     terms: Sequence[Term] = (),
     focal_gamma: float = 0.0,
     z_loss: float = 0.0,
+    margin_penalty: MarginPenalty | None = None,
     sample_weight: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, RowStatistics]:
@@ -55,9 +56,12 @@ def cross_entropy(
         ignore_index: rows with this label have loss and gradient 0 and leave the mean's denominator.
         reduction: ``"mean"`` (over the kept rows' target weights, as torch), ``"sum"`` or ``"none"``.
         label_smoothing: in [0, 1]; a tensor holds one value per row: the target's shape, or ``(B,)``.
-        terms: what changes the logit, applied in order (``fusedloss.terms``).
-        focal_gamma: multiplies a row's loss by ``(1 - p_y) ** focal_gamma``; 0, or at least 0.5.
+        terms: what changes the logit, applied in order (``fusedloss.terms``); margins need labels.
+        focal_gamma: multiplies a row's loss by ``(1 - p_y) ** focal_gamma``; 0, or at least 0.5. With probability
+            targets each class's share has its own factor, ``sum_j w_j q_j (1 - p_j) ** focal_gamma (-log p_j)``, in
+            plain PyTorch.
         z_loss: adds ``z_loss * lse ** 2`` to each row, without class weight.
+        margin_penalty: holds logits within a margin of the largest (``fusedloss.MarginPenalty``).
         sample_weight: multiplies each row's loss and its share of the mean's denominator; the target's shape or
             ``(B,)``.
         return_stats: also return ``RowStatistics``.
@@ -75,9 +79,19 @@ def cross_entropy(
     tensor(0.3937, grad_fn=<...>)
     """
     problem = checked(
-        input, target, weight, ignore_index, reduction, label_smoothing, terms, focal_gamma, z_loss, sample_weight
+        input,
+        target,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        terms,
+        focal_gamma,
+        z_loss,
+        margin_penalty,
+        sample_weight,
     )
-    backend = _backend(problem)
+    backend = backend_of(problem, return_stats)
     # A float16 gradient made before the gradient scaler's factor arrives would underflow: sweep in the backward.
     whole = reduction != "none" and not return_stats and (input.dtype != torch.float16 or not input.requires_grad)
     if sample_weight is not None and input.numel() == 0:
@@ -85,9 +99,14 @@ def cross_entropy(
     if whole and backend != "reference":
         return _reduced_in_one_sweep(problem, reduction == "mean")
     statistics, extra = _row_statistics(problem, backend, return_stats)
-    row_loss = problem.row.loss(statistics, problem.num_classes)
-    if not problem.soft and problem.row.z_loss != 0:
-        row_loss = torch.where(problem.target != problem.ignore_index, row_loss, row_loss.new_zeros(()))
+    return finished(problem, statistics, extra, reduction)
+
+
+def finished(
+    problem: Problem, statistics: Statistics, extra: tuple[Tensor, Tensor] | None, reduction: str
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The loss from the rows' statistics; with (prediction, confidence) in `extra` RowStatistics too."""
+    row_loss = _row_loss(problem, statistics)
     loss = _reduce(problem, row_loss, reduction)
     if extra is None:
         return loss
@@ -96,12 +115,38 @@ def cross_entropy(
     return loss, RowStatistics(*(field.reshape(problem.shape) for field in fields))
 
 
-def _backend(problem: Problem) -> str:
+def _row_loss(problem: Problem, statistics: Statistics) -> Tensor:
+    row = problem.row
+    if problem.soft and row.focal_gamma != 0:
+        focal = reference.soft_focal_loss(
+            problem.logits,
+            problem.target,
+            problem.terms,
+            problem.class_weight,
+            row.smoothing,
+            row.focal_gamma,
+            problem.dtype,
+        )
+        statistics = statistics._replace(cross_entropy=focal)
+        row = Row(z_loss=row.z_loss, penalty=row.penalty)
+    row_loss = row.loss(statistics, problem.num_classes)
+    if not problem.soft and row.z_loss != 0:
+        row_loss = torch.where(problem.target != problem.ignore_index, row_loss, row_loss.new_zeros(()))
+    return row_loss
+
+
+def backend_of(problem: Problem, return_stats: bool) -> str:
     # torch.func transforms see through plain PyTorch only.
     if _transformed():
         return "reference"
     # Nor do the kernels give probability targets a gradient.
     if problem.target.requires_grad and torch.is_grad_enabled():
+        return "reference"
+    # A focal factor for each class of a soft target needs two more sweeps.
+    if problem.soft and problem.row.focal_gamma != 0:
+        return "reference"
+    # Predictions leave margins out, but not what a soft cap makes of them.
+    if return_stats and problem.margins and any(isinstance(term, SoftCap) for term in problem.terms[1:]):
         return "reference"
     return backends.answering(problem.logits.device.type)
 
@@ -111,28 +156,33 @@ def _transformed() -> bool:
 
 
 def _reduced_in_one_sweep(problem: Problem, mean: bool) -> Tensor:
+    return ops.softmax_ce(problem.inputs(), *sweep_options(problem, mean))
+
+
+def sweep_options(problem: Problem, mean: bool) -> tuple[ops.RowInputs, ops.SoftmaxOptions]:
+    """What the operation that makes loss and gradients at once takes beside its inputs."""
     row, row_scale = problem.row, problem.sample_weight
     if row_scale is not None and mean:
         row_scale = row_scale / problem.denominator()
-    per_row = row.smoothing if isinstance(row.smoothing, Tensor) else None
+    smoothing, per_row_smoothing = _number_or_rows(row.smoothing)
+    penalty = row.penalty
+    strength, per_row_strength = _number_or_rows(0.0 if penalty is None else penalty.strength)
     options = ops.SoftmaxOptions(
-        0.0 if isinstance(row.smoothing, Tensor) else row.smoothing,
+        smoothing,
         row.focal_gamma,
         row.z_loss,
+        0.0 if penalty is None else penalty.margin,
+        strength,
+        1.0 if penalty is None else penalty.share(problem.num_classes),
+        penalty is not None and penalty.mix,
         problem.ignore_index,
         mean and row_scale is None,
     )
-    scale, bias = problem.affine()
-    return ops.softmax_ce(
-        problem.logits,
-        problem.target,
-        scale,
-        bias,
-        problem.class_weight,
-        per_row,
-        row_scale,
-        options,
-    )
+    return ops.RowInputs(per_row_smoothing, row_scale, per_row_strength), options
+
+
+def _number_or_rows(value: Tensor | float) -> tuple[float, Tensor | None]:
+    return (0.0, value) if isinstance(value, Tensor) else (value, None)
 
 
 def _row_statistics(
@@ -140,12 +190,19 @@ def _row_statistics(
 ) -> tuple[Statistics, tuple[Tensor, Tensor] | None]:
     """Differentiable statistics, and (prediction, confidence) when asked."""
     logits, target = problem.logits, problem.target
+    penalty = problem.row.penalty
     if backend == "reference":
         readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
         if readable and not problem.soft:
             check_labels(target, problem.num_classes, problem.ignore_index, "target")
         statistics = reference.row_statistics(
-            logits, target, problem.terms, problem.class_weight, problem.ignore_index, problem.dtype
+            logits,
+            target,
+            problem.terms,
+            problem.class_weight,
+            problem.ignore_index,
+            problem.dtype,
+            None if penalty is None else penalty.margin,
         )
         if not return_stats:
             return statistics, None
@@ -153,12 +210,20 @@ def _row_statistics(
             z = reference.terms_applied(logits, problem.terms, problem.dtype)
             confidence, prediction = z.softmax(1).amax(1), z.argmax(1)
         return statistics, (prediction, confidence)
-    scale, bias = problem.affine()
-    found = ops.softmax_stats(
-        logits, target, scale, bias, problem.class_weight, problem.ignore_index, problem.row.smooths, return_stats
+    found = ops.softmax_stats(problem.inputs(), statistics_options(problem, return_stats))
+    statistics = Statistics(
+        found.log_sum_exp, found.target_logit, found.cross_entropy, found.uniform, found.rest, found.hinge
     )
-    statistics = Statistics(found.log_sum_exp, found.target_logit, found.cross_entropy, found.uniform, found.rest)
-    return statistics, (found.prediction, found.row_sum.reciprocal()) if return_stats else None
+    return statistics, (found.prediction, found.confidence) if return_stats else None
+
+
+def statistics_options(problem: Problem, return_stats: bool) -> ops.StatisticsOptions:
+    """What the operation that makes statistics takes beside its inputs."""
+    penalty = problem.row.penalty
+    margin = 0.0 if penalty is None else penalty.margin
+    return ops.StatisticsOptions(
+        margin, problem.ignore_index, problem.row.smooths, penalty is not None, return_stats
+    )
 
 
 def _reduce(problem: Problem, row_loss: Tensor, reduction: str) -> Tensor:

@@ -11,6 +11,7 @@ from fusedloss import functional
 from fusedloss.functional import RowStatistics
 from fusedloss.modules.folding import check_linear, folded
 from fusedloss.modules.registered import RegisteredTerm, StepWatch
+from fusedloss.rows import MarginPenalty
 from fusedloss.terms import AffineTerm, Prior, Term
 
 
@@ -22,7 +23,7 @@ class CrossEntropyLoss(nn.Module):
             `size_average` and `reduce` were retired there and must stay None.
         terms: what changes the logit (``fusedloss.terms``). Their tensors are registered here: a Parameter as a
             parameter, another tensor as a buffer, under ``terms.0.log_prior``.
-        focal_gamma, z_loss, return_stats: as in ``fusedloss.cross_entropy``.
+        focal_gamma, z_loss, margin_penalty, return_stats: as in ``fusedloss.cross_entropy``.
 
     Shape:
         input ``(K,)``, ``(B, K)`` or ``(B, K, d1, ...)``; target as in ``fusedloss.cross_entropy``; sample_weight the
@@ -51,6 +52,7 @@ class CrossEntropyLoss(nn.Module):
         terms: Sequence[Term] = (),
         focal_gamma: float = 0.0,
         z_loss: float = 0.0,
+        margin_penalty: MarginPenalty | None = None,
         return_stats: bool = False,
     ) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class CrossEntropyLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.focal_gamma = focal_gamma
         self.z_loss = z_loss
+        self.margin_penalty = margin_penalty
         self.return_stats = return_stats
         terms = (terms,) if isinstance(terms, Term) else tuple(terms)
         self.terms = nn.ModuleList(RegisteredTerm(term) for term in terms)
@@ -85,6 +88,7 @@ class CrossEntropyLoss(nn.Module):
             terms=self._terms(),
             focal_gamma=self.focal_gamma,
             z_loss=self.z_loss,
+            margin_penalty=self.margin_penalty,
             sample_weight=sample_weight,
             return_stats=self.return_stats,
         )

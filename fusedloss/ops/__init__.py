@@ -1,15 +1,36 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
 from fusedloss.ops.class_stats import ClassTensors, class_stats
+from fusedloss.backends.linear_chunks import LinearInputs
 from fusedloss.ops.library import compute_dtype
-from fusedloss.ops.softmax_ce import RowTensors, SoftmaxOptions, softmax_ce, softmax_stats
+from fusedloss.ops.linear_ce import label_products, linear_ce, linear_stats, row_norms
+from fusedloss.ops.softmax_ce import (
+    LogitInputs,
+    RowInputs,
+    RowTensors,
+    SoftmaxOptions,
+    StatisticsOptions,
+    softmax_ce,
+    softmax_stats,
+)
+from fusedloss.ops.supcon import AnchorSums, supcon
 
 __all__ = [
+    "LinearInputs",
+    "label_products",
+    "linear_ce",
+    "linear_stats",
+    "row_norms",
+    "AnchorSums",
     "ClassTensors",
+    "LogitInputs",
+    "RowInputs",
     "RowTensors",
     "SoftmaxOptions",
+    "StatisticsOptions",
     "class_stats",
     "compute_dtype",
     "softmax_ce",
     "softmax_stats",
+    "supcon",
 ]

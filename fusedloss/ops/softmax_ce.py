@@ -2,10 +2,14 @@
 
 ``softmax_ce``     loss and its gradients in one read of the logits: what trainers run.
 ``softmax_stats``  statistics of each row; ``softmax_sweep`` carries any upstream gradient of them back.
+
+All work on ``z = scale * c(x) + bias``, where c(x) is x or ``soft_cap * tanh(x / soft_cap)``; ``label_logit`` stands in
+for z at the label, and ``label_slope`` is its slope in x.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,22 +19,66 @@ from fusedloss.ops.library import answer, call, compute_dtype, differentiable_on
 
 library.define(
     "softmax_ce(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor? row_smoothing, Tensor? row_scale, float smoothing, float focal_gamma, float z_loss,"
-    " int ignore_index, bool mean, bool[] wanted) -> (Tensor, Tensor, Tensor[])"
+    " Tensor? label_logit, Tensor? label_slope, Tensor? row_smoothing, Tensor? row_scale, Tensor? row_penalty,"
+    " float soft_cap, float smoothing, float focal_gamma, float z_loss, float penalty_margin, float penalty,"
+    " float penalty_share, bool penalty_mix, int ignore_index, bool mean, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor[])"
 )
 library.define(
     "softmax_stats(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " int ignore_index, bool want_uniform, bool want_prediction)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? label_logit, float soft_cap, float penalty_margin, int ignore_index, bool want_uniform,"
+    " bool want_hinge, bool want_prediction)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "softmax_sweep(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor row_max, Tensor row_sum, Tensor rest, int ignore_index, Tensor? grad_log_sum_exp,"
-    " Tensor? grad_target_logit, Tensor? grad_cross_entropy, Tensor? grad_uniform, Tensor? grad_rest,"
-    " bool[] wanted) -> Tensor[]"
+    " Tensor? label_logit, Tensor? label_slope, Tensor row_max, Tensor row_sum, Tensor rest, float soft_cap,"
+    " float penalty_margin, int ignore_index, Tensor? grad_log_sum_exp, Tensor? grad_target_logit,"
+    " Tensor? grad_cross_entropy, Tensor? grad_uniform, Tensor? grad_rest, Tensor? grad_hinge, bool[] wanted)"
+    " -> Tensor[]"
 )
 for _function in ("softmax_ce", "softmax_stats", "softmax_sweep"):
     answer("softmax_ce", _function)
+
+
+class LogitInputs(NamedTuple):
+    """What every softmax operation reads; tensors that require a gradient get one, class_weight and label_slope not."""
+
+    logits: Tensor
+    target: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    class_weight: Tensor | None = None
+    label_logit: Tensor | None = None
+    label_slope: Tensor | None = None
+    soft_cap: float = 0.0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the soft cap."""
+        return self[:7]
+
+
+class RowInputs(NamedTuple):
+    """Tensors with one value per row, in place of the plain number of the same name in SoftmaxOptions."""
+
+    smoothing: Tensor | None = None
+    scale: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+class SoftmaxOptions(NamedTuple):
+    """The plain numbers of a softmax_ce call."""
+
+    smoothing: float = 0.0
+    focal_gamma: float = 0.0
+    z_loss: float = 0.0
+    penalty_margin: float = 0.0
+    penalty: float = 0.0
+    penalty_share: float = 1.0
+    penalty_mix: bool = False
+    ignore_index: int = -100
+    mean: bool = True
 
 
 def _rows(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,87 +86,73 @@ def _rows(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return logits.new_empty(shape, dtype=dtype or compute_dtype(logits.dtype))
 
 
-def _gradient_shapes(logits: Tensor, wanted: list[bool]) -> list[Tensor]:
+def _gradient_shapes(logits: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
     gradients = [torch.empty_like(logits)] if wanted[0] else []
     if wanted[1]:
         gradients += [logits.new_empty(logits.shape[1], dtype=compute_dtype(logits.dtype)) for _ in range(2)]
-    return gradients
+    return gradients + [_rows(logits) for want in wanted[2:] if want]
 
 
 @torch.library.register_fake("fusedloss::softmax_ce", lib=library)
-def _(logits, target, scale, bias, class_weight, row_smoothing, row_scale, smoothing, focal_gamma, z_loss,
-      ignore_index, mean, wanted):  # fmt: skip
-    gradients = _gradient_shapes(logits, wanted)
-    if wanted[2]:
-        gradients.append(_rows(logits))
-    return logits.new_empty((), dtype=compute_dtype(logits.dtype)), _rows(logits), gradients
+def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale, row_penalty,
+      soft_cap, smoothing, focal_gamma, z_loss, penalty_margin, penalty, penalty_share, penalty_mix, ignore_index,
+      mean, wanted):  # fmt: skip
+    loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
+    return loss, _rows(logits), _gradient_shapes(logits, wanted)
 
 
 @torch.library.register_fake("fusedloss::softmax_stats", lib=library)
-def _(logits, target, scale, bias, class_weight, ignore_index, want_uniform, want_prediction):
+def _(logits, target, scale, bias, class_weight, label_logit, soft_cap, penalty_margin, ignore_index, want_uniform,
+      want_hinge, want_prediction):  # fmt: skip
     empty = logits.new_empty(0, dtype=compute_dtype(logits.dtype))
-    uniform = _rows(logits) if want_uniform else empty
     prediction = _rows(logits, torch.int64) if want_prediction else empty.to(torch.int64)
-    return *(_rows(logits) for _ in range(5)), uniform, _rows(logits), prediction
+    wanted = (True, True, True, True, True, want_uniform, True, want_hinge, want_prediction)
+    *statistics, confidence = (_rows(logits) if want else empty.clone() for want in wanted)
+    return *statistics, prediction, confidence
 
 
 @torch.library.register_fake("fusedloss::softmax_sweep", lib=library)
-def _(logits, target, scale, bias, class_weight, row_max, row_sum, rest, ignore_index, grad_log_sum_exp,
-      grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest, wanted):  # fmt: skip
+def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_max, row_sum, rest, soft_cap,
+      penalty_margin, ignore_index, grad_log_sum_exp, grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest,
+      grad_hinge, wanted):  # fmt: skip
     return _gradient_shapes(logits, wanted)
 
 
-class SoftmaxOptions(NamedTuple):
-    """The plain numbers of a softmax_ce call."""
-
-    smoothing: float
-    focal_gamma: float
-    z_loss: float
-    ignore_index: int
-    mean: bool
-
-
-def softmax_ce(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    row_smoothing: Tensor | None,
-    row_scale: Tensor | None,
-    options: SoftmaxOptions,
-) -> Tensor:
+def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: SoftmaxOptions) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
-    inputs = (logits, target, scale, bias, class_weight, row_smoothing, row_scale)
-    learnable = (logits, scale, bias, row_smoothing, row_scale)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learnable):
-        return _SoftmaxCE.apply(*inputs, options)
-    return call("softmax_ce", "softmax_ce", *inputs, *options, [False, False, False])[0]
+    if torch.is_grad_enabled() and _any_requires_grad(*inputs.tensors, *rows):
+        return _SoftmaxCE.apply(*inputs.tensors, *rows, inputs.soft_cap, options)
+    return _cross_entropy(inputs.tensors, rows, inputs.soft_cap, options, [False] * 5)[0]
+
+
+def _cross_entropy(tensors, rows, soft_cap, options, wanted) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return call("softmax_ce", "softmax_ce", *tensors, *rows, soft_cap, *options, wanted)
 
 
 class _SoftmaxCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
     @staticmethod
-    def forward(ctx, logits, target, scale, bias, class_weight, row_smoothing, row_scale, options):
-        inputs = (logits, target, scale, bias, class_weight, row_smoothing, row_scale)
-        wanted = _wanted(logits, scale, bias, row_smoothing)
-        loss, row_loss, gradients = call("softmax_ce", "softmax_ce", *inputs, *options, wanted)
-        ctx.options = options
+    def forward(ctx, logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale,
+                row_penalty, soft_cap, options):  # fmt: skip
+        tensors = (logits, target, scale, bias, class_weight, label_logit, label_slope)
+        rows = (row_smoothing, row_scale, row_penalty)
+        wanted = _wanted(logits, scale, bias, row_smoothing, label_logit, row_penalty)
+        loss, row_loss, gradients = _cross_entropy(tensors, rows, soft_cap, options, wanted)
+        ctx.soft_cap, ctx.options, ctx.wanted = soft_cap, options, wanted
         ctx.compiling = torch.compiler.is_compiling()
         if ctx.compiling:
-            ctx.save_for_backward(*inputs, row_loss, *gradients)
+            ctx.save_for_backward(*tensors, *rows, row_loss, *gradients)
         else:
-            ctx.save_for_backward(*inputs)
+            ctx.save_for_backward(*tensors, *rows)
             ctx.row_loss, ctx.gradients = row_loss, gradients
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, upstream):
-        inputs, rest = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        logits, _, scale, bias, _, row_smoothing, _ = inputs
-        wanted = _wanted(logits, scale, bias, row_smoothing)
+        saved = ctx.saved_tensors
+        tensors, rows, rest = saved[:7], saved[7:10], saved[10:]
         if ctx.compiling:
             row_loss, *gradients = rest
             gradients = [gradient * upstream for gradient in gradients]
@@ -126,24 +160,14 @@ class _SoftmaxCE(torch.autograd.Function):
             row_loss, gradients = ctx.row_loss, ctx.gradients
             ctx.gradients = None
             if gradients is None:
-                gradients = call("softmax_ce", "softmax_ce", *inputs, *ctx.options, wanted)[2]
+                gradients = _cross_entropy(tensors, rows, ctx.soft_cap, ctx.options, ctx.wanted)[2]
             scale_in_place(gradients, upstream)
-        found = iter(gradients)
-        grad_logits = next(found) if wanted[0] else None
-        grad_scale, grad_bias = (next(found), next(found)) if wanted[1] else (None, None)
-        grad_smoothing = next(found) if wanted[2] else None
-        grad_row_scale = row_loss * upstream if ctx.needs_input_grad[6] else None
         need = ctx.needs_input_grad
-        return (
-            grad_logits if need[0] else None,
-            None,
-            grad_scale if need[2] else None,
-            grad_bias if need[3] else None,
-            None,
-            grad_smoothing,
-            grad_row_scale,
-            None,
-        )
+        found = iter(gradients)
+        logits, scale, bias = _of_logits(found, ctx.wanted, need)
+        smoothing, label_logit, penalty = (next(found) if want else None for want in ctx.wanted[2:])
+        row_scale = row_loss * upstream if need[8] else None
+        return logits, None, scale, bias, None, label_logit, None, smoothing, row_scale, penalty, None, None
 
 
 class RowTensors(NamedTuple):
@@ -156,90 +180,71 @@ class RowTensors(NamedTuple):
     cross_entropy: Tensor
     uniform: Tensor
     rest: Tensor
+    hinge: Tensor
     prediction: Tensor
+    confidence: Tensor
 
 
-def softmax_stats(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    want_uniform: bool,
-    want_prediction: bool,
-) -> RowTensors:
-    """The statistics of each row, differentiable in the five that ``rows.Statistics`` names."""
-    arguments = (logits, target, scale, bias, class_weight, ignore_index, want_uniform, want_prediction)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (logits, scale, bias)):
-        return RowTensors(*_SoftmaxStatistics.apply(*arguments))
-    return RowTensors(*call("softmax_ce", "softmax_stats", *arguments))
+class StatisticsOptions(NamedTuple):
+    """The plain numbers of a softmax_stats call."""
+
+    penalty_margin: float = 0.0
+    ignore_index: int = -100
+    want_uniform: bool = False
+    want_hinge: bool = False
+    want_prediction: bool = False
+
+
+def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors:
+    """The statistics of each row, differentiable in the six that ``rows.Statistics`` names."""
+    if torch.is_grad_enabled() and _any_requires_grad(*inputs.tensors):
+        return RowTensors(*_SoftmaxStatistics.apply(*inputs, options))
+    return _statistics(inputs, options)
+
+
+def _statistics(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors:
+    return RowTensors(*call("softmax_ce", "softmax_stats", *inputs[:6], inputs.soft_cap, *options))
 
 
 class _SoftmaxStatistics(torch.autograd.Function):
     """Saves two numbers per row; the backward sweeps the saved logits once."""
 
     @staticmethod
-    def forward(ctx, logits, target, scale, bias, class_weight, ignore_index, want_uniform, want_prediction):
-        found = RowTensors(
-            *call(
-                "softmax_ce",
-                "softmax_stats",
-                logits,
-                target,
-                scale,
-                bias,
-                class_weight,
-                ignore_index,
-                want_uniform,
-                want_prediction,
-            )
-        )
-        ctx.mark_non_differentiable(found.row_max, found.row_sum, found.prediction)
+    def forward(ctx, logits, target, scale, bias, class_weight, label_logit, label_slope, soft_cap, options):
+        inputs = LogitInputs(logits, target, scale, bias, class_weight, label_logit, label_slope, soft_cap)
+        found = _statistics(inputs, options)
+        ctx.mark_non_differentiable(found.row_max, found.row_sum, found.prediction, found.confidence)
         ctx.set_materialize_grads(False)
-        ctx.ignore_index = ignore_index
-        ctx.save_for_backward(logits, target, scale, bias, class_weight, found.row_max, found.row_sum, found.rest)
+        ctx.soft_cap, ctx.options = soft_cap, options
+        ctx.wanted = _wanted(logits, scale, bias, label_logit)
+        ctx.save_for_backward(*inputs.tensors, found.row_max, found.row_sum, found.rest)
         return tuple(found)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, _max, _sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, _prediction):
-        logits, target, scale, bias, class_weight, row_max, row_sum, rest_of_row = ctx.saved_tensors
-        upstream = [
-            None if gradient is None else gradient.contiguous()
-            for gradient in (log_sum_exp, target_logit, cross_entropy, uniform, rest)
-        ]
-        wanted = _wanted(logits, scale, bias, None)[:2]
-        found = iter(
-            call(
-                "softmax_ce",
-                "softmax_sweep",
-                logits,
-                target,
-                scale,
-                bias,
-                class_weight,
-                row_max,
-                row_sum,
-                rest_of_row,
-                ctx.ignore_index,
-                *upstream,
-                wanted,
-            )
-        )
-        grad_logits = next(found) if wanted[0] else None
-        grad_scale, grad_bias = (next(found), next(found)) if wanted[1] else (None, None)
-        need = ctx.needs_input_grad
-        return (
-            grad_logits if need[0] else None,
-            None,
-            grad_scale if need[2] else None,
-            grad_bias if need[3] else None,
-            *(None,) * 4,
-        )
+    def backward(ctx, _max, _sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge, _prediction,
+                 _confidence):  # fmt: skip
+        saved = ctx.saved_tensors
+        statistics = (log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge)
+        upstream = [None if gradient is None else gradient.contiguous() for gradient in statistics]
+        numbers = (ctx.soft_cap, ctx.options.penalty_margin, ctx.options.ignore_index)
+        found = iter(call("softmax_ce", "softmax_sweep", *saved, *numbers, *upstream, ctx.wanted))
+        grad_logits, grad_scale, grad_bias = _of_logits(found, ctx.wanted, ctx.needs_input_grad)
+        grad_label = next(found) if ctx.wanted[2] else None
+        return grad_logits, None, grad_scale, grad_bias, None, grad_label, None, None, None
 
 
-def _wanted(logits: Tensor, scale: Tensor | None, bias: Tensor | None, row_smoothing: Tensor | None) -> list[bool]:
-    """Which gradients to compute: of the logits, of scale and bias together, of per-row smoothing."""
-    affine = (scale is not None and scale.requires_grad) or (bias is not None and bias.requires_grad)
-    return [logits.requires_grad, affine, row_smoothing is not None and row_smoothing.requires_grad]
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _wanted(logits: Tensor, scale: Tensor | None, bias: Tensor | None, *rows: Tensor | None) -> list[bool]:
+    """Which gradients to compute: of the logits, of scale and bias together, of each tensor in `rows`."""
+    return [logits.requires_grad, _any_requires_grad(scale, bias), *(_any_requires_grad(tensor) for tensor in rows)]
+
+
+def _of_logits(found: Iterator[Tensor], wanted: list[bool], need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of logits, scale and bias, each None unless needed."""
+    logits = next(found) if wanted[0] else None
+    scale, bias = (next(found), next(found)) if wanted[1] else (None, None)
+    return logits if need[0] else None, scale if need[2] else None, bias if need[3] else None

@@ -10,91 +10,73 @@ from fusedloss.backends.cpp.views import address, rows_view
 
 
 def softmax_ce(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    row_smoothing: Tensor | None,
-    row_scale: Tensor | None,
-    smoothing: float,
-    focal_gamma: float,
-    z_loss: float,
-    ignore_index: int,
-    mean: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
+    label_logit: Tensor | None, label_slope: Tensor | None, row_smoothing: Tensor | None, row_scale: Tensor | None,
+    row_penalty: Tensor | None, soft_cap: float, smoothing: float, focal_gamma: float, z_loss: float,
+    penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool, ignore_index: int, mean: bool,
+    wanted: list[bool], in_place: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     dtype = _compute_dtype(logits)
-    target, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index)
+    target, inputs = _inputs(
+        logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, label_slope
+    )
     loss = torch.empty((), dtype=dtype)
     row_loss = torch.empty(_rows_shape(logits), dtype=dtype)
-    gradients, places = _gradients(logits, wanted, dtype)
-    slope = torch.empty_like(row_loss) if wanted[2] else None
+    gradients, places = _gradients(logits, wanted, dtype, in_place)
+    per_row = [torch.empty_like(row_loss) if want else None for want in wanted[2:]]
+    smoothing_slope, label_gradient, penalty_slope = map(address, per_row)
     extension.softmax_ce(
         inputs,
-        (smoothing, address(row_smoothing), focal_gamma, z_loss, address(row_scale), mean),
-        (loss.data_ptr(), row_loss.data_ptr(), address(slope)),
+        (
+            smoothing, address(row_smoothing), focal_gamma, z_loss, address(row_scale), mean,
+            address(row_penalty), penalty, penalty_margin, penalty_share, penalty_mix,
+        ),
+        (loss.data_ptr(), row_loss.data_ptr(), smoothing_slope, label_gradient, penalty_slope),
         places,
         torch.get_num_threads(),
-    )
-    if slope is not None:
-        gradients.append(slope)
+    )  # fmt: skip
+    gradients += [found for found in per_row if found is not None]
     return loss, row_loss, gradients
 
 
 def softmax_stats(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    want_uniform: bool,
-    want_prediction: bool,
-) -> tuple[Tensor, ...]:
-    _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index)
+    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
+    label_logit: Tensor | None, soft_cap: float, penalty_margin: float, ignore_index: int, want_uniform: bool,
+    want_hinge: bool, want_prediction: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, None)
     shape = _rows_shape(logits)
     dtype = _compute_dtype(logits)
-    row_max, row_sum, log_sum_exp, target_logit, cross_entropy, rest = (
-        torch.empty(shape, dtype=dtype) for _ in range(6)
-    )
-    uniform = torch.empty(shape if want_uniform else 0, dtype=dtype)
+    wanted = (True, True, True, True, True, want_uniform, True, want_hinge, want_prediction)
+    rows = [torch.empty(shape if want else 0, dtype=dtype) for want in wanted]
     prediction = torch.empty(shape if want_prediction else 0, dtype=torch.int64)
-    outputs = (row_max, row_sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, prediction)
-    wanted = (True, True, True, True, True, want_uniform, True, want_prediction)
-    places = tuple(address(tensor) if want else 0 for tensor, want in zip(outputs, wanted, strict=True))
-    extension.softmax_stats(inputs, places, torch.get_num_threads())
-    return outputs
+    places = [address(tensor) if want else 0 for tensor, want in zip(rows, wanted, strict=True)]
+    places.append(prediction.data_ptr() if want_prediction else 0)
+    extension.softmax_stats(inputs, penalty_margin, tuple(places), torch.get_num_threads())
+    *statistics, confidence = rows
+    return *statistics, prediction, confidence
 
 
 def softmax_sweep(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    rest: Tensor,
-    ignore_index: int,
-    grad_log_sum_exp: Tensor | None,
-    grad_target_logit: Tensor | None,
-    grad_cross_entropy: Tensor | None,
-    grad_uniform: Tensor | None,
-    grad_rest: Tensor | None,
-    wanted: list[bool],
-) -> list[Tensor]:
-    _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index)
-    gradients, places = _gradients(logits, wanted, _compute_dtype(logits))
-    upstream = (grad_log_sum_exp, grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest)
+    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
+    label_logit: Tensor | None, label_slope: Tensor | None, row_max: Tensor, row_sum: Tensor, rest: Tensor,
+    soft_cap: float, penalty_margin: float, ignore_index: int, grad_log_sum_exp: Tensor | None,
+    grad_target_logit: Tensor | None, grad_cross_entropy: Tensor | None, grad_uniform: Tensor | None,
+    grad_rest: Tensor | None, grad_hinge: Tensor | None, wanted: list[bool], in_place: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, label_slope)
+    gradients, places = _gradients(logits, wanted, _compute_dtype(logits), in_place)
+    label_gradient = torch.empty_like(row_max) if wanted[2] else None
+    upstream = (grad_log_sum_exp, grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest, grad_hinge)
     extension.softmax_sweep(
         inputs,
+        penalty_margin,
         (row_max.data_ptr(), row_sum.data_ptr(), rest.data_ptr()),
         tuple(map(address, upstream)),
-        places,
+        (*places, address(label_gradient)),
         torch.get_num_threads(),
     )
-    return gradients
+    return gradients if label_gradient is None else [*gradients, label_gradient]
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -106,13 +88,9 @@ def _rows_shape(logits: Tensor) -> tuple[int, ...]:
 
 
 def _inputs(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, tuple]:
+    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
+    ignore_index: int, soft_cap: float, label_logit: Tensor | None, label_slope: Tensor | None,
+) -> tuple[Tensor, tuple]:  # fmt: skip
     """The target as the kernels take it (keep it alive), and the tuple that bind_softmax_ce.cpp unpacks."""
     if target.is_floating_point():
         if target.dtype != logits.dtype and torch.float64 in (target.dtype, logits.dtype):
@@ -121,14 +99,20 @@ def _inputs(
     else:
         target = target.contiguous()
         where = target.data_ptr()
-    return target, (rows_view(logits), where, address(scale), address(bias), address(class_weight), ignore_index)
+    return target, (
+        rows_view(logits), where, address(scale), address(bias), address(class_weight),
+        ignore_index, soft_cap, address(label_logit), address(label_slope),
+    )  # fmt: skip
 
 
-def _gradients(logits: Tensor, wanted: list[bool], dtype: torch.dtype) -> tuple[list[Tensor], tuple]:
+def _gradients(
+    logits: Tensor, wanted: list[bool], dtype: torch.dtype, in_place: bool
+) -> tuple[list[Tensor], tuple]:
+    """Where gradients are written, `in_place` over the logits, and what bind_softmax_ce.cpp unpacks."""
     gradients: list[Tensor] = []
     gradient = scale = bias = None
     if wanted[0]:
-        gradient = torch.empty_like(logits)
+        gradient = logits if in_place else torch.empty_like(logits)
         gradients.append(gradient)
     if wanted[1]:
         scale, bias = (torch.empty(logits.shape[1], dtype=dtype) for _ in range(2))

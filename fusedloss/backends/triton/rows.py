@@ -1,7 +1,7 @@
 """What becomes of a row once its sums are known: its loss, and the slopes that are written over its classes.
 
-Twin of fusedloss/rows.py. A row function takes the rows' sums and labels, the scalars and its own arguments,
-stores what it computes and returns the rows' Slopes; a kernel gets it as a constant.
+Twin of fusedloss/rows.py. A row function takes the rows' sums, the hinge's or None, labels, the scalars and its
+own arguments, stores what it computes and returns the rows' Slopes; a kernel gets it as a constant.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import Slopes, shift_of
+from .slopes import Slopes
+from .sums import shift_of, with_label
 
 
 class Scalars(NamedTuple):
     """Options that are one number for all rows."""
 
-    smoothing: Any
-    focal_gamma: Any
-    z_loss: Any
+    smoothing: Any = 0.0
+    focal_gamma: Any = 0.0
+    z_loss: Any = 0.0
+    soft_cap: Any = 0.0
+    penalty: Any = 0.0
+    penalty_margin: Any = 0.0
+    penalty_share: Any = 0.0
+    penalty_mix: Any = 0.0  # 1 where the penalty takes its strength from the loss, else 0
 
 
 class CrossEntropyArguments(NamedTuple):
@@ -27,36 +33,12 @@ class CrossEntropyArguments(NamedTuple):
 
     row_loss: Any
     smoothing_slope: Any
+    label_gradient: Any
+    penalty_slope: Any
     row_smoothing: Any
     row_scale: Any
+    row_penalty: Any
     denominator: Any
-
-
-class StatisticsArguments(NamedTuple):
-    """Outputs of softmax_stats."""
-
-    row_max: Any
-    row_sum: Any
-    log_sum_exp: Any
-    target_logit: Any
-    cross_entropy: Any
-    uniform: Any
-    rest: Any
-    prediction: Any
-
-
-class SweepArguments(NamedTuple):
-    """Saved statistics and upstream gradients of softmax_sweep; absent ones are None."""
-
-    row_max: Any
-    row_sum: Any
-    rest: Any
-    weight_sum: Any
-    log_sum_exp: Any
-    target_logit: Any
-    cross_entropy: Any
-    uniform: Any
-    rest_slope: Any
 
 
 @triton.jit
@@ -77,11 +59,12 @@ def log_of_sum(sums, label, shift):
 
 
 @triton.jit
-def smoothing_of(rows, scalars, arguments, T: tl.constexpr):
-    if arguments.row_smoothing is not None:
-        return tl.load(arguments.row_smoothing + rows.index, mask=rows.valid, other=0.0)
+def per_row(values, scalar, rows, T: tl.constexpr):
+    """One value for each row, or the same for all."""
+    if values is not None:
+        return tl.load(values + rows.index, mask=rows.valid, other=0.0)
     else:
-        return tl.zeros(rows.valid.shape, T) + tl.full([1], scalars.smoothing, T)
+        return tl.zeros(rows.valid.shape, T) + tl.full([1], scalar, T)
 
 
 @triton.jit
@@ -110,16 +93,47 @@ def focus(rest, p, mixed, scalars, T: tl.constexpr):
 
 
 @triton.jit
+def penalise(loss, hinge, rows, kept, scale, scalars, arguments, T: tl.constexpr):
+    """The loss with the penalty, what is left of the loss in it, and the hinge's coefficient."""
+    strength = per_row(arguments.row_penalty, scalars.penalty, rows, T)
+    share = tl.full([1], scalars.penalty_share, T)
+    mixes = tl.full([1], scalars.penalty_mix, T) != 0
+    penalty = share * hinge.total
+    if arguments.penalty_slope is not None:
+        slope = scale * (penalty - tl.where(mixes, loss, 0.0))
+        tl.store(arguments.penalty_slope + rows.index, tl.where(kept, slope, 0.0), mask=rows.valid)
+    left = 1.0 - tl.where(mixes, strength, 0.0)
+    return left * loss + strength * penalty, left, strength * share
+
+
+@triton.jit
+def hinge_at_label(coefficient, hinge, label):
+    """The hinge's slope at the rows' labels."""
+    at_first = tl.where(hinge.first == label.index, coefficient * hinge.violations, 0.0)
+    return at_first - tl.where(label.logit < hinge.threshold, coefficient, 0.0)
+
+
+@triton.jit
+def slopes_of(shift, softmax, uniform, at_target, kept, hinge, coefficient):
+    if hinge is None:
+        return Slopes(shift, softmax, uniform, at_target, kept, shift, shift, shift, shift)
+    else:
+        at_first = coefficient * hinge.violations
+        return Slopes(shift, softmax, uniform, at_target, kept, hinge.threshold, coefficient, at_first, hinge.first)
+
+
+@triton.jit
 def hard_row(
-    rows, sums, label, num_classes, scalars, arguments, T: tl.constexpr, FOCUS: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, FOCUS: tl.constexpr,
+    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    """(1 - p_y)^gamma * ((1 - eps) w_y (lse - z_y) + eps / K sum_j w_j (lse - z_j)) + z_loss lse^2."""
+    """(1 - p_y)^gamma * ((1 - eps) w_y (lse - z_y) + eps / K sum_j w_j (lse - z_j)), penalised, + z_loss lse^2."""
+    sums = with_label(sums, label, STAND_IN)
     shift = shift_of(sums.top)
     total, label_exp, log_sum = log_of_sum(sums, label, shift)
     lse = shift + log_sum
     rest = sums.rest / total
-    smoothing = smoothing_of(rows, scalars, arguments, T)
+    smoothing = per_row(arguments.row_smoothing, scalars.smoothing, rows, T)
     hard = label.weight * (log_sum - (label.logit - shift))
     share = smoothing / num_classes
     mixed = (1.0 - smoothing) * hard
@@ -130,48 +144,59 @@ def hard_row(
     factor, factor_slope = FOCUS(rest, label_exp / total, mixed, scalars, T)
     z_loss = tl.full([1], scalars.z_loss, T)
     bad = tl.where(label.bad, float("nan"), 0.0)
+    scale = scale_of(rows, arguments, T) + bad
     # A certain row has loss 0 even where smoothing alone would be infinite.
-    loss = tl.where(factor == 0, 0.0, factor * mixed) + z_loss * lse * lse
-    loss = tl.where(label.kept, loss + bad, 0.0)
+    loss = tl.where(factor == 0, 0.0, factor * mixed)
+    hinge_slope = tl.zeros(hard.shape, T)
+    if hinge is not None:
+        loss, left, hinge_slope = penalise(loss, hinge, rows, label.kept, scale, scalars, arguments, T)
+        factor *= left
+        factor_slope *= left
+    loss = tl.where(label.kept, loss + z_loss * lse * lse + bad, 0.0)
     tl.store(arguments.row_loss + rows.index, loss, mask=rows.valid)
 
-    scale = scale_of(rows, arguments, T) + bad
     if arguments.smoothing_slope is not None:
         slope = tl.where(label.kept, scale * factor * (uniform / num_classes - hard), 0.0)
         tl.store(arguments.smoothing_slope + rows.index, slope, mask=rows.valid)
     drift = factor * share * sums.weight + 2.0 * z_loss * lse
     softmax = factor * (1.0 - smoothing) * label.weight + factor_slope + drift
     at_label = drift - softmax * rest - factor * share * label.weight
-    return Slopes(shift, scale * softmax / total, scale * factor * share, scale * at_label, label.kept)
+    if hinge is not None:
+        at_label += hinge_at_label(hinge_slope, hinge, label)
+    if arguments.label_gradient is not None:
+        gradient = tl.where(label.kept, scale * at_label, 0.0)
+        tl.store(arguments.label_gradient + rows.index, gradient, mask=rows.valid)
+    return slopes_of(shift, scale * softmax / total, scale * factor * share, scale * at_label, label.kept, hinge,
+                     scale * hinge_slope)  # fmt: skip
 
 
 @triton.jit
 def label_row(
-    rows, sums, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
+    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    return hard_row(rows, sums, label, num_classes, scalars, arguments, T, no_focus, UNIFORM)
+    return hard_row(rows, sums, hinge, label, num_classes, scalars, arguments, T, no_focus, STAND_IN, UNIFORM)
 
 
 @triton.jit
 def focal_row(
-    rows, sums, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
+    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    return hard_row(rows, sums, label, num_classes, scalars, arguments, T, focus, UNIFORM)
+    return hard_row(rows, sums, hinge, label, num_classes, scalars, arguments, T, focus, STAND_IN, UNIFORM)
 
 
 @triton.jit
 def soft_row(
-    rows, sums, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
+    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    """sum_j w_j ((1 - eps) q_j + eps / K) (lse - z_j) + z_loss * lse^2."""
+    """sum_j w_j ((1 - eps) q_j + eps / K) (lse - z_j), penalised, + z_loss * lse^2."""
     shift = shift_of(sums.top)
     total = sums.rest
     log_sum = tl.log(total)
     lse = shift + log_sum
-    smoothing = smoothing_of(rows, scalars, arguments, T)
+    smoothing = per_row(arguments.row_smoothing, scalars.smoothing, rows, T)
     share = smoothing / num_classes
     soft = sums.soft_weight * log_sum + sums.soft
     mixed = (1.0 - smoothing) * soft
@@ -180,95 +205,16 @@ def soft_row(
         uniform = sums.weight * log_sum + sums.uniform
         mixed += tl.where(smoothing == 0, 0.0, share * uniform)
     z_loss = tl.full([1], scalars.z_loss, T)
+    scale = scale_of(rows, arguments, T)
+    hinge_slope = tl.zeros(soft.shape, T)
+    left = hinge_slope + 1.0
+    if hinge is not None:
+        mixed, left, hinge_slope = penalise(mixed, hinge, rows, rows.valid, scale, scalars, arguments, T)
     tl.store(arguments.row_loss + rows.index, mixed + z_loss * lse * lse, mask=rows.valid)
 
-    scale = scale_of(rows, arguments, T)
     if arguments.smoothing_slope is not None:
-        slope = scale * (uniform / num_classes - soft)
+        slope = scale * left * (uniform / num_classes - soft)
         tl.store(arguments.smoothing_slope + rows.index, slope, mask=rows.valid)
-    softmax = (1.0 - smoothing) * sums.soft_weight + share * sums.weight + 2.0 * z_loss * lse
-    return Slopes(shift, scale * softmax / total, scale * share, scale * (1.0 - smoothing), rows.valid)
-
-
-@triton.jit
-def statistics_row(
-    rows, sums, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    UNIFORM: tl.constexpr,
-):  # fmt: skip
-    shift = shift_of(sums.top)
-    if not SOFT:
-        total, _, log_sum = log_of_sum(sums, label, shift)
-        # An ignored row has no label apart from the rest.
-        total = tl.where(label.index < 0, sums.rest, total)
-        log_sum = tl.where(label.index < 0, tl.log(total), log_sum)
-        bad = tl.where(label.bad, float("nan"), 0.0)
-        cross_entropy = label.weight * (log_sum - (label.logit - shift)) + bad
-        target_logit = label.logit + bad
-        rest = sums.rest / total + bad
-    else:
-        total = sums.rest
-        log_sum = tl.log(total)
-        bad = tl.zeros(total.shape, T)
-        cross_entropy = sums.soft_weight * log_sum + sums.soft
-        target_logit = sums.soft_weight * shift - sums.soft
-        rest = bad
-    kept = label.kept
-    tl.store(arguments.row_max + rows.index, sums.top, mask=rows.valid)
-    tl.store(arguments.row_sum + rows.index, total, mask=rows.valid)
-    tl.store(arguments.log_sum_exp + rows.index, shift + log_sum, mask=rows.valid)
-    tl.store(arguments.target_logit + rows.index, tl.where(kept, target_logit, 0.0), mask=rows.valid)
-    tl.store(arguments.cross_entropy + rows.index, tl.where(kept, cross_entropy, 0.0), mask=rows.valid)
-    tl.store(arguments.rest + rows.index, tl.where(kept, rest, 0.0), mask=rows.valid)
-    if UNIFORM:
-        uniform = sums.weight * log_sum + sums.uniform + bad
-        tl.store(arguments.uniform + rows.index, tl.where(kept, uniform, 0.0), mask=rows.valid)
-    if arguments.prediction is not None:
-        first = tl.minimum(sums.first_nan, num_classes)
-        prediction = tl.where(first < num_classes, first, sums.first_top)
-        tl.store(arguments.prediction + rows.index, prediction.to(tl.int64), mask=rows.valid)
-    # No slopes: what would be computed from these is never written, and the compiler drops it.
-    return Slopes(shift, shift, shift, shift, kept)
-
-
-@triton.jit
-def upstream(gradient, rows, kept, T: tl.constexpr):
-    if gradient is None:
-        return tl.zeros(kept.shape, T)
-    else:
-        return tl.load(gradient + rows.index, mask=kept, other=0.0)
-
-
-@triton.jit
-def sweep_row(
-    rows, sums, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    UNIFORM: tl.constexpr,
-):  # fmt: skip
-    """Slopes of the statistics under any upstream gradients; only log_sum_exp counts on an ignored row."""
-    shift = shift_of(tl.load(arguments.row_max + rows.index, mask=rows.valid, other=0.0))
-    total = tl.load(arguments.row_sum + rows.index, mask=rows.valid, other=1.0)
-    kept = label.kept
-    logit = upstream(arguments.target_logit, rows, kept, T)
-    cross_entropy = upstream(arguments.cross_entropy, rows, kept, T)
-    uniform = upstream(arguments.uniform, rows, kept, T)
-    softmax = upstream(arguments.log_sum_exp, rows, rows.valid, T)
-    if UNIFORM:
-        if arguments.weight_sum is not None:
-            softmax += uniform * tl.load(arguments.weight_sum)
-        else:
-            softmax += uniform * num_classes
-    if SOFT:
-        if arguments.cross_entropy is not None:
-            softmax += sums.soft_weight * cross_entropy
-        return Slopes(shift, softmax / total, uniform, cross_entropy - logit, rows.valid)
-    else:
-        p = tl.where(label.index < 0, 0.0, tl.exp(label.logit - shift) / total)
-        # At p = 0 or 1 a power of 1 - p has no finite slope, and p (1 - p) is 0.
-        rest = upstream(arguments.rest_slope, rows, kept, T)
-        rest = tl.where(tl.abs(rest) < float("inf"), rest * p, 0.0)
-        drift = softmax + logit - uniform * label.weight
-        own = label.weight * cross_entropy + rest
-        softmax += own + tl.where(label.bad, float("nan"), 0.0)
-        others = tl.load(arguments.rest + rows.index, mask=rows.valid, other=0.0)
-        # Two forms of one slope: the large terms cancel in the first near p = 1 and in the second near p = 0.
-        at_label = tl.where(p < 0.5, softmax * p - own + logit - uniform * label.weight, drift - softmax * others)
-        return Slopes(shift, softmax / total, uniform, at_label, rows.valid)
+    softmax = left * ((1.0 - smoothing) * sums.soft_weight + share * sums.weight) + 2.0 * z_loss * lse
+    return slopes_of(shift, scale * softmax / total, scale * left * share, scale * left * (1.0 - smoothing), rows.valid,
+                     hinge, scale * hinge_slope)  # fmt: skip

@@ -12,18 +12,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import (
-    Slopes,
-    add_block,
-    add_columns,
-    no_sums,
-    read_block,
-    read_label,
-    rows_of_tile,
-    slope_of_block,
-    write_gradient,
-)
+from .blocks import read_block, read_label, rows_of_tile
 from .rows import Scalars
+from .slopes import add_columns, load_slopes, slope_of_block, store_slopes, write_columns, write_gradient
+from .sums import add_block, add_hinge, no_hinge, no_sums
 
 
 class Sizes(NamedTuple):
@@ -45,100 +37,101 @@ class Written(NamedTuple):
 
 
 @triton.jit
-def store_slopes(pointer, slopes, rows, row_count, T: tl.constexpr):
-    place = pointer + rows.index
-    tl.store(place, slopes.shift, mask=rows.valid)
-    tl.store(place + row_count, slopes.softmax, mask=rows.valid)
-    tl.store(place + 2 * row_count, slopes.uniform, mask=rows.valid)
-    tl.store(place + 3 * row_count, slopes.at_target, mask=rows.valid)
-    tl.store(place + 4 * row_count, slopes.kept.to(T), mask=rows.valid)
-
-
-@triton.jit
-def load_slopes(pointer, rows, row_count):
-    place = pointer + rows.index
-    shift = tl.load(place, mask=rows.valid, other=0.0)
-    softmax = tl.load(place + row_count, mask=rows.valid, other=0.0)
-    uniform = tl.load(place + 2 * row_count, mask=rows.valid, other=0.0)
-    at_target = tl.load(place + 3 * row_count, mask=rows.valid, other=0.0)
-    kept = tl.load(place + 4 * row_count, mask=rows.valid, other=0.0) != 0
-    return Slopes(shift, softmax, uniform, at_target, kept)
-
-
-@triton.jit
 def tile_in_registers(
-    tile, inputs, outputs, saved_slopes, arguments, row_view, sizes, ignore_index, scalars, ROW: tl.constexpr,
-    SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    tile, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW: tl.constexpr,
+    TOP: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one block: sums, row function and gradient from one read of the logits."""
+    """Rows of one block: sums, hinge, row function and gradient from one read of the logits."""
     num_classes = sizes.class_units * ALIGN
+    SOFT: tl.constexpr = inputs.labels is None
+    STAND_IN: tl.constexpr = inputs.label_logit is not None
     rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
-    label = read_label(inputs, rows, num_classes, ignore_index, T, ALIGN)
+    label = read_label(inputs, rows, num_classes, ignore_index, scalars.soft_cap, CAP, T, ALIGN)
     classes = tl.arange(0, BLOCK)
-    block = read_block(inputs, rows, classes, num_classes, T, ALIGN)
+    block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
     sums = no_sums(rows, T)
     if SUMS:
-        sums = add_block(sums, block, label, classes, inputs.labels is None, UNIFORM, PREDICTION)
-    slopes = ROW(rows, sums, label, num_classes, scalars, arguments, T, inputs.labels is None, UNIFORM)
-    if saved_slopes is not None:
-        store_slopes(saved_slopes, slopes, rows, sizes.rows, T)
-    slope = slope_of_block(slopes, block, label, classes, inputs.labels is None, UNIFORM)
+        sums = add_block(sums, block, label, classes, SOFT, STAND_IN, UNIFORM, PREDICTION)
+    hinge = None
+    if TOP is not None:
+        hinge = no_hinge(TOP(rows, sums, label, arguments, STAND_IN), rows, scalars.penalty_margin, T)
+        hinge = add_hinge(hinge, block, classes, num_classes, T)
+    slopes = ROW(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
+    if saved is not None:
+        store_slopes(saved, slopes, rows, sizes.rows, T)
+    slope = slope_of_block(slopes, block, label, classes, SOFT, STAND_IN, UNIFORM, TOP is not None)
     if outputs.gradient is not None:
-        write_gradient(outputs, slope, inputs.scale, rows, classes, num_classes, ALIGN)
+        write_gradient(
+            inputs, outputs, slope, block, label, slopes, rows, classes, num_classes, scalars.soft_cap,
+            CAP, T, ALIGN,
+        )  # fmt: skip
     return Written(slope, block.x)
 
 
 @triton.jit
-def tile_in_steps(tile, inputs, outputs, saved_slopes, arguments, row_view, sizes, ignore_index, scalars,
-                  ROW: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr,
-                  T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """Longer rows, block by block: a pass for the sums, and another for the gradient."""
+def tile_in_steps(
+    tile, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW: tl.constexpr,
+    TOP: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Longer rows, block by block: a pass for the sums, one for a hinge, and another for the gradient."""
     num_classes = sizes.class_units * ALIGN
+    SOFT: tl.constexpr = inputs.labels is None
+    STAND_IN: tl.constexpr = inputs.label_logit is not None
     rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
-    label = read_label(inputs, rows, num_classes, ignore_index, T, ALIGN)
+    label = read_label(inputs, rows, num_classes, ignore_index, scalars.soft_cap, CAP, T, ALIGN)
     sums = no_sums(rows, T)
     if SUMS:
         for start in range(0, num_classes, BLOCK):
             classes = start + tl.arange(0, BLOCK)
-            block = read_block(inputs, rows, classes, num_classes, T, ALIGN)
-            sums = add_block(sums, block, label, classes, inputs.labels is None, UNIFORM, PREDICTION)
-    slopes = ROW(rows, sums, label, num_classes, scalars, arguments, T, inputs.labels is None, UNIFORM)
-    if saved_slopes is not None:
-        store_slopes(saved_slopes, slopes, rows, sizes.rows, T)
+            block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
+            sums = add_block(sums, block, label, classes, SOFT, STAND_IN, UNIFORM, PREDICTION)
+    hinge = None
+    if TOP is not None:
+        hinge = no_hinge(TOP(rows, sums, label, arguments, STAND_IN), rows, scalars.penalty_margin, T)
+        for start in range(0, num_classes, BLOCK):
+            classes = start + tl.arange(0, BLOCK)
+            block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
+            hinge = add_hinge(hinge, block, classes, num_classes, T)
+    slopes = ROW(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
+    if saved is not None:
+        store_slopes(saved, slopes, rows, sizes.rows, T)
     if outputs.gradient is not None:
         for start in range(0, num_classes, BLOCK):
             classes = start + tl.arange(0, BLOCK)
-            block = read_block(inputs, rows, classes, num_classes, T, ALIGN)
-            slope = slope_of_block(slopes, block, label, classes, inputs.labels is None, UNIFORM)
-            write_gradient(outputs, slope, inputs.scale, rows, classes, num_classes, ALIGN)
-
-
-@triton.jit
-def write_columns(outputs, scale_sum, bias_sum, part, classes, num_classes):
-    place = part.to(tl.int64) * num_classes + classes
-    tl.store(outputs.scale + place, tl.sum(scale_sum, 0), mask=classes < num_classes)
-    tl.store(outputs.bias + place, tl.sum(bias_sum, 0), mask=classes < num_classes)
+            block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
+            slope = slope_of_block(slopes, block, label, classes, SOFT, STAND_IN, UNIFORM, TOP is not None)
+            write_gradient(
+                inputs, outputs, slope, block, label, slopes, rows, classes, num_classes, scalars.soft_cap,
+                CAP, T, ALIGN,
+            )  # fmt: skip
 
 
 @triton.jit
 def row_kernel(
-    inputs, outputs, saved_slopes, arguments, row_view, sizes, ignore_index, smoothing: tl.float64,
-    focal_gamma: tl.float64, z_loss: tl.float64, ROW: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr,
-    PREDICTION: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    inputs, outputs, saved, arguments, row_view, sizes, ignore_index, smoothing: tl.float64,
+    focal_gamma: tl.float64, z_loss: tl.float64, soft_cap: tl.float64, penalty: tl.float64,
+    penalty_margin: tl.float64, penalty_share: tl.float64, penalty_mix: tl.float64, ROW: tl.constexpr,
+    TOP: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One tile per program, or a run of tiles where the program keeps column sums."""
-    scalars = Scalars(smoothing, focal_gamma, z_loss)
+    """One tile per program, or a run of tiles where the program keeps column sums.
+
+    ROW is the row function; TOP finds the maximum that a hinge hangs from, CAP caps logits: None where absent.
+    """
+    scalars = Scalars(
+        smoothing, focal_gamma, z_loss, soft_cap, penalty, penalty_margin, penalty_share, penalty_mix
+    )  # fmt: skip
     program = tl.program_id(0)
     if not ONE_BLOCK:
         tile_in_steps(
-            program, inputs, outputs, saved_slopes, arguments, row_view, sizes, ignore_index, scalars, ROW,
+            program, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW, TOP, CAP,
             SUMS, UNIFORM, PREDICTION, T, ROWS, BLOCK, ALIGN,
         )  # fmt: skip
     elif outputs.scale is None:
         tile_in_registers(
-            program, inputs, outputs, saved_slopes, arguments, row_view, sizes, ignore_index, scalars, ROW,
+            program, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW, TOP, CAP,
             SUMS, UNIFORM, PREDICTION, T, ROWS, BLOCK, ALIGN,
         )  # fmt: skip
     else:
@@ -147,7 +140,7 @@ def row_kernel(
         first = program * sizes.tiles_per_program
         for tile in range(first, tl.minimum(first + sizes.tiles_per_program, sizes.tiles)):
             written = tile_in_registers(
-                tile, inputs, outputs, saved_slopes, arguments, row_view, sizes, ignore_index, scalars, ROW,
+                tile, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW, TOP, CAP,
                 SUMS, UNIFORM, PREDICTION, T, ROWS, BLOCK, ALIGN,
             )  # fmt: skip
             scale_sum, bias_sum = add_columns(scale_sum, bias_sum, written.slope, written.x)
@@ -156,24 +149,29 @@ def row_kernel(
 
 @triton.jit
 def column_kernel(
-    inputs, outputs, saved_slopes, row_view, sizes, ignore_index, UNIFORM: tl.constexpr, T: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    inputs, outputs, saved, row_view, sizes, ignore_index, soft_cap: tl.float64, CAP: tl.constexpr,
+    UNIFORM: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradient and column sums of a block of classes over a run of tiles, from the slopes of row_kernel."""
     num_classes = sizes.class_units * ALIGN
+    SOFT: tl.constexpr = inputs.labels is None
+    STAND_IN: tl.constexpr = inputs.label_logit is not None
     classes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scale_sum = tl.zeros([ROWS, BLOCK], T)
     bias_sum = tl.zeros([ROWS, BLOCK], T)
     first = tl.program_id(0) * sizes.tiles_per_program
     for tile in range(first, tl.minimum(first + sizes.tiles_per_program, sizes.tiles)):
         rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
-        label = read_label(inputs, rows, num_classes, ignore_index, T, ALIGN)
-        slopes = load_slopes(saved_slopes, rows, sizes.rows)
-        block = read_block(inputs, rows, classes, num_classes, T, ALIGN)
-        slope = slope_of_block(slopes, block, label, classes, inputs.labels is None, UNIFORM)
+        label = read_label(inputs, rows, num_classes, ignore_index, soft_cap, CAP, T, ALIGN)
+        slopes = load_slopes(saved, rows, sizes.rows)
+        block = read_block(inputs, rows, label, classes, num_classes, soft_cap, CAP, T, ALIGN)
+        slope = slope_of_block(slopes, block, label, classes, SOFT, STAND_IN, UNIFORM, saved.hinge is not None)
         scale_sum, bias_sum = add_columns(scale_sum, bias_sum, slope, block.x)
         if outputs.gradient is not None:
-            write_gradient(outputs, slope, inputs.scale, rows, classes, num_classes, ALIGN)
+            write_gradient(
+                inputs, outputs, slope, block, label, slopes, rows, classes, num_classes, soft_cap, CAP, T,
+                ALIGN,
+            )  # fmt: skip
     write_columns(outputs, scale_sum, bias_sum, tl.program_id(0), classes, num_classes)
 
 

@@ -1,0 +1,220 @@
+"""linear_ce, linear_stats and linear_sweep over row chunks, for any backend that sweeps a chunk of logits in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedloss.backends.linear_chunks import ChunkedHead, HeadGradients, LinearInputs
+
+
+class LinearWanted(NamedTuple):
+    """Which gradients to compute; they are returned in this order."""
+
+    input: bool = False
+    weight: bool = False
+    scale: bool = False
+    bias: bool = False
+    label_logit: bool = False
+    row_smoothing: bool = False
+    row_penalty: bool = False
+
+
+class Kernels(NamedTuple):
+    """What a backend brings: the module of its softmax sweeps, and three functions of its linear_ce."""
+
+    softmax: Any
+    # (rows, their norms, gradient of their directions to change in place, whether to divide by the norms)
+    project_rows: Callable[[Tensor, Tensor, Tensor, bool], None]
+    # (inputs, ignore_index, slope in the label's product, gradients of input and weight to add to)
+    label_gradients: Callable[[LinearInputs, int, Tensor, Tensor | None, Tensor | None], None]
+    prepared: Callable[[Tensor], Tensor]
+
+
+class _Chunk(NamedTuple):
+    """A chunk of logits, and what of the inputs belongs to its rows."""
+
+    rows: slice
+    logits: Tensor
+    target: Tensor
+    label_logit: Tensor | None
+    label_slope: Tensor | None
+
+
+class _Walk:
+    """One pass over the chunks, and the gradients that gather on the way."""
+
+    def __init__(self, kernels: Kernels, inputs: LinearInputs, wanted: LinearWanted) -> None:
+        self.kernels, self.inputs, self.wanted = kernels, inputs, wanted
+        self.head = ChunkedHead(inputs, kernels.prepared)
+        self.sums = HeadGradients(self.head, wanted.input, wanted.weight)
+        self.label = inputs.label_logit is not None
+        # A normalised label's slope may be steep: it goes beside the product, in double.
+        self.apart = self.label and self.head.normalized
+        num_classes = len(inputs.weight)
+        self.scale, self.bias = (
+            inputs.weight.new_zeros(num_classes, dtype=torch.float64) if want else None
+            for want in (wanted.scale, wanted.bias)
+        )
+        self.label_gradient: list[Tensor] = []
+
+    @property
+    def slopes_wanted(self) -> bool:
+        return self.wanted.input or self.wanted.weight
+
+    @property
+    def columns_wanted(self) -> bool:
+        return self.wanted.scale or self.wanted.bias
+
+    @property
+    def label_wanted(self) -> bool:
+        return self.wanted.label_logit or (self.apart and self.slopes_wanted)
+
+    def chunks(self) -> Iterator[_Chunk]:
+        label_logit, label_slope = self.inputs.label_logit, self.inputs.label_slope
+        for rows, logits in self.head.logits():
+            slope = None
+            if label_logit is not None and label_slope is not None:
+                slope = torch.zeros_like(label_logit[rows]) if self.apart else label_slope[rows].to(label_logit.dtype)
+            target = self.inputs.target[rows]
+            yield _Chunk(rows, logits, target, None if label_logit is None else label_logit[rows], slope)
+
+    def logit_arguments(self, chunk: _Chunk) -> tuple:
+        return chunk.logits, chunk.target, self.head.scale, self.inputs.bias, self.inputs.class_weight
+
+    def take(self, chunk: _Chunk, gradients: list[Tensor]) -> list[Tensor]:
+        """Gathers the chunk's gradients of logits, scale and bias; returns the rest."""
+        if self.slopes_wanted:
+            self.sums.add(chunk.rows, gradients.pop(0))
+        if self.columns_wanted:
+            scale, bias = gradients.pop(0), gradients.pop(0)
+            if self.scale is not None:
+                self.scale += scale
+            if self.bias is not None:
+                self.bias += bias
+        return gradients
+
+    def finish(self, label_gradient: Tensor | None, ignore_index: int) -> list[Tensor]:
+        """The gradients of input, weight, scale, bias and label_logit, those wanted."""
+        inputs, sums = self.inputs, self.sums.started()
+        if self.head.normalized:
+            for rows, norm, gradient, divide in (
+                (inputs.input, inputs.input_norm, sums.input, True),
+                (inputs.weight, inputs.class_norm, sums.weight, self.head.unit_weight),
+            ):
+                if gradient is not None:
+                    assert norm is not None
+                    self.kernels.project_rows(rows, norm, gradient, divide)
+        if self.apart and label_gradient is not None and self.slopes_wanted:
+            assert inputs.label_slope is not None
+            slope = label_gradient.double() * inputs.label_slope
+            self.kernels.label_gradients(inputs, ignore_index, slope, sums.input, sums.weight)
+        found = []
+        if sums.input is not None:
+            found.append(sums.input.to(inputs.input.dtype))
+        if sums.weight is not None:
+            found.append(sums.weight.to(inputs.weight.dtype))
+        if self.scale is not None:
+            found.append(self.head.scale_gradient(self.scale).to(inputs.compute_dtype))
+        if self.bias is not None:
+            found.append(self.bias.to(inputs.compute_dtype))
+        if self.wanted.label_logit:
+            assert label_gradient is not None
+            found.append(label_gradient)
+        return found
+
+
+def linear_ce(kernels: Kernels, inputs: LinearInputs, per_row: tuple[Tensor | None, ...], options: tuple,
+              wanted: LinearWanted) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """The loss, each row's, and the wanted gradients; `per_row` and `options` are softmax_ce's, mean the last."""
+    *numbers, mean = options
+    smoothing, row_scale, penalty = per_row
+    walk = _Walk(kernels, inputs, wanted)
+    count = len(inputs.input)
+    denominator = _denominator(inputs, numbers[-1]) if mean else None
+    scale = row_scale
+    if denominator is not None:
+        share = denominator.reciprocal().to(inputs.compute_dtype)
+        scale = share.expand(count).contiguous() if scale is None else scale * share
+    asked = [walk.slopes_wanted, walk.columns_wanted, wanted.row_smoothing, walk.label_wanted, wanted.row_penalty]
+    row_loss = inputs.input.new_empty(count, dtype=inputs.compute_dtype)
+    rows_found: list[list[Tensor]] = []
+    for chunk in walk.chunks():
+        of_rows = [None if tensor is None else tensor[chunk.rows] for tensor in (smoothing, scale, penalty)]
+        _, row_loss[chunk.rows], gradients = kernels.softmax.softmax_ce(
+            *walk.logit_arguments(chunk),
+            chunk.label_logit,
+            chunk.label_slope,
+            *of_rows,
+            inputs.soft_cap,
+            *numbers,
+            False,
+            asked,
+            in_place=True,
+        )
+        rows_found.append(walk.take(chunk, gradients))
+    found = iter(_joined(rows_found, sum(asked[2:]), row_loss))
+    smoothing_slope, label_gradient, penalty_slope = (next(found) if want else None for want in asked[2:])
+    gradients = walk.finish(label_gradient, numbers[-1])
+    gradients += [slope for slope in (smoothing_slope, penalty_slope) if slope is not None]
+    total = row_loss.double() if row_scale is None else row_loss.double() * row_scale
+    loss = total.sum() if denominator is None else total.sum() / denominator
+    return loss.to(inputs.compute_dtype), row_loss, gradients
+
+
+def linear_stats(kernels: Kernels, inputs: LinearInputs, options: tuple) -> tuple[Tensor, ...]:
+    """softmax_stats of the logits; `options` are penalty_margin, ignore_index and the three wants."""
+    walk = _Walk(kernels, inputs, LinearWanted())
+    found = [
+        kernels.softmax.softmax_stats(*walk.logit_arguments(chunk), chunk.label_logit, inputs.soft_cap, *options)
+        for chunk in walk.chunks()
+    ]
+    if not found:
+        nothing = inputs.input.new_empty(0, len(inputs.weight))
+        return kernels.softmax.softmax_stats(
+            nothing, inputs.target, walk.head.scale, inputs.bias, inputs.class_weight, inputs.label_logit,
+            inputs.soft_cap, *options,
+        )  # fmt: skip
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def linear_sweep(kernels: Kernels, inputs: LinearInputs, saved: tuple[Tensor, ...], numbers: tuple,
+                 upstream: tuple[Tensor | None, ...], wanted: LinearWanted) -> list[Tensor]:  # fmt: skip
+    """Carries gradients of the statistics back; the products are formed again."""
+    walk = _Walk(kernels, inputs, wanted)
+    asked = [walk.slopes_wanted, walk.columns_wanted, walk.label_wanted]
+    rows_found = []
+    for chunk in walk.chunks():
+        gradients = kernels.softmax.softmax_sweep(
+            *walk.logit_arguments(chunk),
+            chunk.label_logit,
+            chunk.label_slope,
+            *(tensor[chunk.rows] for tensor in saved),
+            inputs.soft_cap,
+            *numbers,
+            *(None if tensor is None else tensor[chunk.rows] for tensor in upstream),
+            asked,
+            in_place=True,
+        )
+        rows_found.append(walk.take(chunk, gradients))
+    found = _joined(rows_found, int(walk.label_wanted), saved[0])
+    return walk.finish(found[0] if found else None, numbers[-1])
+
+
+def _joined(parts: list[list[Tensor]], count: int, like: Tensor) -> list[Tensor]:
+    return [torch.cat(each) for each in zip(*parts, strict=True)] if parts else [like.new_empty(0)] * count
+
+
+def _denominator(inputs: LinearInputs, ignore_index: int) -> Tensor:
+    """What torch's mean divides by, in float64: the target weights of the rows kept, or the rows of soft targets."""
+    target = inputs.target
+    if target.is_floating_point():
+        return torch.full((), float(len(target)), dtype=torch.float64, device=target.device)
+    kept = target != ignore_index
+    if inputs.class_weight is None:
+        return kept.sum().double()
+    weight = inputs.class_weight.double()[target.clamp(0, len(inputs.class_weight) - 1)]
+    return torch.where(kept, weight, 0.0).sum()

@@ -1,0 +1,120 @@
+"""What a term is, and how its tensors spread over logits and rows."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeGuard, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A change of the logits. Subclasses are frozen dataclasses whose tensor fields a module may register."""
+
+    def apply(self, logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """The eager formula on logits ``(B, K)`` or ``(B, K, d)``; `target` matters to margins alone."""
+        raise TypeError(f"{type(self).__name__} does not define apply(logits)")
+
+    def label(self, z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor | float]:
+        """``(value, slope)``: the labelled class's logit `z` after this term, and its derivative in `z`.
+
+        `z` and `classes` have the rows' shape, ``(B,)`` or ``(B, d)``; gradients of the term's tensors flow through
+        the value.
+        """
+        raise TypeError(f"{type(self).__name__} does not define label(z, classes)")
+
+    def check(self, num_classes: int) -> None:
+        """Raises ``ValueError`` where the term does not fit `num_classes` classes."""
+
+
+AnyTerm = TypeVar("AnyTerm", bound=Term)
+
+
+@dataclass(frozen=True, eq=False)
+class MarginTerm(Term):
+    """A term that changes the labelled class's logit alone: a new one defines ``label`` and nothing else."""
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether the gradient passes as if the term were not there."""
+        return False
+
+    def apply(self, logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """The eager formula; rows whose target names no class (an ignored one) stay as they are."""
+        if target is None:
+            return logits
+        named = (target >= 0) & (target < logits.shape[1])
+        column = torch.where(named, target, 0).unsqueeze(1)
+        z = logits.gather(1, column).squeeze(1)
+        if self.straight_through:
+            value = self.label(z.detach(), column.squeeze(1))[0] + (z - z.detach())
+        else:
+            value = self.label(z, column.squeeze(1))[0]
+        return logits.scatter(1, column, torch.where(named, value, z).unsqueeze(1))
+
+
+def label_chain(z: Tensor, classes: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """The labelled class's logit `z` after all `terms`, and its slope in `z`, detached; see ``Term.label``."""
+    slope: Tensor | float = 1.0
+    value = z
+    for term in terms:
+        before, straight = value, isinstance(term, MarginTerm) and term.straight_through
+        value, factor = widened(term, z.dtype).label(before.detach() if straight else before, classes)
+        if straight:
+            value = value + (before - before.detach())
+        slope = slope * (factor.detach() if isinstance(factor, Tensor) else factor)
+    return value, (slope.to(z.dtype).expand(z.shape) if isinstance(slope, Tensor) else torch.full_like(z, slope))
+
+
+def widened(term: AnyTerm, dtype: torch.dtype) -> AnyTerm:
+    """The term with its tensors in `dtype`, so that nothing is rounded to theirs on the way to the coefficients."""
+    tensors = {name: value for name, value in vars(term).items() if isinstance(value, Tensor) and value.dtype != dtype}
+    if not tensors:
+        return term
+    term = copy.copy(term)
+    for name, value in tensors.items():
+        object.__setattr__(term, name, value.to(dtype))
+    return term
+
+
+def per_class(value: Tensor | float, logits: Tensor) -> Tensor | float:
+    """A float, or a tensor shaped to broadcast over ``(B, K)`` or ``(B, K, d)`` logits."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    return value.reshape(-1, *[1] * (logits.dim() - 2))
+
+
+def readable(value: object) -> TypeGuard[Tensor]:
+    """Whether values may be looked at: on the CPU, and not while a graph is traced."""
+    return isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def per_row(value: Tensor | float, classes: Tensor) -> Tensor | float:
+    """A float, a ``(K,)`` tensor's value for each row's class, or a ``(B, 1)`` tensor's for each row."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.dim() == 1:
+        return value[classes]
+    return value.reshape(-1, *[1] * (classes.dim() - 1))
+
+
+def check_number(name: str, value: Tensor | float, minimum_exclusive: float = -math.inf) -> None:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a float or a floating-point tensor; got dtype {value.dtype}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a float or a tensor; got {type(value).__name__}")
+    if not math.isfinite(value) or value <= minimum_exclusive:
+        allowed = "finite" if minimum_exclusive == -math.inf else f"finite and above {minimum_exclusive:g}"
+        raise ValueError(f"{name} must be {allowed}; got {value}")
+
+
+def check_width(name: str, value: Tensor | float, num_classes: int) -> None:
+    if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) != (num_classes,):
+        raise ValueError(f"{name} must have shape ({num_classes},), one value per class; got {tuple(value.shape)}")
