@@ -59,7 +59,8 @@ double denominator(const SoftmaxInputs<T>& inputs) {
     for (int64_t row = 0; row < rows; ++row)
         if (inputs.labels[row] != inputs.ignore_index)
             sum += inputs.class_weight ? inputs.class_weight[inputs.labels[row]] : 1;
-    return sum;
+    // With no weight at all torch's mean is 0 / 0, whatever label smoothing adds to the sum.
+    return sum == 0 ? std::numeric_limits<double>::quiet_NaN() : sum;
 }
 
 // Column sums dL/dscale and dL/dbias: one partial sum per thread, added in the order of the threads.

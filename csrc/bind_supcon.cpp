@@ -84,7 +84,7 @@ void supcon_sums(const py::tuple& tuple, int64_t anchors, const py::tuple& sums,
     }
 }
 
-// slopes: addresses of (softmax, mean), T (columns of all panels,). Returns the sum of slope * similarity.
+// slopes: addresses of (softmax, mean), T (columns of all panels,). Returns the sum of slope * (s - shift).
 template <class T>
 double supcon_sweep(const py::tuple& tuple, const py::tuple& slopes, int threads) {
     const SupConPanel<T> panel = panel_of<T>(tuple);

@@ -6,6 +6,45 @@ inline void zero_row(Out* gradient, int64_t count) {
     if (gradient) std::memset(static_cast<void*>(gradient), 0, count * sizeof(Out));
 }
 
+template <class T, class In>
+void ignore_row(const SoftmaxCE<T>& call, int64_t row, In* gradient) {
+    call.row_loss[row] = 0;
+    if (call.smoothing_slope) call.smoothing_slope[row] = 0;
+    if (call.penalty_slope) call.penalty_slope[row] = 0;
+    if (call.label_gradient) call.label_gradient[row] = 0;
+    zero_row(gradient, call.inputs.logits.num_classes);
+}
+
+template <class T>
+RowOptions options_of(const SoftmaxCE<T>& call, int64_t row) {
+    const SoftmaxInputs<T>& inputs = call.inputs;
+    RowOptions options;
+    options.label_weight = inputs.labels && inputs.class_weight ? inputs.class_weight[inputs.labels[row]] : 1.0;
+    options.weight_sum = inputs.weight_sum;
+    options.num_classes = inputs.logits.num_classes;
+    options.smoothing = call.row_smoothing ? call.row_smoothing[row] : call.smoothing;
+    options.focal_gamma = call.focal_gamma;
+    options.z_loss = call.z_loss;
+    options.has_uniform = options.smoothing != 0 || call.row_smoothing || call.smoothing_slope;
+    options.penalty = call.penalty;
+    options.strength = call.row_penalty ? call.row_penalty[row] : call.strength;
+    return options;
+}
+
+// Records a row's loss and what is wanted per row; returns the slope of the whole loss there.
+template <class T>
+RowSlope finish_row(const SoftmaxCE<T>& call, int64_t row, int64_t label, const RowSums& sums, const HingeSums* hinge) {
+    const RowOptions options = options_of(call, row);
+    RowLoss result = call.inputs.labels ? label_row(sums, label, options, hinge) : soft_row(sums, options, hinge);
+    const double scale = call.common_scale * (call.row_scale ? call.row_scale[row] : 1.0);
+    call.row_loss[row] = T(result.loss);
+    if (call.smoothing_slope) call.smoothing_slope[row] = T(scale * result.smoothing_slope);
+    if (call.penalty_slope) call.penalty_slope[row] = T(scale * result.penalty_slope);
+    result.slope.multiply(scale);
+    if (call.label_gradient) call.label_gradient[row] = T(result.slope.label);
+    return result.slope;
+}
+
 template <class T>
 struct CrossEntropyRow {
     const SoftmaxCE<T>& call;
@@ -14,44 +53,26 @@ struct CrossEntropyRow {
     void operator()(Sweep& sweep, const In* x, int64_t row, T* e, In* gradient) const {
         const SoftmaxInputs<T>& inputs = call.inputs;
         const int64_t label = inputs.labels ? inputs.labels[row] : -1;
-        if (inputs.labels && label == inputs.ignore_index) {
-            call.row_loss[row] = 0;
-            if (call.smoothing_slope) call.smoothing_slope[row] = 0;
-            if (call.penalty_slope) call.penalty_slope[row] = 0;
-            if (call.label_gradient) call.label_gradient[row] = 0;
-            return zero_row(gradient, inputs.logits.num_classes);
-        }
-        RowOptions options;
-        options.label_weight = inputs.labels && inputs.class_weight ? inputs.class_weight[label] : 1.0;
-        options.weight_sum = inputs.weight_sum;
-        options.num_classes = inputs.logits.num_classes;
-        options.smoothing = call.row_smoothing ? call.row_smoothing[row] : call.smoothing;
-        options.focal_gamma = call.focal_gamma;
-        options.z_loss = call.z_loss;
-        options.has_uniform = options.smoothing != 0 || call.smoothing_slope;
-        options.penalty = call.penalty;
-        options.strength = call.row_penalty ? call.row_penalty[row] : call.strength;
-        const RowSums sums = sweep.read(x, row, options.has_uniform, e);
+        if (inputs.labels && label == inputs.ignore_index) return ignore_row(call, row, gradient);
+        const bool want_uniform = call.smoothing != 0 || call.row_smoothing || call.smoothing_slope;
+        const RowSums sums = sweep.read(x, row, want_uniform, e);
         HingeSums hinge_sums;
         const HingeSums* hinge = nullptr;
-        if (options.strength != 0 || call.row_penalty) {
+        if (call.strength != 0 || call.row_penalty) {
             hinge_sums = sweep.hinge(x, row, sums.max, call.penalty.margin);
             hinge = &hinge_sums;
         }
-        RowLoss result = inputs.labels ? label_row(sums, label, options, hinge) : soft_row(sums, options, hinge);
-        const double scale = call.common_scale * (call.row_scale ? call.row_scale[row] : 1.0);
-        call.row_loss[row] = T(result.loss);
-        if (call.smoothing_slope) call.smoothing_slope[row] = T(scale * result.smoothing_slope);
-        if (call.penalty_slope) call.penalty_slope[row] = T(scale * result.penalty_slope);
-        result.slope.multiply(scale);
-        if (call.label_gradient) call.label_gradient[row] = T(result.slope.label);
+        const RowSlope slope = finish_row(call, row, label, sums, hinge);
         if (!gradient && !call.gradients.scale_bias) return;
-        sweep.write(x, row, result.slope, sums.max, sums.sum(), hinge, e, gradient);
+        sweep.write(x, row, slope, sums.max, sums.sum(), hinge, e, gradient);
     }
 };
 
+#include "softmax_short.inl"
+
 template <class T>
 void softmax_ce(const SoftmaxCE<T>& call, int64_t first, int64_t last, int thread) {
+    if (is_short(call)) return short_rows<T>(call, first, last);
     const CrossEntropyRow<T> per_row{call};
     dispatch_logits<T>(call.inputs, call.gradients, per_row, first, last, thread);
 }

@@ -46,10 +46,13 @@ void soft_capped(const In* x, T cap, int64_t count, T* out) {
 // scale * dc/dx = scale * (1 - tanh(x / cap)^2), scale null for 1.
 template <class T, class In>
 void soft_cap_slopes(const In* x, T cap, const T* scale, int64_t count, T* out) {
-    soft_capped<T>(x, cap, count, out);
-    for (int64_t j = 0; j < count; ++j) {
-        const T tanh = out[j] / cap;
-        out[j] = (1 - tanh) * (1 + tanh) * (scale ? scale[j] : T(1));
+    constexpr int W = Lanes<T>::count;
+    for (int64_t j = 0; j < count; j += W) {
+        const int64_t left = count - j;
+        const Vector<T> tanh = tanh_of((left >= W ? load(x + j) : load_first(x + j, left)) / cap);
+        Vector<T> slope = (T(1) - tanh) * (T(1) + tanh);
+        if (scale) slope *= left >= W ? load(scale + j) : load_first(scale + j, left);
+        store(out + j, slope);
     }
 }
 
@@ -108,21 +111,25 @@ inline Vector<T> exponentials(const T* z, T shift, int64_t first, int64_t last, 
     return sum;
 }
 
+// q * (z - shift), and 0 where q is 0.
+template <class T>
+inline Vector<T> weighted(const T* z, T shift, const T* q) {
+    const Vector<T> value = load(z) - shift;
+    if (!q) return value;
+    const Vector<T> weight = load(q);
+    return weight == T(0) ? Vector<T>{} : value * weight;
+}
+
 // Sum of q * (z - shift) where q is the class weight (1 without); a class of weight 0 counts 0 even at z = -inf.
 template <class T>
 double weighted_sum(const T* z, T shift, const T* q, int64_t count) {
     constexpr int W = Lanes<T>::count;
-    Vector<T> sum = {};
+    Vector<T> sums[4] = {};
     int64_t j = 0;
-    for (; j + W <= count; j += W) {
-        Vector<T> value = load(z + j) - shift;
-        if (q) {
-            const Vector<T> weight = load(q + j);
-            value = weight == T(0) ? Vector<T>{} : value * weight;
-        }
-        sum += value;
-    }
-    double total = sum_lanes<T>(sum);
+    for (; j + 4 * W <= count; j += 4 * W)
+        for (int u = 0; u < 4; ++u) sums[u] += weighted(z + j + u * W, shift, q ? q + j + u * W : nullptr);
+    for (; j + W <= count; j += W) sums[0] += weighted(z + j, shift, q ? q + j : nullptr);
+    double total = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; j < count; ++j) {
         if (!q) total += z[j] - shift;
         else if (q[j] != 0) total += double(q[j]) * (z[j] - shift);

@@ -237,12 +237,18 @@ private:
 
     double uniform_sum(int64_t start, int64_t width, T shift, double reference) {
         const T* weight = inputs_.class_weight ? inputs_.class_weight + start : nullptr;
-        double total = width;
-        if (weight) {
-            total = 0;
-            for (int64_t j = 0; j < width; ++j) total += weight[j];
-        }
-        return weighted_sum(z_, shift, weight, width) + total * (shift - reference);
+        return weighted_sum(z_, shift, weight, width) + chunk_weight(start, width) * (shift - reference);
+    }
+
+    // Sum of the class weights of a chunk, added up once.
+    double chunk_weight(int64_t start, int64_t width) {
+        if (!inputs_.class_weight) return width;
+        if (count_ <= kChunk) return inputs_.weight_sum;
+        const int64_t chunk = start / kChunk;
+        if (chunk == int64_t(chunk_weights_.size()))
+            chunk_weights_.push_back(
+                std::accumulate(inputs_.class_weight + start, inputs_.class_weight + start + width, 0.0));
+        return chunk_weights_[chunk];
     }
 
     // q_ becomes w_j q_j for the chunk.
@@ -336,8 +342,34 @@ private:
     alignas(64) T q_[kChunk];
     alignas(64) T capped_[kChunk];
     std::vector<T> chunk_max_;
+    std::vector<double> chunk_weights_;
     NextRow next_;
     double *scale_sum_ = nullptr, *bias_sum_ = nullptr;
+};
+
+// Subnormal results become 0 while this lives: slopes go into matrix products, which are 25 times slower over
+// subnormals.
+class FlushSubnormals {
+public:
+    explicit FlushSubnormals(bool wanted) {
+#if defined(__x86_64__)
+        saved_ = _mm_getcsr();
+        if (wanted) _mm_setcsr(saved_ | kFlushToZero);
+#else
+        (void)wanted;
+#endif
+    }
+    ~FlushSubnormals() {
+#if defined(__x86_64__)
+        _mm_setcsr(saved_);
+#endif
+    }
+    FlushSubnormals(const FlushSubnormals&) = delete;
+    FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+private:
+    static constexpr unsigned kFlushToZero = 0x8000;
+    unsigned saved_ = 0;
 };
 
 // Runs `per_row` over rows [first, last): directly on the tensors where the classes of a row are adjacent in memory,
@@ -349,6 +381,7 @@ void sweep_rows(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradient
     const View& g = gradients.logits;
     const int64_t K = x.num_classes;
     const bool keep = (g.data || gradients.scale_bias) && K <= kKeepExponentials;
+    const FlushSubnormals flush(g.data && g.data == x.data);
     if (x.class_stride == 1 && (!g.data || g.class_stride == 1)) {
         RowSweep<T, In> sweep(inputs, gradients, thread);
         const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T> || g.data == x.data);

@@ -5,8 +5,8 @@
 
 namespace fusedloss {
 
-// Similarities of the rows first .. first + rows - 1 with the columns first .. first + columns - 1. Only those above the
-// diagonal count: with j > i, s_ij stands for both directions. Arrays of one value per column are indexed from 0.
+// Similarities of the rows first .. first + rows - 1 with the columns first .. first + columns - 1. Only those above
+// the diagonal count: with j > i, s_ij stands for both directions. Arrays of one value per column are indexed from 0.
 template <class T>
 struct SupConPanel {
     T* similarity = nullptr;  // (rows, columns); a sweep overwrites it with slopes
@@ -15,7 +15,8 @@ struct SupConPanel {
     const int32_t* codes = nullptr;
     const uint8_t* mask = nullptr;       // whether column j is a positive of row i
     const uint8_t* mask_back = nullptr;  // whether row i is a positive of column j
-    // exp is taken of s - shift: one number, or a largest similarity of each row (null for the number).
+    // exp is taken of s - shift: one number, or the largest similarity of each row (null for the number; finite
+    // for columns that are no anchors).
     T common_shift = 0;
     T* row_shift = nullptr;
     // Weight of a column in sums of exp, as a negative and as a positive, and in the mean over positives; null for 1.

@@ -107,7 +107,8 @@ inline void add_tile(const SupConPanel<T>& panel, int64_t row, int64_t begin, in
         const V value = load_some(s + j, count, kMinusInfinity<T>);
         const V e = exp_below<T>(value, shift);
         Bits<T> positive = match.forward(j, count);
-        if (count < W) positive &= lane_index<T>() < Bits<T>{} + static_cast<std::decay_t<decltype(Bits<T>{}[0])>>(count);
+        if (count < W)
+            positive &= lane_index<T>() < Bits<T>{} + static_cast<std::decay_t<decltype(Bits<T>{}[0])>>(count);
         Bits<T> back = match.back(j, count, positive);
         if (!Match::kSymmetric && count < W)
             back &= lane_index<T>() < Bits<T>{} + static_cast<std::decay_t<decltype(Bits<T>{}[0])>>(count);
@@ -174,8 +175,8 @@ double sweep_rows_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, Su
         for (int64_t j = row + 1; j < panel.last(); j += W) {
             const int64_t count = panel.last() - j;
             const V value = load_some(s + j, count, T(0));
-            const V e = exp_below<T>(value, shift);
-            const V e_back = kCommon ? e : exp_below<T>(value, load_some(panel.row_shift + j, count, T(0)));
+            const V back_shift = kCommon ? shift : load_some(panel.row_shift + j, count, T(0));
+            const V e = exp_below<T>(value, shift), e_back = kCommon ? e : exp_below<T>(value, back_shift);
             const Bits<T> positive = match.forward(j, count);
             const Bits<T> back = match.back(j, count, positive);
             V forward_slope = e * softmax, back_slope = e_back * load_some(slopes.softmax + j, count, T(0));
@@ -187,16 +188,14 @@ double sweep_rows_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, Su
                 forward_mean *= load_some(panel.share + j, count, T(0));
                 back_mean *= panel.share[row];
             }
-            const V taken = Match::kSymmetric ? (positive ? forward_mean + back_mean : V{})
-                                              : (positive ? forward_mean : V{}) + (back ? back_mean : V{});
-            const V slope = forward_slope + back_slope - taken;
-            if (count < W) {
-                moment += first_lanes<T>(slope * value, count, T(0));
-                store_partial<T>(s + j, slope, count);
-            } else {
-                moment += slope * value;
-                store(s + j, slope);
-            }
+            forward_slope -= positive ? forward_mean : V{};
+            back_slope -= back ? back_mean : V{};
+            const V slope = forward_slope + back_slope;
+            // A row's slopes add up to 0, so that any reference will do: one near the values keeps the digits.
+            const V part =
+                kCommon ? slope * (value - shift) : forward_slope * (value - shift) + back_slope * (value - back_shift);
+            moment += count < W ? first_lanes<T>(part, count, T(0)) : part;
+            store_some(s + j, slope, count);
         }
         total += sum_lanes<T>(moment);
     }
@@ -217,7 +216,7 @@ void supcon_sums(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupCon
                   : add_rows_of<T, LabelMatch<T>, false, false>(panel, begin, end, sums, columns);
 }
 
-// Overwrites rows [begin, end) with slopes, zero up to the diagonal; returns the sum of slope * similarity.
+// Overwrites rows [begin, end) with slopes, zero up to the diagonal; returns the sum of slope * (s - shift).
 template <class T>
 double supcon_sweep(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSlopes<T> slopes) {
     const bool common = panel.row_shift == nullptr, weighted = panel.negative_weight != nullptr;
