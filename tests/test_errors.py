@@ -300,3 +300,30 @@ def test_the_synchronous_label_check_says_the_same():
     environment = {**os.environ, "FUSEDLOSS_CHECK": "1", "PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert found.stdout == "target: got label 7 at row 1; allowed are 0 to 4 and ignore_index=-100\n", found.stderr
+
+
+VALUES = {
+    "label_smoothing must be between 0 and 1; got 1.5 at (1,)": "y, label_smoothing=torch.tensor([0.0, 1.5, 0.1])",
+    "sample_weight must be finite and at least 0; got -1.0 at (0,)": "y, sample_weight=-torch.ones(3)",
+    "weight must be finite and at least 0; got nan at (2,)": "y, torch.tensor([1.0, 1.0, float('nan'), 1.0, 1.0])",
+    "target must be finite and at least 0; got -0.5 at (0, 1)": "torch.tensor([[1.5, -0.5, 0, 0, 0]]).expand(3, 5)",
+    "target: probabilities must sum to 1 over the classes; got 2.0 at row (0,)": "torch.full((3, 5), 0.4)",
+    "MarginPenalty: strength must be between 0 and 1; got 2.0 at (0,)": (
+        "y, margin_penalty=fusedloss.MarginPenalty(1.0, torch.full((3,), 2.0), mix=True)"
+    ),
+}
+
+
+def test_the_synchronous_value_checks():
+    lines = ["import torch, fusedloss", "x, y = torch.randn(3, 5), torch.tensor([0, 1, 2])"]
+    for arguments in VALUES.values():
+        lines += [f"try: fusedloss.cross_entropy(x, {arguments})", "except ValueError as error: print(error)"]
+    environment = {**os.environ, "FUSEDLOSS_CHECK": "1", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True)
+    assert found.stdout.splitlines() == list(VALUES), found.stderr
+
+
+@pytest.mark.parametrize("weight", [-1.0, NAN])
+def test_a_module_refuses_class_weights_that_are_none(weight):
+    with pytest.raises(ValueError, match="weight must be at least 0"):
+        fusedloss.CrossEntropyLoss(torch.tensor([1.0, weight]))

@@ -28,6 +28,13 @@ def evaluate(
         bool,
         typer.Option("--calibrated", help="Divide logits by the temperature fitted on the validation rows."),
     ] = False,
+    adjust_prior: Annotated[
+        float,
+        typer.Option(
+            help="Subtract this many times the log class prior of the training counts from the logits (post-hoc logit "
+            "adjustment); refused for a head that was trained with the prior."
+        ),
+    ] = 0.0,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="JSON file for the scores, per class too.", show_default=False),
@@ -47,12 +54,14 @@ def evaluate(
     from fusedloss.train.storage import write_json
 
     features = None if bank is None else FeatureBank.open(bank)
-    found = evaluate_run(run, features, rows=rows, calibrated=calibrated, device=device)
+    found = evaluate_run(run, features, rows=rows, calibrated=calibrated, adjust_prior=adjust_prior, device=device)
     print(f"{run}: {found.num_rows} rows ({found.rows}) of {found.bank}")
     print_scores(found.report)
     if output is not None:
         write_json(
             output,
-            {"run": str(run), "bank": found.bank, "rows": found.rows, "calibrated": calibrated} | found.report,
+            {"run": str(run), "bank": found.bank, "rows": found.rows, "calibrated": calibrated}
+            | {"adjust_prior": adjust_prior}
+            | found.report,
         )
         print(f"scores: {output}")

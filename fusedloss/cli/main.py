@@ -39,6 +39,7 @@ COMMANDS = {
     "predict": Command("fusedloss.cli.predict:predict", "Classes and probabilities for new images, texts or features."),
     "sweep": Command("fusedloss.cli.sweep:sweep", "Compare recipes over several seeds, in one table."),
     "report": Command("fusedloss.cli.report:report", "Tables and pictures of finished runs."),
+    "bench": Command("fusedloss.cli.bench:bench", "Time the losses against eager PyTorch and torch.compile here."),
     "info": Command("fusedloss.cli.main:info", "Which backend answers for each operation, and why others do not."),
 }
 

@@ -33,6 +33,13 @@ def predict(
         bool,
         typer.Option("--calibrated", help="Divide logits by the temperature fitted on the validation rows."),
     ] = False,
+    adjust_prior: Annotated[
+        float,
+        typer.Option(
+            help="Subtract this many times the log class prior of the training counts from the logits (post-hoc logit "
+            "adjustment); refused for a head that was trained with the prior."
+        ),
+    ] = 0.0,
     weights: Annotated[
         Path | None,
         typer.Option(help="File of the backbone's weights, where it has moved since.", show_default=False),
@@ -56,6 +63,7 @@ def predict(
         run,
         inputs,
         calibrated=calibrated,
+        adjust_prior=adjust_prior,
         weights=weights,
         batch_size=batch_size,
         device=device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 INSTALL_HINT = "pip install 'fusedloss[features]'"
 
 
-class Backbone:
+class Backbone(abc.ABC):
     """A frozen network: `prepare` turns an input into what `collate` batches, `compute` gives `(B, D)`.
 
     `source` says how the features come about; it is what a bank records and what predictions are checked
@@ -31,18 +32,20 @@ class Backbone:
         self.device = device
         self.in_features = int(self.compute(self.example()).shape[1])
 
+    @abc.abstractmethod
     def prepare(self, item: Any) -> Any:
-        raise NotImplementedError
+        """One input as `collate` takes it."""
 
     def collate(self, items: Sequence[Any]) -> Any:
         return torch.stack(list(items))
 
+    @abc.abstractmethod
     def example(self) -> Any:
         """A batch of one made-up input, to learn the width of the features."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def forward(self, batch: Any) -> Tensor:
-        raise NotImplementedError
+        """Features `(B, D)` of a batch, before any normalisation."""
 
     @torch.inference_mode()
     def compute(self, batch: Any) -> Tensor:

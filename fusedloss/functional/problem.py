@@ -98,7 +98,9 @@ class Problem:
         each = kept.to(self.dtype)
         if self.class_weight is not None:
             each = each * self.class_weight[self.target.clamp(0, self.num_classes - 1)]
-        return (each if self.sample_weight is None else each * self.sample_weight).sum()
+        total = (each if self.sample_weight is None else each * self.sample_weight).sum()
+        # With no weight at all torch's mean is 0 / 0, whatever label smoothing adds to the sum.
+        return torch.where(total == 0, torch.full_like(total, math.nan), total)
 
 
 def checked(
@@ -117,8 +119,11 @@ def checked(
     """The arguments of cross_entropy as a Problem; see there for what is raised."""
     logits = _check_logits(input)
     target, shape = _check_target(input, logits, target)
-    if _CHECK_VALUES and not target.is_floating_point():
-        check_labels(target, logits.shape[1], ignore_index, "target")
+    if _CHECK_VALUES and not torch.compiler.is_compiling():
+        if target.is_floating_point():
+            _check_probabilities(target)
+        else:
+            check_labels(target, logits.shape[1], ignore_index, "target")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
     _check_number("focal_gamma", focal_gamma)
@@ -131,15 +136,19 @@ def checked(
         raise ValueError(f"ignore_index is not supported for floating point target; got {ignore_index}")
     if sample_weight is not None:
         sample_weight = _check_per_row("sample_weight", sample_weight, logits, shape)
+        if _CHECK_VALUES:
+            _check_range("sample_weight", sample_weight, 0.0)
     smoothing = _check_smoothing(label_smoothing, logits, shape)
     if margin_penalty is not None:
         margin_penalty = _check_penalty(margin_penalty, logits, shape)
     if weight is not None:
         weight = _check_class_weight(weight, logits)
+        if _CHECK_VALUES:
+            _check_range("weight", weight, 0.0)
     return Problem(
         logits,
         target,
-        _check_terms(terms, logits, target) if terms else (),
+        check_terms(terms, logits, target) if terms else (),
         weight,
         ignore_index,
         Row(smoothing, focal_gamma, z_loss, margin_penalty),
@@ -216,6 +225,8 @@ def _check_penalty(penalty: MarginPenalty, logits: Tensor, shape: torch.Size) ->
     if not isinstance(penalty.strength, Tensor):
         return penalty
     strength = _check_per_row("MarginPenalty: strength", penalty.strength, logits, shape)
+    if _CHECK_VALUES:
+        _check_range("MarginPenalty: strength", strength, 0.0, 1.0 if penalty.mix else math.inf)
     return replace(penalty, strength=strength)
 
 
@@ -231,11 +242,34 @@ def _check_focal(focal_gamma: float) -> None:
 
 def _check_smoothing(smoothing: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
     if isinstance(smoothing, Tensor):
-        return _check_per_row("label_smoothing", smoothing, logits, shape)
+        smoothing = _check_per_row("label_smoothing", smoothing, logits, shape)
+        if _CHECK_VALUES:
+            _check_range("label_smoothing", smoothing, 0.0, 1.0)
+        return smoothing
     _check_number("label_smoothing", smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0.0 and 1.0; got {smoothing}")
     return smoothing
+
+
+def _check_range(name: str, value: Tensor, low: float, high: float = math.inf) -> None:
+    """Waits for the device: only under FUSEDLOSS_CHECK=1."""
+    if torch.compiler.is_compiling():
+        return
+    bad = ~((value >= low) & (value <= high) & torch.isfinite(value))
+    if bool(bad.any()):
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        allowed = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {allowed}; got {float(value[index].detach())} at {index}")
+
+
+def _check_probabilities(target: Tensor) -> None:
+    _check_range("target", target, 0.0)
+    sums = target.sum(1)
+    off = (sums - 1).abs() > 0.01
+    if bool(off.any()):
+        index = tuple(int(i) for i in off.nonzero()[0])
+        raise ValueError(f"target: probabilities must sum to 1 over the classes; got {float(sums[index])} at row {index}")
 
 
 def _check_per_row(name: str, value: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
@@ -268,7 +302,8 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
     return weight.to(ops.compute_dtype(logits.dtype)).contiguous()
 
 
-def _check_terms(terms: Sequence[Term], logits: Tensor, target: Tensor) -> tuple[Term, ...]:
+def check_terms(terms: Sequence[Term], logits: Tensor, target: Tensor) -> tuple[Term, ...]:
+    """The terms as a tuple; ValueError or TypeError where one does not fit logits and target."""
     if not isinstance(terms, Sequence | Term):
         raise TypeError(f"terms must be a sequence of fusedloss.terms; got {type(terms).__name__}")
     checked_terms: list[Term] = []

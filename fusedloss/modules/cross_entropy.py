@@ -60,6 +60,8 @@ class CrossEntropyLoss(nn.Module):
             raise ValueError("size_average and reduce were retired by torch; use reduction='mean', 'sum' or 'none'")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
+        if weight is not None and weight.device.type != "meta" and not bool((weight.detach() >= 0).all()):
+            raise ValueError("weight must be at least 0 for every class; got a negative value or NaN")
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
