@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPERATIONS = ("softmax_ce", "class_stats")
+OPERATIONS = ("softmax_ce", "logit_losses", "class_stats", "linear_ce", "supcon")
 # Figures that are to stay under their target; the others are to reach it.
 AT_MOST = frozenset({"overhead_us", "peak"})
 
@@ -37,7 +37,7 @@ class Contest(NamedTuple):
 class Case:
     """One line of a table.
 
-    ``moved`` is the least traffic in bytes, ``limit`` what bounds it (``"copy"`` or ``"read"``). Keys of
+    ``moved`` is the least traffic in bytes, ``limit`` what bounds it (``"copy"``, ``"read"``, ``"products"``). Keys of
     ``targets``: a rival (times faster than it), ``"fastest"`` (than the fastest rival), ``"share"`` (of the
     limit), ``"overhead_us"`` (over eager), ``"peak"`` (memory over the baseline's).
     """

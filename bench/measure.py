@@ -57,7 +57,7 @@ def environment(allocator: str) -> dict[str, Any]:
         "simd": cpp.extension.level() if cpp.extension else "none",
         "torch": torch.__version__,
         "fusedloss": fusedloss.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -98,7 +98,7 @@ def _cpu_model() -> str:
     return models[0] if models else platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent,

@@ -19,7 +19,8 @@ COLUMNS = (
 Found = Mapping[str, Mapping[str, Any]]
 _HEADINGS = {"share": "share", "fastest": "fastest", "overhead_us": "over eager"}
 _UNITS = {"share": "", "overhead_us": " us"}
-_NOT_RIVALS = ("fused", "copy", "read", "baseline")
+_NOT_RIVALS = ("fused", "copy", "read", "products", "baseline")
+_LIMITS = {"products": "the speed of the three matrix products alone"}
 
 
 def figures(speed: Found, peaks: Found) -> dict[str, float]:
@@ -77,8 +78,9 @@ def _table(title: str, cases: list[Case], measured: Mapping[str, Any]) -> str:
         head.append("peak MB: fused" if name == "fused" else name)
         for case, line in zip(cases, body, strict=True):
             line.append(_peak_cell(case, name, peaks.get(case.name, {})))
+    limit = _LIMITS.get(cases[0].limit, f"the bandwidth of a {cases[0].limit} of the same buffer")
     legend = (
-        f"{title}: fused ms and GB/s; share of the bandwidth of a {cases[0].limit} of the same buffer; "
+        f"{title}: fused ms and GB/s; share of {limit}; "
         "eager, compiled, ...: their time / fused; (target reached or not)"
     )
     return f"{legend}\n{_aligned([head, *body])}"

@@ -197,8 +197,9 @@ def trained_prior(trained_with: nn.Module | Sequence[Term] | Mapping[str, Any] |
         return 0.0
     if isinstance(trained_with, Mapping):
         return float(trained_with["strength"]) if trained_with["applied"] == "training" else 0.0
-    if isinstance(trained_with, nn.Module) and isinstance(getattr(trained_with, "terms", None), nn.ModuleList):
-        terms: list[Any] = [registered.current() for registered in trained_with.terms]
+    registered = getattr(trained_with, "terms", None)
+    if isinstance(trained_with, nn.Module) and isinstance(registered, nn.ModuleList):
+        terms: list[Any] = [term.current() for term in registered]  # type: ignore[operator]
     elif isinstance(trained_with, Sequence) and all(isinstance(term, Term) for term in trained_with):
         terms = list(trained_with)
     else:
@@ -294,9 +295,9 @@ class DeferredReweighting:
         """
         if "weight" not in getattr(loss, "_buffers", {}):
             raise TypeError(f"loss must have a buffer 'weight' (torch's or ours do), got {type(loss).__name__}")
-        weights, present = self(epoch), loss.weight
+        weights, present = self(epoch), loss._buffers["weight"]
         if present is None:
-            owned = next((t for t in loss.buffers()), None)
+            owned = next(loss.buffers(), None)
             loss.weight = weights if owned is None else weights.to(owned.device)
             return loss
         if present.shape != weights.shape:

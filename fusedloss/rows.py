@@ -88,6 +88,13 @@ class Row:
         """Whether the loss needs the uniform statistic."""
         return isinstance(self.smoothing, Tensor) or self.smoothing != 0
 
+    @property
+    def learns(self) -> bool:
+        """Whether a tensor of the row may get a gradient."""
+        return isinstance(self.smoothing, Tensor) or (
+            self.penalty is not None and isinstance(self.penalty.strength, Tensor)
+        )
+
     def loss(self, statistics: Statistics, num_classes: int) -> Tensor:
         """(1 - p_y)^gamma * ((1 - eps) * cross_entropy + eps / K * uniform), with the penalty, + z_loss * lse^2."""
         row = statistics.cross_entropy
@@ -110,7 +117,7 @@ class Row:
 
 
 def _check_at_least_zero(name: str, value: float) -> None:
-    if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"MarginPenalty: {name} must be a number; got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"MarginPenalty: {name} must be finite and at least 0; got {value}")

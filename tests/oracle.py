@@ -126,7 +126,7 @@ def eager(case: Case) -> torch.Tensor:
     if plain and not masked:
         z = z if case.input.dim() > 1 else z.squeeze(0)
         options = {"ignore_index": case.ignore_index, "reduction": case.reduction}
-        target = case.target.long() if case.target.dtype == torch.int32 else case.target
+        target = case.target if case.target.is_floating_point() else case.target.long()
         return F.cross_entropy(z, target, case.weight, label_smoothing=case.label_smoothing, **options)
     return written_out(case, z)
 
@@ -239,19 +239,26 @@ def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=E
 
     float16 and bfloat16 logits are judged by eager PyTorch in float32, which is stricter than in their own
     dtype; their gradients are then allowed one rounding to the stored dtype. In float64 the truth is eager
-    PyTorch itself, whose own error shows as ours: the tolerance grows with the logits' range, as that does.
+    PyTorch itself, whose own error shows as ours: the tolerance grows with the logits' range, and with what eager
+    PyTorch loses in float32, as that does.
     """
     computing = computing_dtype(case.input.dtype)
     if computing == torch.float64:
         tensor_epsilons *= 4 * (4 + _range_of_logits(case))
     truth = loss_and_gradients(cast(case, torch.float64), eager)
     usual = loss_and_gradients(cast(case, computing), eager)
+    if computing == torch.float64:
+        single = loss_and_gradients(cast(case, torch.float32), eager)
+        share = 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        usual = {name: value + share * (single[name].double() - value).abs() for name, value in truth.items()}
     with_leaves = cast(case, case.input.dtype)
     found = loss_and_gradients(_keep_layout(case, with_leaves), loss_of)
     # With one class everything cancels, and what is left is the rounding of terms of size 1.
     scales = dict.fromkeys(case.learned, 1.0) if case.input.shape[-1 if case.input.dim() == 1 else 1] == 1 else {}
     if case.reduction == "mean" and "sample_weight" in case.learned:
         scales["sample_weight"] = _scale_of_weight_gradients(case, truth["loss"])
+    for more in (_scales_of_single_terms(case), _scales_below_a_soft_cap(case)):
+        scales |= {name: max(scale, scales.get(name, 0.0)) for name, scale in more.items()}
     for name, expected in truth.items():
         stored = found[name].dtype
         assert stored == (computing if name == "loss" else case.tensors()[name].dtype), name
@@ -284,6 +291,45 @@ def _scale_of_weight_gradients(case: Case, mean: torch.Tensor) -> float:
     found = loss_and_gradients(cast(summed, torch.float64), eager)
     scale = found["sample_weight"].abs().max() * (mean / found["loss"]).abs() * abs(float(case.upstream))
     return float(scale) if torch.isfinite(scale) else 0.0
+
+
+def _scales_of_single_terms(case: Case) -> dict[str, float]:
+    """sum_j |dL/d(term of class j)| for a learned term that all classes share: its gradient is a sum of these."""
+    shared = {
+        f"term{i}": i
+        for i, term in enumerate(case.terms)
+        if f"term{i}" in case.learned and isinstance(term[1], torch.Tensor) and term[1].dim() == 0
+    }
+    if not shared:
+        return {}
+    width = case.input.shape[-1 if case.input.dim() == 1 else 1]
+    terms = tuple(
+        (t[0], t[1].detach().expand(width), *t[2:]) if i in shared.values() else t for i, t in enumerate(case.terms)
+    )
+    found = loss_and_gradients(cast(replace(case, terms=terms, learned=tuple(shared)), torch.float64), eager)
+    return {name: float(found[name].abs().sum().nan_to_num(0.0)) for name in shared}
+
+
+def _scales_below_a_soft_cap(case: Case) -> dict[str, float]:
+    """The gradient above the last soft cap, for what lies below it: 1 - tanh^2 has the rounding of 1."""
+    last = max((i for i, term in enumerate(case.terms) if term[0] == "soft cap"), default=-1)
+    if last < 0 or not case.learned or case.input.numel() == 0:
+        return {}
+    double = cast(replace(case, learned=()), torch.float64)
+    z = double.input.unsqueeze(0) if case.input.dim() == 1 else double.input
+    capped = apply_terms(z, double.terms[: last + 1], _labels(double, z)).reshape(case.input.shape)
+    above = replace(double, input=capped.requires_grad_(), terms=double.terms[last + 1 :], learned=("input",))
+    gradient = loss_and_gradients(above, eager)["input"].abs().nan_to_num(0.0)
+    factor = 1.0
+    for name, value, *_ in double.terms[:last]:
+        if name in ("temperature", "scale"):
+            factor *= float(
+                (1 / torch.as_tensor(value) if name == "temperature" else torch.as_tensor(value)).abs().max()
+            )
+    found = {"input": factor * float(gradient.max())}
+    largest = max(1.0, float(z[torch.isfinite(z)].abs().max()))
+    terms = (name for name in case.learned if name.startswith("term") and int(name[4:]) < last)
+    return found | {name: factor * largest * float(gradient.sum()) for name in terms}
 
 
 def compare(name, found, usual, expected, computing, stored, tensor_epsilons, entry_epsilons, scale=0.0):

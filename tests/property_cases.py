@@ -2,8 +2,8 @@
 
     python tests/property_cases.py --family own --cases 2000 --backend cpp
 
-prints the SIMD level, the share of the cases that uses each option and, for the family of options that torch lacks, the
-rarest pairs; it fails where a case does, or where 2000 cases or more leave a pair of options with fewer than 20.
+prints the SIMD level, the share of the cases that uses each option and the rarest pairs; it fails where a case does, or
+where 2000 cases or more leave a pair of options with fewer than 20.
 FUSEDLOSS_SIMD picks the level.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,7 +74,7 @@ class Draft:
         """A case with logits in some shape, type and layout, and labels or probabilities."""
         dtype = self.choose("dtype", *DTYPES)
         self.dtype, self.computing = DTYPES[dtype], torch.float64 if dtype == "float64" else torch.float32
-        sizes = ("small", "small", "hundreds", "more than one block")
+        sizes = ("small", "hundreds", "more than one block")
         num_classes = self.draw(
             {
                 "small": st.integers(1, 40),
@@ -124,13 +124,12 @@ def torch_cases(draw):
     soft = draft.choose("target", "labels", "labels", "probabilities") == "probabilities"
     case = draft.logits_and_target(soft)
     if not soft:
-        kind = draft.choose("labels", "int64", "int32", "uint8")
+        kind = draft.choose("labels", "int64", "int32", "uint8", "uint8", "uint8")
         if draft.option("ignored rows"):
             case = draft.ignored(case)
-        if kind == "int32":
-            case.target = case.target.to(torch.int32)
-        elif kind == "uint8" and draft.num_classes <= 256 and case.ignore_index >= 0:
-            case.target = case.target.to(torch.uint8)
+        if kind == "uint8" and (draft.num_classes > 256 or bool((case.target < 0).any())):
+            kind = draft.used["labels"] = "int64"
+        case.target = case.target.to(getattr(torch, kind))
     if draft.option("class weight"):
         case.weight = draft.uniform(0.1, 2.0, draft.num_classes)
         if draft.option("a class of weight zero"):
@@ -172,7 +171,7 @@ def own_cases(draw):
     case.terms = terms(draft, margin)
     if draft.option("upstream"):
         draft.upstream(case)
-    case.learned = tuple(name for name in sorted(case.tensors()) if draw(st.booleans()))
+    case.learned = tuple(name for name in sorted(case.tensors()) if draw(st.integers(0, 2)) > 0)
     for name in case.learned:
         draft.used[f"learned {name}"] = "learned term" if name.startswith("term") else f"learned {name}"
     return case, draft.used
@@ -186,7 +185,7 @@ def penalty(draft, case):
     over = draft.choose("penalty over", "penalty over mean", "penalty over sum").removeprefix("penalty over ")
     case.penalty = (float(draft.uniform(0.1, 3.0)), over, kind == "penalty mixed")
     case.penalty_strength = float(draft.uniform(0.0, 1.0))
-    if draft.option("strength per row"):
+    if draft.choose("strength per row", "strength per row", "strength per row", "") == "strength per row":
         case.penalty_strength = draft.uniform(0.0, 1.0, *(draft.rows if draft.draw(st.booleans()) else draft.rows[:1]))
 
 
@@ -269,13 +268,13 @@ class Tally:
         return "\n".join([*lines, f"rarest pairs: {rarest}"])
 
     def check(self):
-        """Asserts what the numbers of cases promise."""
-        assert self.share("more than one block") >= 0.2, self.report()
+        """Asserts what the shares of enough cases must be."""
+        if self.cases < ENOUGH_CASES:
+            return
+        assert self.share("more than one block") >= 0.25, self.report()
         assert self.share("transposed", "sliced", "expanded") >= 0.25, self.report()
-        if self.cases >= ENOUGH_CASES:
-            assert self.share("more than one block") >= 0.25, self.report()
-            few = [(count, pair) for count, pair in self.rare_pairs() if count < FEWEST_OF_A_PAIR]
-            assert not few, f"{few}\n{self.report()}"
+        few = [(count, pair) for count, pair in self.rare_pairs() if count < FEWEST_OF_A_PAIR]
+        assert not few, f"{few}\n{self.report()}"
 
 
 COSINES = {"angular margin", "combined margin"}
@@ -288,20 +287,24 @@ def excluded(pair):
     if "probabilities" in values:
         labels_only = {"margin", "margins", "slope", "fallback", "scale before the margin", "ignored rows", "labels"}
         return bool(labels_only & pair.keys())
+    # What is learned is a tensor, and uint8 has no room for the classes of several blocks.
+    not_per_row = {"no smoothing", "label smoothing"}
+    if ("learned label_smoothing" in values and values & not_per_row) or values == {"uint8", "more than one block"}:
+        return True
     cosine_only = {"slope", "fallback", "scale before the margin"}
     if "additive margin" in values:
         return bool(cosine_only & pair.keys())
-    # A uint8 label has no room for the classes of more than one block.
     return False
 
 
 def check_direction(case, found):
     """The found gradients along one direction, against central differences of the float64 formula; whether it applies.
 
-    Low precision makes ties, where a maximum has no slope; a straight-through gradient is none by design.
+    Low precision makes ties, where the penalty's maximum has no slope; a straight-through gradient is none by design.
     """
     straight = any("straight_through" in term for term in case.terms)
-    if not case.learned or straight or case.input.dtype in (torch.bfloat16, torch.float16):
+    tied = case.penalty is not None and case.input.dtype in (torch.bfloat16, torch.float16)
+    if not case.learned or straight or tied:
         return False
     double = cast(case, torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -330,7 +333,8 @@ def check_direction(case, found):
     if slope != slope:
         return False  # a mean over no rows
     parts = torch.cat([(found[name].double() * step).reshape(-1) for name, step in steps.items()])
-    tolerance = 1e-4 * float(parts.norm() + parts.abs().max()) + 1e-6 * (1 + abs(value(0.0)))
+    relative = 1e-4 + torch.finfo(case.input.dtype).eps
+    tolerance = relative * float(parts.norm() + parts.abs().max()) + 1e-6 * (1 + abs(value(0.0)))
     assert abs(float(parts.sum()) - slope) <= tolerance, (
         f"along a direction the gradients of {case.learned} give {float(parts.sum()):.9g}, finite differences "
         f"{slope:.9g}, allowed error {tolerance:.3g}"
@@ -350,6 +354,7 @@ def run(family, count, new=False):
         derandomize=not new,
         database=None,
         deadline=None,
+        phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
     @given(FAMILIES[family]())

@@ -21,8 +21,8 @@ from oracle import Case, check
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def fused(case: Case) -> torch.Tensor:
-    """The package's loss of a case."""
+def fused_terms(case: Case) -> list:
+    """The package's terms of a case."""
     import fusedloss
 
     kinds = {
@@ -34,6 +34,13 @@ def fused(case: Case) -> torch.Tensor:
         "angular": fusedloss.AngularMargin,
         "combined": lambda m2, m1, *rest: fusedloss.CombinedMargin(m1, m2, *rest),
     }
+    return [kinds[name](*values) for name, *values in case.terms]
+
+
+def fused(case: Case) -> torch.Tensor:
+    """The package's loss of a case."""
+    import fusedloss
+
     penalty = None
     if case.penalty is not None:
         margin, over, mix = case.penalty
@@ -45,7 +52,7 @@ def fused(case: Case) -> torch.Tensor:
         case.ignore_index,
         case.reduction,
         case.label_smoothing,
-        terms=[kinds[name](*values) for name, *values in case.terms],
+        terms=fused_terms(case),
         focal_gamma=case.focal_gamma,
         z_loss=case.z_loss,
         margin_penalty=penalty,

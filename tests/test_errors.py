@@ -307,7 +307,7 @@ VALUES = {
     "sample_weight must be finite and at least 0; got -1.0 at (0,)": "y, sample_weight=-torch.ones(3)",
     "weight must be finite and at least 0; got nan at (2,)": "y, torch.tensor([1.0, 1.0, float('nan'), 1.0, 1.0])",
     "target must be finite and at least 0; got -0.5 at (0, 1)": "torch.tensor([[1.5, -0.5, 0, 0, 0]]).expand(3, 5)",
-    "target: probabilities must sum to 1 over the classes; got 2.0 at row (0,)": "torch.full((3, 5), 0.4)",
+    "target: probabilities must sum to 1 over classes; got 2.0 at row (0,)": "torch.full((3, 5), 0.4)",
     "MarginPenalty: strength must be between 0 and 1; got 2.0 at (0,)": (
         "y, margin_penalty=fusedloss.MarginPenalty(1.0, torch.full((3,), 2.0), mix=True)"
     ),

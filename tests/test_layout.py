@@ -17,7 +17,7 @@ LAYERS = (
     ("terms", "rows"),
     ("backends",),
     ("ops",),
-    ("statistics",),
+    ("statistics", "distributed"),
     ("functional",),
     ("modules", "longtail", "calibration", "metrics"),
     ("features", "train", "integrations"),

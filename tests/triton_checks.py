@@ -35,7 +35,7 @@ WITH_HINGE = f"{EVERY} hinge"
 
 
 def call(device: str, tile: tuple[int, int, int] | None, function: str, *arguments: Any) -> Any:
-    """A function of the backend, in tiles of that size; every run of it gives the same bits."""
+    """A function of the backend, in tiles of that size."""
     from fusedloss.backends.triton import launch, softmax_ce
 
     moved = [on_device(value, device) for value in arguments]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -230,18 +231,22 @@ def guess(made: dict[str, Any], leaf: Leaves) -> tuple[Tensor, Tensor]:
 
 
 def repeated(device: str, function: Callable[[], Any]) -> Any:
-    """What the function returns; every time it must be the same bits.
+    """What the function returns.
 
-    On a GPU it also runs where waiting for the device is an error, and is captured in a graph and replayed.
+    On a GPU it must return the same bits every time: again, where waiting for the device is an error, and captured in a
+    graph and replayed.
     """
-    first, others = function(), [function()]
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            others.append(function())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
+    first = function()
+    if device != "cuda":
+        return first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        others = [function()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    # Without PyTorch's own allocator, as under compute-sanitizer, nothing can be captured.
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             others.append(function())

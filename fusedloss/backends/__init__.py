@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 NAMES = ("reference", "cpp", "triton")
-OPERATIONS = ("softmax_ce", "class_stats", "linear_ce")
+OPERATIONS = ("softmax_ce", "class_stats", "linear_ce", "supcon")
 
 _PREFERRED = {"cpu": "cpp", "cuda": "triton"}
 _forced: str | None = os.environ.get("FUSEDLOSS_BACKEND") or None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # A chunk's logits: each chunk reads the weight and its gradient again, so the largest that leaves peak memory small.
 _CHUNK_BYTES = 56_000_000
+_CHUNK_BYTES_ON_DEVICE = 1 << 28
 _ADDED_AT_ONCE = 1 << 22
 
 
@@ -65,7 +66,8 @@ class ChunkedHead:
     def chunks(self) -> Iterator[slice]:
         """Ranges of rows, of nearly the same length."""
         rows, num_classes = len(self.inputs.input), len(self.inputs.weight)
-        most = max(1, _CHUNK_BYTES // (num_classes * self.dtype.itemsize))
+        size = _CHUNK_BYTES if self.inputs.input.device.type == "cpu" else _CHUNK_BYTES_ON_DEVICE
+        most = max(1, size // (num_classes * self.dtype.itemsize))
         count = -(-rows // most)
         for i in range(count):
             yield slice(rows * i // count, rows * (i + 1) // count)
@@ -150,10 +152,9 @@ class HeadGradients:
             else:
                 part.copy_(product)
 
-    def started(self) -> HeadGradients:
-        """Zero where there was no chunk."""
+    def zero_if_none_came(self) -> None:
+        """Without a chunk the sums were never written."""
         if not self._started:
             for sums in (self.input, self.weight):
                 if sums is not None:
                     sums.zero_()
-        return self

@@ -44,12 +44,14 @@ class _Chunk(NamedTuple):
     label_slope: Tensor | None
 
 
-class _Walk:
+class Walk:
     """One pass over the chunks, and the gradients that gather on the way."""
 
-    def __init__(self, kernels: Kernels, inputs: LinearInputs, wanted: LinearWanted) -> None:
+    def __init__(
+        self, kernels: Kernels, inputs: LinearInputs, wanted: LinearWanted, head: ChunkedHead | None = None
+    ) -> None:
         self.kernels, self.inputs, self.wanted = kernels, inputs, wanted
-        self.head = ChunkedHead(inputs, kernels.prepared)
+        self.head = head or ChunkedHead(inputs, kernels.prepared)
         self.sums = HeadGradients(self.head, wanted.input, wanted.weight)
         self.label = inputs.label_logit is not None
         # A normalised label's slope may be steep: it goes beside the product, in double.
@@ -99,7 +101,7 @@ class _Walk:
 
     def finish(self, label_gradient: Tensor | None, ignore_index: int) -> list[Tensor]:
         """The gradients of input, weight, scale, bias and label_logit, those wanted."""
-        inputs, sums = self.inputs, self.sums.started()
+        inputs, sums = self.inputs, self.sums
         if self.head.normalized:
             for rows, norm, gradient, divide in (
                 (inputs.input, inputs.input_norm, sums.input, True),
@@ -132,12 +134,12 @@ def linear_ce(kernels: Kernels, inputs: LinearInputs, per_row: tuple[Tensor | No
     """The loss, each row's, and the wanted gradients; `per_row` and `options` are softmax_ce's, mean the last."""
     *numbers, mean = options
     smoothing, row_scale, penalty = per_row
-    walk = _Walk(kernels, inputs, wanted)
+    walk = Walk(kernels, inputs, wanted)
     count = len(inputs.input)
-    denominator = _denominator(inputs, numbers[-1]) if mean else None
+    counted = denominator(inputs, numbers[-1]) if mean else None
     scale = row_scale
-    if denominator is not None:
-        share = denominator.reciprocal().to(inputs.compute_dtype)
+    if counted is not None:
+        share = counted.reciprocal().to(inputs.compute_dtype)
         scale = share.expand(count).contiguous() if scale is None else scale * share
     asked = [walk.slopes_wanted, walk.columns_wanted, wanted.row_smoothing, walk.label_wanted, wanted.row_penalty]
     row_loss = inputs.input.new_empty(count, dtype=inputs.compute_dtype)
@@ -158,16 +160,17 @@ def linear_ce(kernels: Kernels, inputs: LinearInputs, per_row: tuple[Tensor | No
         rows_found.append(walk.take(chunk, gradients))
     found = iter(_joined(rows_found, sum(asked[2:]), row_loss))
     smoothing_slope, label_gradient, penalty_slope = (next(found) if want else None for want in asked[2:])
+    walk.sums.zero_if_none_came()
     gradients = walk.finish(label_gradient, numbers[-1])
     gradients += [slope for slope in (smoothing_slope, penalty_slope) if slope is not None]
     total = row_loss.double() if row_scale is None else row_loss.double() * row_scale
-    loss = total.sum() if denominator is None else total.sum() / denominator
+    loss = total.sum() if counted is None else total.sum() / counted
     return loss.to(inputs.compute_dtype), row_loss, gradients
 
 
 def linear_stats(kernels: Kernels, inputs: LinearInputs, options: tuple) -> tuple[Tensor, ...]:
     """softmax_stats of the logits; `options` are penalty_margin, ignore_index and the three wants."""
-    walk = _Walk(kernels, inputs, LinearWanted())
+    walk = Walk(kernels, inputs, LinearWanted())
     found = [
         kernels.softmax.softmax_stats(*walk.logit_arguments(chunk), chunk.label_logit, inputs.soft_cap, *options)
         for chunk in walk.chunks()
@@ -184,7 +187,7 @@ def linear_stats(kernels: Kernels, inputs: LinearInputs, options: tuple) -> tupl
 def linear_sweep(kernels: Kernels, inputs: LinearInputs, saved: tuple[Tensor, ...], numbers: tuple,
                  upstream: tuple[Tensor | None, ...], wanted: LinearWanted) -> list[Tensor]:  # fmt: skip
     """Carries gradients of the statistics back; the products are formed again."""
-    walk = _Walk(kernels, inputs, wanted)
+    walk = Walk(kernels, inputs, wanted)
     asked = [walk.slopes_wanted, walk.columns_wanted, walk.label_wanted]
     rows_found = []
     for chunk in walk.chunks():
@@ -201,6 +204,7 @@ def linear_sweep(kernels: Kernels, inputs: LinearInputs, saved: tuple[Tensor, ..
         )
         rows_found.append(walk.take(chunk, gradients))
     found = _joined(rows_found, int(walk.label_wanted), saved[0])
+    walk.sums.zero_if_none_came()
     return walk.finish(found[0] if found else None, numbers[-1])
 
 
@@ -208,7 +212,7 @@ def _joined(parts: list[list[Tensor]], count: int, like: Tensor) -> list[Tensor]
     return [torch.cat(each) for each in zip(*parts, strict=True)] if parts else [like.new_empty(0)] * count
 
 
-def _denominator(inputs: LinearInputs, ignore_index: int) -> Tensor:
+def denominator(inputs: LinearInputs, ignore_index: int) -> Tensor:
     """What torch's mean divides by, in float64: the target weights of the rows kept, or the rows of soft targets."""
     target = inputs.target
     if target.is_floating_point():

@@ -47,27 +47,36 @@ class Extra:
 
 
 class _UnitRows(torch.autograd.Function):
-    """x / |x| in one pass, and its derivative (g - u <u, g>) / |x| in three; plain operations, so it differentiates on."""
+    """u = x / |x| in one pass, and its derivative (g - u <u, g>) / |x| in three."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x):
-        # Squares of float32 rows of length 1e20 or 1e-25 fit in float64 alone.
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).to(x.dtype)
-        length = length.masked_fill(length == 0, torch.inf)
+        length = _length(x)
         return x / length, length
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output)
+        ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
     def backward(ctx, gradient, _):
-        unit, length = ctx.saved_tensors
+        x, unit, length = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A second derivative goes through both.
+            length = _length(x)
+            unit = x / length
         along = (unit * gradient).sum(1, keepdim=True)
         return torch.addcmul(gradient, unit, along, value=-1) / length
+
+
+def _length(x: Tensor) -> Tensor:
+    """``(N, 1)``, infinite for a zero row."""
+    # Squares of float32 rows of length 1e20 or 1e-25 fit in float64 alone.
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).to(x.dtype)
+    return length.masked_fill(length == 0, torch.inf)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -83,11 +92,11 @@ def assembled(
     temperature: float | Tensor,
     normalize: bool,
     class_balance: bool,
-    ignore_index: int,
+    ignore_index: int | None,
     anchors: int,
     views: int,
 ) -> Contrast:
-    """Everything but the reduction; `rows` ``(V * B, D)`` are view-major, `labels` ``(V * B,)``."""
+    """Everything but the reduction; the first `anchors` of `rows` are the anchors, and there are labels or a mask."""
     dtype = ops.compute_dtype(rows.dtype)
     parts = [rows]
     if extra.prototypes is not None:
@@ -106,7 +115,8 @@ def assembled(
         codes = torch.zeros(len(features), dtype=torch.int32, device=rows.device)
         per_positive = _per_positive_of_mask(mask, anchors, views, dtype)
         return Contrast(features, codes, mask, None, per_positive, scale, anchors, learned, normalize, None)
-    classes = _classes(rows, labels, extra, ignore_index, views)
+    assert labels is not None
+    classes = _classes(labels, extra, ignore_index)
     codes, size = classes.codes, classes.size.to(dtype)
     prototypes = slice(len(rows), learned)
     share = features.new_ones(len(features))
@@ -167,18 +177,16 @@ class _Classes:
         return torch.cat([found, values[len(found) :]])
 
 
-def _classes(rows: Tensor, labels: Tensor | None, extra: Extra, ignore_index: int, views: int) -> _Classes:
-    if labels is None:
-        own = torch.arange(len(rows) // views, device=rows.device).repeat(views)
-        return _Classes(own, None, 0 if extra.contrast is None else len(extra.contrast))
+def _classes(labels: Tensor, extra: Extra, ignore_index: int | None) -> _Classes:
     known = [labels]
     if extra.prototype_labels is not None:
         known.append(extra.prototype_labels)
+    unknown = 0
     if extra.contrast_labels is not None:
         known.append(extra.contrast_labels)
-    unknown = extra.contrast is not None and extra.contrast_labels is None
-    more = len(extra.contrast) if extra.contrast is not None and unknown else 0
-    return _Classes(torch.cat(known), ignore_index, more)
+    elif extra.contrast is not None:
+        unknown = len(extra.contrast)
+    return _Classes(torch.cat(known) if len(known) > 1 else labels, ignore_index, unknown)
 
 
 def _per_positive_of_mask(mask: Tensor, anchors: int, views: int, dtype: torch.dtype) -> Tensor:

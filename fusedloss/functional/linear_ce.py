@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.functional.linear_head import LinearHead, checked_head
+from fusedloss.functional.linear_sampling import sampled
 from fusedloss.functional.problem import Problem, checked
 from fusedloss.functional.softmax_ce import (
     RowStatistics,
     backend_of,
-    cross_entropy,
     finished,
+    loss_of,
     statistics_options,
     sweep_options,
 )
@@ -29,6 +31,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     normalize: bool = False,
+    sample_rate: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -52,6 +55,8 @@ def linear_cross_entropy(
         target: labels ``(B,)`` or ``()``, or probabilities ``(B, K)`` or ``(K,)``.
         linear_bias: ``(K,)``.
         normalize: cosine logits; a row of zeros has cosine 0 with everything, and gradient 0.
+        sample_rate: the share of classes kept in the softmax, drawn at each call: the batch's own always are, and no
+            fewer than there are rows (PartialFC). Rows of other classes get gradient 0.
         weight, ignore_index, reduction, label_smoothing, terms, focal_gamma, z_loss, margin_penalty, sample_weight,
             return_stats: as in ``fusedloss.cross_entropy``.
 
@@ -70,23 +75,40 @@ def linear_cross_entropy(
     tensor(0.3133)
     """
     head = checked_head(input, linear_weight, linear_bias, normalize)
-    options = {
-        "label_smoothing": label_smoothing,
-        "terms": terms,
-        "focal_gamma": focal_gamma,
-        "z_loss": z_loss,
-        "margin_penalty": margin_penalty,
-        "sample_weight": sample_weight,
-    }
-    problem = checked(head.stand_in(), target, weight, ignore_index, reduction, **options)
-    if backend_of(problem, return_stats) == "reference" or not _capped_first(problem, head):
-        options["return_stats"] = return_stats
-        return cross_entropy(head.logits(), target, weight, ignore_index, reduction, **options)
+    problem = checked(
+        head.stand_in(),
+        target,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        terms,
+        focal_gamma,
+        z_loss,
+        margin_penalty,
+        sample_weight,
+    )
+    kept = None
+    if sample_rate is not None:
+        problem, head, kept = sampled(problem, head, sample_rate)
+    found = _loss(problem, head, reduction, return_stats)
+    if kept is None or not isinstance(found, tuple):
+        return found
+    loss, statistics = found
+    return loss, statistics._replace(prediction=kept[statistics.prediction])
+
+
+def _loss(
+    problem: Problem, head: LinearHead, reduction: str, return_stats: bool
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    backend = backend_of(problem, return_stats)
+    if backend == "reference" or not _capped_first(problem, head):
+        return loss_of(replace(problem, logits=head.logits()), reduction, return_stats)
     inputs = _inputs(problem, head)
     learned = torch.is_grad_enabled() and (head.input.requires_grad or head.weight.requires_grad)
     # A float16 gradient made before the gradient scaler's factor arrives would underflow: sweep in the backward.
     whole = reduction != "none" and not return_stats and not (head.input.dtype == torch.float16 and learned)
-    if whole and (sample_weight is None or len(head.input)):
+    if whole and (problem.sample_weight is None or len(head.input)):
         return ops.linear_ce(inputs, *sweep_options(problem, reduction == "mean"))
     found = ops.linear_stats(inputs, statistics_options(problem, return_stats))
     statistics = Statistics(

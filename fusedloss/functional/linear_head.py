@@ -23,9 +23,8 @@ class LinearHead:
     one_row: bool  # whether the caller gave one row, (D,)
 
     def logits(self) -> Tensor:
-        """All of them, ``(B, K)``, or ``(K,)`` for one row."""
-        logits = linear_logits(self.input, self.weight, self.bias, self.normalize)
-        return logits.squeeze(0) if self.one_row else logits
+        """All of them, ``(B, K)``."""
+        return linear_logits(self.input, self.weight, self.bias, self.normalize)
 
     def stand_in(self) -> Tensor:
         """Shape, type and device of the logits in one element of memory."""

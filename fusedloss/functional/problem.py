@@ -14,7 +14,16 @@ from fusedloss import ops
 from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.backends.reference.softmax_ce import terms_applied
 from fusedloss.rows import MarginPenalty, Row
-from fusedloss.terms import AffineTerm, ClassTemperature, MarginTerm, SoftCap, Term, fold_affine, label_chain
+from fusedloss.terms import (
+    AffineTerm,
+    ClassTemperature,
+    MarginTerm,
+    SoftCap,
+    Term,
+    fold_affine,
+    label_chain,
+    tensors_of,
+)
 
 _CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
 _LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -75,9 +84,10 @@ class Problem:
 
     def _capped(self) -> tuple[Tensor, tuple[Term, ...], float]:
         """Logits after all that precedes the last soft cap, the terms that follow it, and the cap (0 without one)."""
-        last = max((i for i, term in enumerate(self.terms) if isinstance(term, SoftCap)), default=-1)
-        if last < 0:
+        caps = [i for i, term in enumerate(self.terms) if isinstance(term, SoftCap)]
+        if not caps:
             return self.logits, self.terms, 0.0
+        last = caps[-1]
         cap = self.terms[last].cap  # type: ignore[attr-defined]
         eager = self.terms[: last + 1] if isinstance(cap, Tensor) else self.terms[:last]
         logits = self.logits
@@ -208,12 +218,12 @@ def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    if isinstance(value, Tensor) or not (torch.compiler.is_compiling() or hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
 
 
 def _check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, Tensor) or not hasattr(ignore_index, "__index__"):
+    if isinstance(ignore_index, Tensor) or not (torch.compiler.is_compiling() or hasattr(ignore_index, "__index__")):
         raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits; got {ignore_index}")
@@ -269,7 +279,7 @@ def _check_probabilities(target: Tensor) -> None:
     off = (sums - 1).abs() > 0.01
     if bool(off.any()):
         index = tuple(int(i) for i in off.nonzero()[0])
-        raise ValueError(f"target: probabilities must sum to 1 over the classes; got {float(sums[index])} at row {index}")
+        raise ValueError(f"target: probabilities must sum to 1 over classes; got {float(sums[index])} at row {index}")
 
 
 def _check_per_row(name: str, value: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
@@ -304,11 +314,11 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
 
 def check_terms(terms: Sequence[Term], logits: Tensor, target: Tensor) -> tuple[Term, ...]:
     """The terms as a tuple; ValueError or TypeError where one does not fit logits and target."""
-    if not isinstance(terms, Sequence | Term):
+    if not isinstance(terms, (Sequence, Term)):
         raise TypeError(f"terms must be a sequence of fusedloss.terms; got {type(terms).__name__}")
     checked_terms: list[Term] = []
     for term in (terms,) if isinstance(terms, Term) else terms:
-        if not isinstance(term, AffineTerm | MarginTerm | SoftCap):
+        if not isinstance(term, (AffineTerm, MarginTerm, SoftCap)):
             got = getattr(term, "__name__", type(term).__name__)
             raise TypeError(f"terms must hold objects of fusedloss.terms; got {got}")
         term.check(logits.shape[1])
@@ -317,12 +327,12 @@ def check_terms(terms: Sequence[Term], logits: Tensor, target: Tensor) -> tuple[
                 f"terms: {type(term).__name__} changes the labelled class; got probability targets (for mixup, mix the "
                 "losses of both labels)"
             )
-        for name, value in vars(term).items():
-            if isinstance(value, Tensor) and value.device != logits.device:
+        for name, value in tensors_of(term).items():
+            if value.device != logits.device:
                 raise ValueError(
                     f"{type(term).__name__}: {name} must be on the device of input, {logits.device}; got {value.device}"
                 )
-            per_row = isinstance(term, MarginTerm) and isinstance(value, Tensor) and value.dim() == 2
+            per_row = isinstance(term, MarginTerm) and value.dim() == 2
             if per_row and value.shape[0] != logits.shape[0]:
                 raise ValueError(
                     f"{type(term).__name__}: {name} must have shape ({logits.shape[0]}, 1), one value per row; got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -91,13 +92,22 @@ def cross_entropy(
         margin_penalty,
         sample_weight,
     )
+    return loss_of(problem, reduction, return_stats)
+
+
+def loss_of(problem: Problem, reduction: str, return_stats: bool) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The reduced loss of a checked problem, with RowStatistics when asked."""
+    logits = problem.logits
     backend = backend_of(problem, return_stats)
     # A float16 gradient made before the gradient scaler's factor arrives would underflow: sweep in the backward.
-    whole = reduction != "none" and not return_stats and (input.dtype != torch.float16 or not input.requires_grad)
-    if sample_weight is not None and input.numel() == 0:
+    whole = reduction != "none" and not return_stats and (logits.dtype != torch.float16 or not logits.requires_grad)
+    if problem.sample_weight is not None and logits.numel() == 0:
         whole = False  # a mean over no rows is 0 / 0
     if whole and backend != "reference":
         return _reduced_in_one_sweep(problem, reduction == "mean")
+    if backend == "reference":
+        # Widened once: where rows read the logits twice, a gradient for each would be rounded to their dtype and added.
+        problem = replace(problem, logits=logits.to(problem.dtype))
     statistics, extra = _row_statistics(problem, backend, return_stats)
     return finished(problem, statistics, extra, reduction)
 
@@ -130,14 +140,15 @@ def _row_loss(problem: Problem, statistics: Statistics) -> Tensor:
         statistics = statistics._replace(cross_entropy=focal)
         row = Row(z_loss=row.z_loss, penalty=row.penalty)
     row_loss = row.loss(statistics, problem.num_classes)
-    if not problem.soft and row.z_loss != 0:
+    # An ignored row has its own lse, and nothing that a row learns may see a mean over no rows.
+    if not problem.soft and (row.z_loss != 0 or row.learns):
         row_loss = torch.where(problem.target != problem.ignore_index, row_loss, row_loss.new_zeros(()))
     return row_loss
 
 
 def backend_of(problem: Problem, return_stats: bool) -> str:
     # torch.func transforms see through plain PyTorch only.
-    if _transformed():
+    if transformed():
         return "reference"
     # Nor do the kernels give probability targets a gradient.
     if problem.target.requires_grad and torch.is_grad_enabled():
@@ -151,7 +162,8 @@ def backend_of(problem: Problem, return_stats: bool) -> str:
     return backends.answering(problem.logits.device.type)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Whether a torch.func transform is at work, which sees through plain PyTorch only."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -192,7 +204,7 @@ def _row_statistics(
     logits, target = problem.logits, problem.target
     penalty = problem.row.penalty
     if backend == "reference":
-        readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
+        readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
         if readable and not problem.soft:
             check_labels(target, problem.num_classes, problem.ignore_index, "target")
         statistics = reference.row_statistics(
@@ -221,9 +233,7 @@ def statistics_options(problem: Problem, return_stats: bool) -> ops.StatisticsOp
     """What the operation that makes statistics takes beside its inputs."""
     penalty = problem.row.penalty
     margin = 0.0 if penalty is None else penalty.margin
-    return ops.StatisticsOptions(
-        margin, problem.ignore_index, problem.row.smooths, penalty is not None, return_stats
-    )
+    return ops.StatisticsOptions(margin, problem.ignore_index, problem.row.smooths, penalty is not None, return_stats)
 
 
 def _reduce(problem: Problem, row_loss: Tensor, reduction: str) -> Tensor:

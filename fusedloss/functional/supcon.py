@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fusedloss import backends, ops
+from fusedloss import backends, distributed, ops
 from fusedloss.backends.reference import supcon as reference
 from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.functional.contrast import (
@@ -40,7 +42,7 @@ def supcon(
     contrast: Tensor | None = None,
     contrast_labels: Tensor | None = None,
     contrast_mode: str = "all",
-    group: object | None = None,
+    group: dist.ProcessGroup | None = None,
     prototype_weight: float = 1.0,
     prototype_bias: Tensor | None = None,
     focal_gamma: float = 0.0,
@@ -68,7 +70,9 @@ def supcon(
         contrast, contrast_labels: ``(Q, D)``, ``(Q,)``: more contrasts, without gradient (a memory bank); without
             labels they are nobody's positives.
         contrast_mode: ``"all"`` views are anchors, or ``"one"``: the first.
-        group: a ``torch.distributed`` process group: the rows of all ranks are contrasts.
+        group: a ``torch.distributed`` process group: the rows of all ranks are contrasts, and value and gradients are
+            those of one process that holds all rows (under DDP, which averages gradients, multiply by its ranks).
+            ``"none"`` gives this rank's anchors; host and device are synchronised.
         prototype_weight: how much a prototype counts in the mean over positives, where a row counts 1.
         prototype_bias: ``(P,)``, added to the similarities of the prototypes (a log prior: logit adjustment); no
             gradient.
@@ -95,28 +99,31 @@ def supcon(
     samples = len(features)
     views = 1 if features.dim() == 2 else features.shape[1]
     rows = features if features.dim() == 2 else features.flatten(2).transpose(0, 1).reshape(views * samples, -1)
-    labels = None if labels is None else checked_labels("labels", labels, samples, features).repeat(views)
+    labels = None if labels is None else checked_labels("labels", labels, samples, features)
     mask = None if mask is None else checked_mask(mask, samples, features)
     extra = _checked_extra(
         rows, labels, mask, prototypes, prototype_labels, prototype_weight, prototype_bias, contrast, contrast_labels
     )
-    if mask is not None and class_balance:
-        raise ValueError("class_balance needs labels; got a mask")
-    if group is not None:
-        raise NotImplementedError("group: gathering the rows of several processes is not there yet")
+    if mask is not None and (class_balance or group is not None):
+        raise ValueError(f"{'class_balance' if class_balance else 'group'} needs labels, or none; got a mask")
     weight = _anchor_weight(class_weight, labels, ignore_index, features)
-    problem = assembled(
-        rows, labels, mask, extra, temperature, normalize, class_balance, ignore_index,
-        samples if contrast_mode == "one" else len(rows), views,
-    )  # fmt: skip
+    anchors = samples if contrast_mode == "one" else len(rows)
+    ignored = None if labels is None else ignore_index
+    if mask is None:
+        labels = torch.arange(samples, device=features.device) if labels is None else labels
+        if group is not None:
+            rows, labels, extra, temperature = _of_all_ranks(rows, labels, ignored, extra, temperature, group)
+        else:
+            labels = labels.repeat(views)
+    problem = assembled(rows, labels, mask, extra, temperature, normalize, class_balance, ignored, anchors, views)
     loss = _row_loss(problem)
     if problem.offset is not None:
         loss = loss + problem.offset
-    weight = None if weight is None else weight[: problem.anchors]
+    weight = None if weight is None else weight.repeat(views)[:anchors]
     if focal_gamma != 0:
         focus = _focus(problem, loss, focal_gamma)
         weight = focus if weight is None else weight * focus
-    return _reduced(loss, weight, problem.per_positive > 0, reduction)
+    return _reduced(loss, weight, problem.per_positive > 0, reduction, group)
 
 
 def _row_loss(problem: Contrast) -> Tensor:
@@ -141,18 +148,46 @@ def _focus(problem: Contrast, loss: Tensor, gamma: float) -> Tensor:
     return (1 - of_positives * problem.per_positive).clamp(0, 1) ** gamma
 
 
-def _reduced(loss: Tensor, weight: Tensor | None, counted: Tensor, reduction: str) -> Tensor:
+def _reduced(
+    loss: Tensor, weight: Tensor | None, counted: Tensor, reduction: str, group: dist.ProcessGroup | None
+) -> Tensor:
     if weight is not None:
         loss = loss * weight
     if reduction == "none":
         return loss
+    loss = loss.sum()
+    if group is not None:
+        loss = distributed.summed(loss, group)
     if reduction == "sum":
-        return loss.sum()
+        return loss
     if reduction == "mean_all":
         counted = torch.ones_like(counted)
     share = counted.to(loss.dtype) if weight is None else torch.where(counted, weight, 0.0)
-    total = share.sum()
-    return loss.sum() / torch.where(total == 0, torch.ones_like(total), total)
+    total = share.sum() if group is None else distributed.summed(share.sum(), group)
+    return loss / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _of_all_ranks(
+    rows: Tensor,
+    labels: Tensor,
+    ignored: int | None,
+    extra: Extra,
+    temperature: float | Tensor,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, Extra, float | Tensor]:
+    """This rank's rows and labels, then those of the others; samples without labels are numbered over all ranks."""
+    counts = distributed.row_counts(labels, group)
+    first = sum(counts[: dist.get_rank(group)])
+    views = len(rows) // max(len(labels), 1)
+    labels = (labels + first if ignored is None else labels).repeat(views)
+    begin, end = views * first, views * first + len(rows)
+    all_rows, all_labels = distributed.gathered_with_gradient(rows, group), distributed.gathered(labels, group)
+    if extra.prototypes is not None:
+        extra = replace(extra, prototypes=distributed.shared(extra.prototypes, group))
+    if isinstance(temperature, Tensor):
+        temperature = distributed.shared(temperature, group)
+    own_first = [torch.cat([part[begin:end], part[:begin], part[end:]]) for part in (all_rows, all_labels)]
+    return own_first[0], own_first[1], extra, temperature
 
 
 def _check_options(labels, mask, reduction, contrast_mode, focal_gamma, prototype_weight) -> None:

@@ -192,9 +192,9 @@ class FeDLaSLoss(CrossEntropyLoss):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         if self.gate is None:
             return torch.ones(len(logits), dtype=dtype, device=logits.device)
-        first = self.gate[0].weight
+        own = next(self.gate.parameters()).dtype
         with torch.autocast(logits.device.type, enabled=False):
-            p = self.gate(logits.detach().to(first.dtype)).softmax(1)
+            p = self.gate(logits.detach().to(own)).softmax(1)
         difference = (p[:, 0] - p[:, 1]).to(dtype)
         sign = torch.where(difference.detach() > 0, 1.0, -1.0).to(dtype)
         return sign + (difference - difference.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -134,5 +134,7 @@ class MbLSLoss(CrossEntropyLoss):
         tensor(0.5000)
     """
 
-    def __init__(self, margin: float = 10.0, strength: float = 0.1, *, over: str = "mean", **keywords: Any) -> None:
+    def __init__(
+        self, margin: float = 10.0, strength: float = 0.1, *, over: Literal["mean", "sum"] = "mean", **keywords: Any
+    ) -> None:
         super().__init__(margin_penalty=MarginPenalty(margin, strength, over), **keywords)

@@ -101,7 +101,7 @@ class RowLoss(nn.Module):
         return z
 
     def _terms(self) -> tuple[Term, ...]:
-        return tuple(registered.current() for registered in self.terms)
+        return tuple(registered.current() for registered in self.terms)  # type: ignore[operator, union-attr]
 
 
 class FLSD53Loss(RowLoss):
@@ -178,6 +178,7 @@ class DualFocalLoss(RowLoss):
             column = torch.where(none, self.ignore_index, column)
         # The probability of any class is a row of its own: nothing of size (B, K) is written but the gradient.
         minus_log_p = functional.cross_entropy(logits, column, None, self.ignore_index, "none", terms=self._terms())
+        assert isinstance(minus_log_p, Tensor)
         runner_up = torch.where(none, torch.zeros_like(minus_log_p), torch.exp(-minus_log_p))
         return (runner_up - torch.expm1(-cross_entropy)) ** self.gamma * cross_entropy
 

@@ -1,7 +1,7 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
-from fusedloss.ops.class_stats import ClassTensors, class_stats
 from fusedloss.backends.linear_chunks import LinearInputs
+from fusedloss.ops.class_stats import ClassTensors, class_stats
 from fusedloss.ops.library import compute_dtype
 from fusedloss.ops.linear_ce import label_products, linear_ce, linear_stats, row_norms
 from fusedloss.ops.softmax_ce import (
@@ -16,13 +16,9 @@ from fusedloss.ops.softmax_ce import (
 from fusedloss.ops.supcon import AnchorSums, supcon
 
 __all__ = [
-    "LinearInputs",
-    "label_products",
-    "linear_ce",
-    "linear_stats",
-    "row_norms",
     "AnchorSums",
     "ClassTensors",
+    "LinearInputs",
     "LogitInputs",
     "RowInputs",
     "RowTensors",
@@ -30,6 +26,10 @@ __all__ = [
     "StatisticsOptions",
     "class_stats",
     "compute_dtype",
+    "label_products",
+    "linear_ce",
+    "linear_stats",
+    "row_norms",
     "softmax_ce",
     "softmax_stats",
     "supcon",

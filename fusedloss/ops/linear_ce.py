@@ -5,8 +5,8 @@
 ``row_norms``      exact lengths (float64, infinite for a row of zeros); ``label_products`` each row's product with its
                    label's row, or their cosine, in float64. Neither has a gradient: linear_ce's holds it.
 
-All work on ``z = scale * c(x . w) + bias``, where x and w are divided by ``input_norm`` and ``class_norm`` if given and c
-is a soft cap or nothing; ``label_logit`` stands in for z at the label, ``label_slope`` is its slope in the product.
+All work on ``z = scale * c(x . w) + bias``, where x and w are divided by ``input_norm`` and ``class_norm`` if given and
+c is a soft cap or nothing; ``label_logit`` stands in for z at the label, ``label_slope`` is its slope in the product.
 """
 
 from __future__ import annotations

@@ -53,10 +53,18 @@ class LogitInputs(NamedTuple):
     label_slope: Tensor | None = None
     soft_cap: float = 0.0
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the soft cap."""
-        return self[:7]
+
+def _tensors(inputs: LogitInputs) -> tuple[Tensor | None, ...]:
+    """All but the soft cap, by name: torch.compile of torch 2.8 can trace neither a slice nor a property of it."""
+    return (
+        inputs.logits,
+        inputs.target,
+        inputs.scale,
+        inputs.bias,
+        inputs.class_weight,
+        inputs.label_logit,
+        inputs.label_slope,
+    )
 
 
 class RowInputs(NamedTuple):
@@ -120,9 +128,9 @@ def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_m
 
 def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: SoftmaxOptions) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
-    if torch.is_grad_enabled() and _any_requires_grad(*inputs.tensors, *rows):
-        return _SoftmaxCE.apply(*inputs.tensors, *rows, inputs.soft_cap, options)
-    return _cross_entropy(inputs.tensors, rows, inputs.soft_cap, options, [False] * 5)[0]
+    if torch.is_grad_enabled() and _any_requires_grad(*_tensors(inputs), *rows):
+        return _SoftmaxCE.apply(*_tensors(inputs), *rows, inputs.soft_cap, options)
+    return _cross_entropy(_tensors(inputs), rows, inputs.soft_cap, options, [False] * 5)[0]
 
 
 def _cross_entropy(tensors, rows, soft_cap, options, wanted) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -197,13 +205,13 @@ class StatisticsOptions(NamedTuple):
 
 def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors:
     """The statistics of each row, differentiable in the six that ``rows.Statistics`` names."""
-    if torch.is_grad_enabled() and _any_requires_grad(*inputs.tensors):
+    if torch.is_grad_enabled() and _any_requires_grad(*_tensors(inputs)):
         return RowTensors(*_SoftmaxStatistics.apply(*inputs, options))
     return _statistics(inputs, options)
 
 
 def _statistics(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors:
-    return RowTensors(*call("softmax_ce", "softmax_stats", *inputs[:6], inputs.soft_cap, *options))
+    return RowTensors(*call("softmax_ce", "softmax_stats", *_tensors(inputs)[:6], inputs.soft_cap, *options))
 
 
 class _SoftmaxStatistics(torch.autograd.Function):
@@ -217,7 +225,7 @@ class _SoftmaxStatistics(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.soft_cap, ctx.options = soft_cap, options
         ctx.wanted = _wanted(logits, scale, bias, label_logit)
-        ctx.save_for_backward(*inputs.tensors, found.row_max, found.row_sum, found.rest)
+        ctx.save_for_backward(*_tensors(inputs), found.row_max, found.row_sum, found.rest)
         return tuple(found)
 
     @staticmethod
@@ -235,12 +243,18 @@ class _SoftmaxStatistics(torch.autograd.Function):
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  any() over a generator takes three times as long
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _wanted(logits: Tensor, scale: Tensor | None, bias: Tensor | None, *rows: Tensor | None) -> list[bool]:
     """Which gradients to compute: of the logits, of scale and bias together, of each tensor in `rows`."""
-    return [logits.requires_grad, _any_requires_grad(scale, bias), *(_any_requires_grad(tensor) for tensor in rows)]
+    wanted = [logits.requires_grad, _any_requires_grad(scale, bias)]
+    for tensor in rows:
+        wanted.append(tensor is not None and tensor.requires_grad)
+    return wanted
 
 
 def _of_logits(found: Iterator[Tensor], wanted: list[bool], need: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ pass over the logits. Tensors in a term get gradients when they require them.
 from fusedloss.terms.affine import AffineTerm, ClassTemperature, Prior, Scale, fold_affine
 from fusedloss.terms.margins import AdditiveMargin, AngularMargin, CombinedMargin
 from fusedloss.terms.soft_cap import SoftCap
-from fusedloss.terms.term import MarginTerm, Term, label_chain, per_class, per_row, widened
+from fusedloss.terms.term import MarginTerm, Term, label_chain, per_class, per_row, tensors_of, widened
 
 __all__ = [
     "AdditiveMargin",
@@ -24,5 +24,6 @@ __all__ = [
     "label_chain",
     "per_class",
     "per_row",
+    "tensors_of",
     "widened",
 ]

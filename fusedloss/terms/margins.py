@@ -133,7 +133,7 @@ class CombinedMargin(MarginTerm):
     def label(self, z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor | float]:
         cosine = checked_cosine("CombinedMargin", z)
         m1, m2, m3 = (per_row(value, classes) for value in (self.m1, self.m2, self.m3))
-        if isinstance(m1, float | int) and m1 == 1:
+        if isinstance(m1, (float, int)) and m1 == 1:
             value, slope = angle_added(cosine, m2, self.fallback)
         else:
             value, slope = _angle_multiplied(cosine, m1, m2, self.fallback)

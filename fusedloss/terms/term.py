@@ -71,9 +71,16 @@ def label_chain(z: Tensor, classes: Tensor, terms: Sequence[Term]) -> tuple[Tens
     return value, (slope.to(z.dtype).expand(z.shape) if isinstance(slope, Tensor) else torch.full_like(z, slope))
 
 
+def tensors_of(term: Term) -> dict[str, Tensor]:
+    """The fields that hold tensors, by name."""
+    # Not vars(): torch.compile of torch 2.8 cannot trace it.
+    fields = {name: getattr(term, name) for name in type(term).__dataclass_fields__}
+    return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+
 def widened(term: AnyTerm, dtype: torch.dtype) -> AnyTerm:
     """The term with its tensors in `dtype`, so that nothing is rounded to theirs on the way to the coefficients."""
-    tensors = {name: value for name, value in vars(term).items() if isinstance(value, Tensor) and value.dtype != dtype}
+    tensors = {name: value for name, value in tensors_of(term).items() if value.dtype != dtype}
     if not tensors:
         return term
     term = copy.copy(term)
@@ -108,7 +115,7 @@ def check_number(name: str, value: Tensor | float, minimum_exclusive: float = -m
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a float or a floating-point tensor; got dtype {value.dtype}")
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor; got {type(value).__name__}")
     if not math.isfinite(value) or value <= minimum_exclusive:
         allowed = "finite" if minimum_exclusive == -math.inf else f"finite and above {minimum_exclusive:g}"

@@ -36,13 +36,16 @@ def evaluate_run(
     *,
     rows: str = "auto",
     calibrated: bool = False,
+    adjust_prior: float = 0.0,
     device: str = "auto",
 ) -> Evaluation:
     """Judge the head of a run folder on rows of its own bank, or on all rows of another.
 
+    ``calibrated`` and ``adjust_prior`` as in ``Predictor.logits``.
+
     Raises:
         ValueError: a bank of another backbone, width or classes, or parts of a split that the bank does not
-            have.
+            have; a prior applied twice.
         StorageError: no finished run in the folder.
     """
     if rows not in ROWS:
@@ -61,7 +64,7 @@ def evaluate_run(
     if rows != "all" and not own:
         raise ValueError(f"rows must be all or auto for a bank that the run was not trained on, got {rows!r}")
     chosen = np.arange(len(bank)) if rows == "all" else _part(Recipe.from_dict(config["recipe"]), bank, rows)
-    logits = predictor.logits(gather(bank.features, chosen), calibrated=calibrated)
+    logits = predictor.logits(gather(bank.features, chosen), calibrated, adjust_prior)
     report = classification_report(
         logits, np.asarray(bank.labels)[chosen], predictor.class_names, train_counts=predictor.train_counts
     )

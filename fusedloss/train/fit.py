@@ -238,7 +238,7 @@ def result_row(
             "loss": recipe.loss,
             "class_weight": recipe.class_weights,
             "ls": recipe.label_smoothing,
-            "la_tau": recipe.prior_strength,
+            "la_tau": recipe.added_prior,
             "seed": recipe.seed,
             "split_seed": recipe.split_seed,
             "epochs": recipe.epochs,

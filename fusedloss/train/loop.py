@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fusedloss.metrics import class_scores, summary_scores
 from fusedloss.train.heads import build_head
 from fusedloss.train.objectives import TrainingData, build_objective
+from fusedloss.train.order import RowOrder
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.step import adamw, gradient_step, schedule
 from fusedloss.train.storage import (
@@ -80,8 +81,9 @@ class Training:
         torch.manual_seed(recipe.seed)
         self.head = build_head(recipe, data.features.shape[1], len(data.counts)).to(self.device)
         self.objective = build_objective(recipe, data)
-        self.optimizer = adamw([self.head, self.objective.loss], lr, recipe.weight_decay)
-        self.order = torch.Generator().manual_seed(recipe.seed)
+        self.auxiliary = self.objective.auxiliary or nn.Module()
+        self.optimizer = adamw([self.head, self.objective.loss, self.auxiliary], lr, recipe.weight_decay)
+        self.order = RowOrder(data.labels, recipe.seed, recipe.balanced_batches)
         self.step_gradients = gradient_step(self.head, self.objective, min(recipe.batch_size, len(data.labels)))
         self.epoch = self.steps = 0
         self.seconds = 0.0
@@ -117,7 +119,8 @@ class Training:
         features, labels, size = self.data.features, self.data.labels, self.recipe.batch_size
         self.head.train()
         self.objective.loss.train()
-        order = torch.randperm(len(labels), generator=self.order).to(self.device)
+        self.objective.begin_epoch(self.epoch)
+        order = self.order.epoch().to(self.device)
         total = torch.zeros((), device=self.device)
         batch = features.new_empty(min(size, len(labels)), features.shape[1])
         for rows in order.split(size):
@@ -158,9 +161,10 @@ class Training:
         tensors = (
             with_prefix(self.head.state_dict(), "head.")
             | with_prefix(self.objective.loss.state_dict(), "loss.")
+            | with_prefix(self.auxiliary.state_dict(), "auxiliary.")
             | flatten_optimizer(self.optimizer.state_dict())
             | with_prefix(self.best.tensors, "best.")
-            | {"random.order": self.order.get_state(), "random.cpu": torch.get_rng_state()}
+            | {"random.order": self.order.generator.get_state(), "random.cpu": torch.get_rng_state()}
         )
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -189,9 +193,10 @@ class Training:
         tensors, values = self.checkpoint.load()
         self.head.load_state_dict(select_prefix(tensors, "head."))
         self.objective.loss.load_state_dict(select_prefix(tensors, "loss."))
+        self.auxiliary.load_state_dict(select_prefix(tensors, "auxiliary."))
         state = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": unflatten_optimizer(tensors), "param_groups": state["param_groups"]})
-        self.order.set_state(tensors["random.order"])
+        self.order.generator.set_state(tensors["random.order"])
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)

@@ -29,6 +29,7 @@ def predict_inputs(
     inputs: str | Path,
     *,
     calibrated: bool = False,
+    adjust_prior: float = 0.0,
     weights: str | Path | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -38,7 +39,7 @@ def predict_inputs(
 
     Raises:
         ValueError: features of another width or backbone, or not finite; inputs that cannot be read; images
-            or texts for a head whose features were brought as arrays.
+            or texts for a head whose features were brought as arrays; a prior applied twice.
         StorageError: no finished run in the folder.
     """
     inputs = Path(inputs)
@@ -56,7 +57,7 @@ def predict_inputs(
         backbone = backbone_of(predictor.source, weights=weights, device=device)
         features = compute_features(listed, backbone, batch_size=batch_size, progress=progress)
         names = listed.paths
-    probabilities = predictor.probabilities(features, calibrated=calibrated)
+    probabilities = predictor.probabilities(features, calibrated, adjust_prior)
     return Predictions(list(names), predictor.class_names, probabilities.numpy())
 
 

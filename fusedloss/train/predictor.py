@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedloss.features import FeatureSource
+from fusedloss.longtail import adjust_logits, log_prior
 from fusedloss.train.heads import FeatureTransform, build_head, build_transform
 from fusedloss.train.loop import head_logits
 from fusedloss.train.recipe import Recipe
@@ -55,18 +56,20 @@ class Predictor:
 
     @property
     def prior(self) -> dict[str, Any]:
-        strength = self.recipe.prior_strength
+        strength = self.recipe.added_prior
         return {"applied": "training" if strength else "none", "strength": strength}
 
     @torch.no_grad()
-    def logits(self, features: Any, calibrated: bool = False) -> Tensor:
+    def logits(self, features: Any, calibrated: bool = False, adjust_prior: float = 0.0) -> Tensor:
         """Inference logits ``(N, K)``, float32 on the CPU, class temperatures applied.
 
-        ``calibrated`` also divides them by the temperature fitted on the validation rows.
+        ``calibrated`` also divides them by the temperature fitted on the validation rows; ``adjust_prior`` then
+        subtracts that many times the log prior of the training counts (``longtail.adjust_logits``).
 
         Raises:
             ValueError: features that are not ``(N, in_features)``, or NaN or infinite, naming the rows;
-                ``calibrated`` for a head trained without validation rows.
+                ``calibrated`` for a head trained without validation rows; ``adjust_prior`` for a head trained with
+                the prior, which would be applied twice.
         """
         if calibrated and self.calibration is None:
             raise ValueError("calibrated needs a temperature, but this head was trained without validation rows")
@@ -89,11 +92,17 @@ class Predictor:
                 raise ValueError(f"features must be finite, rows {rows} hold NaN or infinity")
             parts.append(head_logits(self.head, self.temperature, self.transform(chunk)).cpu())
         logits = torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
-        return logits / self.calibration["temperature"] if calibrated and self.calibration else logits
+        if calibrated and self.calibration:
+            logits = logits / self.calibration["temperature"]
+        if adjust_prior == 0:
+            return logits
+        # as in training, a class without samples counts as having one
+        prior = log_prior(torch.tensor(self.train_counts), floor=1.0)
+        return adjust_logits(logits, prior, adjust_prior, trained_with=self.prior)
 
-    def probabilities(self, features: Any, calibrated: bool = False) -> Tensor:
+    def probabilities(self, features: Any, calibrated: bool = False, adjust_prior: float = 0.0) -> Tensor:
         """Softmax of the logits ``(N, K)``; arguments and errors as ``logits``."""
-        return torch.softmax(self.logits(features, calibrated), dim=1)
+        return torch.softmax(self.logits(features, calibrated, adjust_prior), dim=1)
 
     def to(self, device: torch.device) -> Predictor:
         """Move head, preparation and temperatures to a device."""

@@ -12,6 +12,7 @@ from typing import Any
 
 HEADS = ("linear", "cosine", "mlp")
 CLASS_WEIGHTS = ("none", "effective", "inverse")
+FEDLAS_BASES, FEDLAS_GATES = ("smoothing", "margin"), ("learned", "positive")
 SELECTIONS = ("macro_f1_fg", "bal_acc", "top1", "nll")
 KEEPS = ("last", "best")
 
@@ -37,21 +38,37 @@ class Recipe:
     hidden: tuple[int, ...] = knob((768, 384), "widths of the hidden layers (mlp head)")
     dropout: float = knob(0.1, "dropout after each hidden layer (mlp head)")
     cosine_scale: float = knob(30.0, "factor on the cosines (cosine head)")
-    loss: str = knob("ce", "training loss: ce or vace")
+    loss: str = knob("ce", "training loss: ce, vace, focal, balanced, ldam (cosine head), mbls or fedlas")
     class_weights: str = knob("none", "class weights from the training counts", CLASS_WEIGHTS)
     beta: float = knob(0.9999, "beta of the effective number of samples (class_weights=effective)")
     power: float = knob(1.0, "power of the inverse frequency (class_weights=inverse)")
+    reweight_epoch: int = knob(0, "epoch, from 0, at which class_weights set in (deferred re-weighting)")
+    reweight_ramp: int = knob(0, "epochs over which class_weights grow from there; 0 for at once")
     label_smoothing: float = knob(0.0, "share of the target spread evenly over all classes")
     prior_strength: float = knob(
         0.0,
         "strength * log class prior added to the logits while training (logit adjustment); "
-        "predictions then use the raw logits",
+        "predictions then use the raw logits; balanced takes 1 for 0",
     )
     strength: float = knob(0.5, "how far temperatures follow the class scatter (vace)")
     a: float = knob(1.0, "temperature of a class without scatter (vace); 1 - strength gives mean temperature 1")
     tau_min: float = knob(0.5, "least class temperature (vace)")
     tau_max: float = knob(2.0, "largest class temperature (vace)")
+    focal_gamma: float = knob(2.0, "exponent of the focal factor (focal)")
+    max_margin: float = knob(0.5, "margin of the rarest class, in cosine (ldam)")
+    margin: float = knob(10.0, "logit gap that costs nothing (mbls, and fedlas with base margin)")
+    penalty: float = knob(0.1, "weight of the penalty on larger gaps (mbls)")
+    fedlas_base: str = knob("smoothing", "what fedlas adapts for each row", FEDLAS_BASES)
+    fedlas_strength: float = knob(0.05, "smoothing or penalty of a row with the mean feature norm (fedlas)")
+    fedlas_gate: str = knob("learned", "whether more norm always means more smoothing (fedlas)", FEDLAS_GATES)
     uniform: bool = knob(False, "control: give every class the mean of vace's temperatures (vace)")
+    supcon: float = knob(0.0, "weight of a supervised contrastive loss on the last hidden layer, projected (mlp head)")
+    supcon_temperature: float = knob(0.1, "temperature of the contrastive loss (supcon)")
+    supcon_projection: int = knob(128, "width of the projection that the contrastive loss sees (supcon)")
+    supcon_prototypes: bool = knob(
+        False, "balanced contrast: classes count alike, and the projected classifier weights are their centres (supcon)"
+    )
+    balanced_batches: bool = knob(False, "draw rows so that all classes are equally likely, in place of each row once")
     epochs: int = knob(30, "passes over the training rows")
     batch_size: int = knob(512, "rows per step")
     lr: tuple[float, ...] = knob(
@@ -81,6 +98,14 @@ class Recipe:
                 raise ValueError(f"{name} must be {meaning}, got {value}")
         if self.tau_min > self.tau_max:
             raise ValueError(f"tau_min must not exceed tau_max, got {self.tau_min} > {self.tau_max}")
+        if (self.reweight_epoch or self.reweight_ramp) and self.class_weights == "none":
+            raise ValueError("reweight_epoch and reweight_ramp need class_weights: effective or inverse")
+        if self.loss == "ldam" and self.head != "cosine":
+            raise ValueError(f"loss ldam subtracts margins from cosines and needs head cosine, got {self.head!r}")
+        if self.supcon and self.head != "mlp":
+            raise ValueError(f"supcon trains hidden layers and needs head mlp, got {self.head!r}")
+        if self.supcon_prototypes and not self.supcon:
+            raise ValueError("supcon_prototypes needs supcon, the weight of the contrastive loss, above 0")
         if self.test_fraction + self.val_fraction >= 1:
             raise ValueError(
                 "test_fraction + val_fraction must leave rows to train on, got "
@@ -88,6 +113,11 @@ class Recipe:
             )
         if self.val_fraction == 0 and (len(self.lr) > 1 or self.keep == "best"):
             raise ValueError("val_fraction must be above 0 to choose between learning rates or to keep the best epoch")
+
+    @property
+    def added_prior(self) -> float:
+        """Strength of the log class prior that training adds to the logits, 0 for none."""
+        return self.prior_strength or float(self.loss == "balanced")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed; an unknown name is refused."""
@@ -161,6 +191,16 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "split_seed": (lambda v: 0 <= v < 2**32, "in [0, 2**32)"),
     "cosine_scale": (_positive, "positive and finite"),
     "lr": (_positive, "positive and finite"),
+    "focal_gamma": (lambda v: v == 0 or (math.isfinite(v) and v >= 0.5), "0, or finite and at least 0.5"),
+    "max_margin": (_positive, "positive and finite"),
+    "margin": (_not_negative, "at least 0 and finite"),
+    "penalty": (_not_negative, "at least 0 and finite"),
+    "fedlas_strength": (lambda v: 0 <= v <= 0.5, "in [0, 0.5]"),
+    "reweight_epoch": (_not_negative, "at least 0"),
+    "reweight_ramp": (_not_negative, "at least 0"),
+    "supcon": (_not_negative, "at least 0 and finite"),
+    "supcon_temperature": (_positive, "positive and finite"),
+    "supcon_projection": (lambda v: v >= 1, "at least 1"),
     "tau_min": (_positive, "positive and finite"),
     "tau_max": (_positive, "positive and finite"),
     "a": (_not_negative, "at least 0 and finite"),

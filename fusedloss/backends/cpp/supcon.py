@@ -109,8 +109,8 @@ class _Panels:
         self.buffer = features.new_empty(self.rows * columns)
         self.common = _common_shift(features, weights, temperature, unit)
         self.shift = features.new_full((columns,), self.common if self.common is not None else -torch.inf)
-        # A contrast that is no anchor has no sum: exp(s - inf) adds nothing.
-        self.shift[anchors:] = torch.inf
+        # A contrast that is no anchor has no sum.
+        self.shift[anchors:] = 0.0
 
     def largest_similarities(self) -> Tensor:
         """The shift of each row: what is subtracted before exp."""

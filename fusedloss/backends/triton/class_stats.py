@@ -139,7 +139,7 @@ def class_stats(
     num_classes, width = shift.shape
     if labels.device.type == "cpu":
         check_labels(labels, num_classes, ignore_index)
-    tile = launch.feature_tile(width, shift.dtype)
+    tile = launch.feature_tile(width, features.dtype)
     count, chunks = _chunks(labels, num_classes, ignore_index, tile.chunk)
     blocks = triton.cdiv(width, tile.block)
     total = torch.empty_like(shift)
@@ -150,13 +150,13 @@ def class_stats(
     view = Features(features, features.stride(0), features.stride(1), width)
     launch.start(
         chunk_kernel, (most, blocks),
-        (view, chunks, Centers(shift, seen), sums, squares, num_classes, blocks), shift.device, tile.warps,
+        (view, chunks, Centers(shift, seen), sums, squares, num_classes, blocks), shift.device, tile.warps, tile.stages,
         PER_FEATURE=per_feature, T=launch.triton_dtype(shift.dtype), ROWS=tile.rows, BLOCK=tile.block,
         CHUNK=tile.chunk,
     )  # fmt: skip
     launch.start(
         class_kernel, (num_classes, blocks), (chunks, sums, squares, total, square, width, blocks),
-        shift.device, tile.warps, PER_FEATURE=per_feature, CHUNKS=tile.rows, BLOCK=tile.block,
+        shift.device, tile.warps, tile.stages, PER_FEATURE=per_feature, CHUNKS=tile.rows, BLOCK=tile.block,
     )  # fmt: skip
     return count, total, square
 

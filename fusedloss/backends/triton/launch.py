@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tuning
+
 
 class Tile(NamedTuple):
     """What one program holds in registers: `rows` x `block` values; both are powers of two."""
@@ -17,6 +19,7 @@ class Tile(NamedTuple):
     rows: int
     block: int
     warps: int
+    stages: int = 1
 
 
 class FeatureTile(NamedTuple):
@@ -26,38 +29,31 @@ class FeatureTile(NamedTuple):
     block: int
     chunk: int
     warps: int
+    stages: int = 1
 
 
-class Table(NamedTuple):
-    """Softmax tiles of one compute type; a thread holds 4 to 16 values of a tile."""
+class PairTile(NamedTuple):
+    """`rows` x `columns` similarities, `step` features at a time; gradients of `block` features."""
 
-    beside: tuple[int, int]  # rows up to this width lie side by side in tiles of this many values
-    single: tuple[tuple[int, int], ...]  # a wider row has a tile of its own: up to this width, so many warps
-    # A still wider row is read in steps, twice: few programs at a time leave its first read in the cache.
-    loop: Tile
-    apart: Tile  # classes not adjacent in memory: rows are, so a tile covers many
-    # Column sums of wider tiles would spill: they take programs of their own, with the tile `columns`.
-    widest_columns: int
-    columns: Tile
+    rows: int
+    columns: int
+    step: int
+    block: int
+    warps: int
 
 
-# Sized by what the compiler makes of them (python -m bench.resources): the widest rows that stay in registers
-# without a spill in any variant, and below that enough warps on a multiprocessor in plain ones.
-# Not tuned on a GPU.
-_TABLES = {
-    torch.float32: Table(
-        (2048, 2048), ((4096, 8), (8192, 16)), Tile(1, 8192, 16), Tile(32, 32, 8), 4096, Tile(2, 1024, 8)
-    ),
-    torch.float64: Table(
-        (1024, 1024), ((2048, 8), (4096, 16)), Tile(1, 2048, 8), Tile(32, 32, 8), 2048, Tile(1, 1024, 8)
-    ),
-}
-_BESIDE_WARPS = 8
-_MOST_ROWS = 128
+# Widest tile of a row: wider ones spill. Column sums and all that can change a row each take half of it.
+_WIDEST = {torch.float32: 8192, torch.float64: 4096}
 _SMALLEST_BLOCK = 16
-# Values of a tile, its widest block of columns, rows of a chunk, warps.
-_FEATURES = {torch.float32: (4096, 512, 256, 8), torch.float64: (2048, 256, 256, 8)}
-_MOST_FEATURE_ROWS = 32
+_WIDEST_FEATURES = {torch.float32: 512, torch.float64: 256}
+# By compute type, and whether rows have length 1: the others need square tiles, and none of their products are in
+# tensor cores.
+_PAIRS = {
+    (torch.float32, True): PairTile(64, 32, 32, 128, 8),
+    (torch.float32, False): PairTile(32, 32, 16, 64, 4),
+    (torch.float64, True): PairTile(32, 32, 16, 32, 4),
+    (torch.float64, False): PairTile(32, 32, 16, 32, 4),
+}
 LABELS = (1024, 4)  # rows and warps of the label kernel
 SCALE = (4096, 8)  # values and warps of the scaling kernel
 # Column sums live in registers over all tiles of a program: enough programs to fill the GPU, no more.
@@ -68,54 +64,72 @@ _REGISTERS = 65536  # of a multiprocessor
 _forced_tile: Tile | None = None
 _forced_programs: int | None = None
 _forced_features: FeatureTile | None = None
+_forced_pairs: PairTile | None = None
 
 
 @contextlib.contextmanager
 def forced(
-    tile: Tile | None = None, programs: int | None = None, features: FeatureTile | None = None
+    tile: Tile | None = None,
+    programs: int | None = None,
+    features: FeatureTile | None = None,
+    pairs: PairTile | None = None,
 ) -> Iterator[None]:
     """Inside the block these tiles are used, and at most `programs` programs share column sums."""
-    global _forced_tile, _forced_programs, _forced_features
-    before = _forced_tile, _forced_programs, _forced_features
-    _forced_tile, _forced_programs, _forced_features = tile, programs, features
+    global _forced_tile, _forced_programs, _forced_features, _forced_pairs
+    before = _forced_tile, _forced_programs, _forced_features, _forced_pairs
+    _forced_tile, _forced_programs, _forced_features, _forced_pairs = tile, programs, features, pairs
     try:
         yield
     finally:
-        _forced_tile, _forced_programs, _forced_features = before
+        _forced_tile, _forced_programs, _forced_features, _forced_pairs = before
 
 
-def row_tile(num_classes: int, compute_dtype: torch.dtype, adjacent: bool) -> Tile:
-    """Tile for rows of `num_classes`; `adjacent` says whether the classes of a row are adjacent in memory."""
+def row_tile(
+    num_classes: int, dtype: torch.dtype, adjacent: bool, columns: bool = False, extras: bool = False
+) -> Tile:  # fmt: skip
+    """Tile for rows of `num_classes`; `adjacent` says whether the classes of a row are adjacent in memory.
+
+    `columns` and `extras` ask for room: for column sums beside the rows, for a hinge and a soft cap.
+    """
     if _forced_tile is not None:
         return _forced_tile
-    table = _TABLES[compute_dtype]
     width = max(_SMALLEST_BLOCK, triton.next_power_of_2(num_classes))
     if not adjacent:
-        return table.apart._replace(block=min(table.apart.block, width))
-    widest, values = table.beside
-    if width <= widest:
-        return Tile(min(_MOST_ROWS, values // width), width, _BESIDE_WARPS)
-    for widest, warps in table.single:
-        if width <= widest:
-            return Tile(1, width, warps)
-    return table.loop
+        tile = Tile(*_entry("softmax_ce", dtype, "apart"))
+        return tile._replace(block=min(tile.block, width))
+    if width > _WIDEST[computed_in(dtype)] // (2 if extras else 1):
+        return Tile(*_entry("softmax_ce", dtype, "loop extras" if extras else "loop"))
+    beside = columns and width <= _widest_columns(dtype, extras)
+    return Tile(*_entry("softmax_ce", dtype, f"{width} columns" if beside else str(width)))
 
 
-def column_tile(tile: Tile, num_classes: int, compute_dtype: torch.dtype, adjacent: bool) -> Tile | None:
+def column_tile(tile: Tile, num_classes: int, dtype: torch.dtype, adjacent: bool, extras: bool = False) -> Tile | None:
     """Tile for column sums in programs of their own; None where they fit beside the rows of `tile`."""
-    table = _TABLES[compute_dtype]
-    if tile.block >= num_classes and (_forced_tile or tile.block <= table.widest_columns):
+    if tile.block >= num_classes and (_forced_tile or tile.block <= _widest_columns(dtype, extras)):
         return None
-    return _forced_tile or (table.columns if adjacent else table.apart)
+    return _forced_tile or Tile(*_entry("softmax_ce", dtype, "columns" if adjacent else "apart"))
 
 
-def feature_tile(width: int, compute_dtype: torch.dtype) -> FeatureTile:
+def _widest_columns(dtype: torch.dtype, extras: bool) -> int:
+    return _WIDEST[computed_in(dtype)] // (4 if extras else 2)
+
+
+def feature_tile(width: int, dtype: torch.dtype) -> FeatureTile:
     """Tile for features of `width` columns."""
     if _forced_features is not None:
         return _forced_features
-    values, widest, chunk, warps = _FEATURES[compute_dtype]
-    block = min(widest, max(_SMALLEST_BLOCK, triton.next_power_of_2(width)))
-    return FeatureTile(min(_MOST_FEATURE_ROWS, values // block), block, chunk, warps)
+    block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
+    return FeatureTile(*_entry("class_stats", dtype, str(min(block, _WIDEST_FEATURES[computed_in(dtype)]))))
+
+
+def _entry(stem: str, dtype: torch.dtype, shape_class: str) -> tuple[int, ...]:
+    """What the tuning table says of a shape class."""
+    return tuning.TABLES[stem][str(dtype).removeprefix("torch.")][shape_class]
+
+
+def pair_tile(compute_dtype: torch.dtype, unit: bool) -> PairTile:
+    """Tile for similarities of rows with rows; `unit` says whether all have length 1."""
+    return _forced_pairs or _PAIRS[compute_dtype, unit]
 
 
 def programs_for(tiles: int, device: torch.device) -> int:
@@ -129,17 +143,21 @@ def programs_for(tiles: int, device: torch.device) -> int:
     return max(1, min(tiles, most))
 
 
-def options(warps: int) -> dict[str, Any]:
-    """Compile options of a kernel of so many warps.
+def options(warps: int, stages: int = 1) -> dict[str, Any]:
+    """Compile options of a kernel of so many warps, with so many steps of its loops under way.
 
-    No loop is pipelined: none feeds a matrix product, and programs beside each other cover the latency.
     Multiply-add contraction is asked for, since the default differs between Triton's versions. A program of
     16 warps may use all registers it can have: left to itself the assembler spills to fit in more programs.
     """
-    chosen: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    chosen: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if warps >= 16:
-        chosen["maxnreg"] = _REGISTERS // (32 * warps)
+        chosen["maxnreg"] = most_registers(warps)
     return chosen
+
+
+def most_registers(warps: int) -> int:
+    """Registers of a thread when one program of so many warps has a multiprocessor to itself."""
+    return min(_REGISTERS // (32 * warps), 255)
 
 
 def start(
@@ -148,18 +166,24 @@ def start(
     arguments: Sequence[Any],
     device: torch.device,
     warps: int,
+    stages: int = 1,
     **constants: Any,
 ) -> None:
     """Launches `kernel` on `device`; an empty grid launches nothing."""
     if 0 in grid:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[tuple(grid)](*arguments, **options(warps), **constants)
+        kernel[tuple(grid)](*arguments, **{**options(warps, stages), **constants})
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Type that kernels compute in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return computed_in(tensor.dtype)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Type that values of `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

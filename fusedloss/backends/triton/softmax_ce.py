@@ -20,6 +20,7 @@ from .sums import computed_top, saved_top
 
 _NO_VIEW = View(None, None, None, None)
 _NO_OUTPUTS = Outputs(*_NO_VIEW, None, None)
+_NOT_SAVED = Saved(None, None, None)
 
 
 def softmax_ce(
@@ -27,13 +28,15 @@ def softmax_ce(
     label_logit: Tensor | None, label_slope: Tensor | None, row_smoothing: Tensor | None,
     row_scale: Tensor | None, row_penalty: Tensor | None, soft_cap: float, smoothing: float, focal_gamma: float,
     z_loss: float, penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool,
-    ignore_index: int, mean: bool, wanted: Sequence[bool],
+    ignore_index: int, mean: bool, wanted: Sequence[bool], in_place: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """The scalar loss, the loss of each row, and the gradients that are wanted of the scalar one."""
     want_logits, want_columns, *want_rows = wanted
     call = _Call(
-        _Problem(logits, target, scale, bias, class_weight, label_logit, label_slope), ignore_index, want_logits
-    )
+        _Problem(logits, target, scale, bias, class_weight, label_logit, label_slope), ignore_index, want_logits,
+        # Programs that own classes read logits which others have written over.
+        in_place and not want_columns,
+    )  # fmt: skip
     denominator = call.denominator() if mean else None
     if not mean:
         call.check_labels()
@@ -90,13 +93,15 @@ def softmax_sweep(
     label_logit: Tensor | None, label_slope: Tensor | None, row_max: Tensor, row_sum: Tensor, rest: Tensor,
     soft_cap: float, penalty_margin: float, ignore_index: int, grad_log_sum_exp: Tensor | None,
     grad_target_logit: Tensor | None, grad_cross_entropy: Tensor | None, grad_uniform: Tensor | None,
-    grad_rest: Tensor | None, grad_hinge: Tensor | None, wanted: Sequence[bool],
+    grad_rest: Tensor | None, grad_hinge: Tensor | None, wanted: Sequence[bool], in_place: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients under any upstream gradients; long rows are read once from the saved sums, twice with a hinge."""
     want_logits, want_columns, want_label = wanted
     call = _Call(
-        _Problem(logits, target, scale, bias, class_weight, label_logit, label_slope), ignore_index, want_logits
-    )
+        _Problem(logits, target, scale, bias, class_weight, label_logit, label_slope), ignore_index, want_logits,
+        # Programs that own classes read logits which others have written over.
+        in_place and not want_columns,
+    )  # fmt: skip
     call.uniform, call.top = grad_uniform is not None, None if grad_hinge is None else saved_top
     call.scalars = Scalars(soft_cap=float(soft_cap), penalty_margin=float(penalty_margin))
     weight_sum = class_weight.sum() if call.uniform and class_weight is not None else None
@@ -140,12 +145,14 @@ class _Call:
     top: Any = None  # finds the maximum that a hinge hangs from
     scalars = Scalars()
 
-    def __init__(self, problem: _Problem, ignore_index: int, want_logits: bool) -> None:
+    def __init__(
+        self, problem: _Problem, ignore_index: int, want_logits: bool, in_place: bool = False
+    ) -> None:
         self.logits, self.class_weight, self.ignore_index = problem.logits, problem.class_weight, ignore_index
         logits, target, *classwise = problem
         self.soft = target.is_floating_point()
         self.dtype = launch.compute_dtype(logits)
-        self.gradient = torch.empty_like(logits) if want_logits else None
+        self.gradient = (logits if in_place else torch.empty_like(logits)) if want_logits else None
         wide = [logits, *([target] if self.soft else []), *([] if self.gradient is None else [self.gradient])]
         self.layout = layout_of(wide, None if self.soft else target)
         self.rows = self.layout.row_view()
@@ -155,7 +162,11 @@ class _Call:
         self.inputs = Inputs(*view(logits), *soft_view, *(self.labels or _NO_VIEW)[:3], *classwise)
         self.outputs = Outputs(*(_NO_VIEW if self.gradient is None else view(self.gradient)), None, None)
         self.adjacent = logits.stride(1) == 1
-        self.tile = launch.row_tile(logits.shape[1], self.dtype, self.adjacent)
+
+    @property
+    def extras(self) -> bool:
+        """Whether a hinge or a soft cap needs registers."""
+        return self.top is not None or self.cap is not None
 
     @property
     def cap(self) -> Any:
@@ -191,16 +202,20 @@ class _Call:
             self.layout.num_classes,
             self.ignore_index,
         )
-        self._start(label_kernel, (sizes.tiles,), arguments, warps, ROWS=rows)
+        self._start(label_kernel, (sizes.tiles,), arguments, launch.Tile(rows, 1, warps), ROWS=rows)
 
     def run(self, row: Any, arguments: Any, want_columns: bool = False) -> list[Tensor]:
         """Runs a row function over all rows; returns the wanted ones of gradient and column sums."""
         gradients = [] if self.gradient is None else [self.gradient]
-        tile = self.tile
+        tile = self.tile = launch.row_tile(
+            self.layout.num_classes, self.logits.dtype, self.adjacent, want_columns, self.extras
+        )  # fmt: skip
         if not want_columns:
             self._run_rows(row, arguments, self.outputs, tiles_per_program=1)
             return gradients
-        apart = launch.column_tile(tile, self.layout.num_classes, self.dtype, self.adjacent)
+        apart = launch.column_tile(
+            tile, self.layout.num_classes, self.logits.dtype, self.adjacent, self.extras
+        )  # fmt: skip
         if apart is not None:
             # Programs that own classes follow, from the slopes that each row leaves.
             saved = self._new_saved()
@@ -216,7 +231,7 @@ class _Call:
             self._run_rows(row, arguments, outputs, sizes.tiles_per_program, programs=programs)
         else:
             everything = (self.inputs, outputs, saved, self.rows, sizes, self.ignore_index, self.scalars.soft_cap)
-            self._start(column_kernel, (programs, blocks), everything, tile.warps, CAP=self.cap,
+            self._start(column_kernel, (programs, blocks), everything, tile, CAP=self.cap,
                         UNIFORM=self.uniform, ROWS=tile.rows, BLOCK=tile.block, ALIGN=self.layout.align)  # fmt: skip
         return gradients + [part.sum(0) for part in parts]
 
@@ -228,7 +243,7 @@ class _Call:
 
     def _run_rows(
         self, row: Any, arguments: Any, outputs: Outputs, tiles_per_program: int, *,
-        programs: int | None = None, saved: Saved | None = None,
+        programs: int | None = None, saved: Saved = _NOT_SAVED,
     ) -> None:  # fmt: skip
         tile = self.tile
         sizes = self._sizes(tile.rows)._replace(tiles_per_program=tiles_per_program)
@@ -243,7 +258,7 @@ class _Call:
             *self.scalars,
         )
         self._start(
-            row_kernel, (sizes.tiles if programs is None else programs,), everything, tile.warps, ROW=row,
+            row_kernel, (sizes.tiles if programs is None else programs,), everything, tile, ROW=row,
             TOP=self.top, CAP=self.cap, SUMS=self.sums, UNIFORM=self.uniform, PREDICTION=self.prediction,
             ROWS=tile.rows, BLOCK=tile.block, ONE_BLOCK=self.layout.num_classes <= tile.block,
             ALIGN=self.layout.align,
@@ -256,7 +271,10 @@ class _Call:
         return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles, 1)
 
     def _start(
-        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], warps: int, **constants: Any
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any
     ) -> None:
+        if self.extras:
+            # The assembler would spill a few values to fit in more programs.
+            constants["maxnreg"] = launch.most_registers(tile.warps)
         dtype = launch.triton_dtype(self.dtype)
-        launch.start(kernel, grid, arguments, self.logits.device, warps, T=dtype, **constants)
+        launch.start(kernel, grid, arguments, self.logits.device, tile.warps, tile.stages, T=dtype, **constants)

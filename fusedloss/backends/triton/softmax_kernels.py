@@ -58,7 +58,7 @@ def tile_in_registers(
         hinge = no_hinge(TOP(rows, sums, label, arguments, STAND_IN), rows, scalars.penalty_margin, T)
         hinge = add_hinge(hinge, block, classes, num_classes, T)
     slopes = ROW(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
-    if saved is not None:
+    if saved.slopes is not None:
         store_slopes(saved, slopes, rows, sizes.rows, T)
     slope = slope_of_block(slopes, block, label, classes, SOFT, STAND_IN, UNIFORM, TOP is not None)
     if outputs.gradient is not None:
@@ -95,7 +95,7 @@ def tile_in_steps(
             block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
             hinge = add_hinge(hinge, block, classes, num_classes, T)
     slopes = ROW(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
-    if saved is not None:
+    if saved.slopes is not None:
         store_slopes(saved, slopes, rows, sizes.rows, T)
     if outputs.gradient is not None:
         for start in range(0, num_classes, BLOCK):

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, on a machine with torch, triton and nvcc and no network:
+#
+#   bench/gpu.sh list             the modes, each under nine minutes
+#   bench/gpu.sh all              every mode, in that order
+#   bench/gpu.sh test bench:softmax_ce
+#   bench/gpu.sh --dry-run all    every step on the CPU with small sizes, in Triton's interpreter
+#
+# Tuned tiles go to fusedloss/backends/triton/tuning.py, figures to bench/results; with --dry-run both go to OUT.
+# PYTHON is the interpreter to use, OUT another folder for the figures.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+LIMIT=540 # seconds a mode may take
+export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+
+device=cuda
+small=()
+if [[ ${1:-} == --dry-run ]]; then
+    shift
+    device=cpu
+    small=(--small)
+    export TRITON_INTERPRET=1 PYTHONWARNINGS=ignore
+    OUT=${OUT:-build/gpu-dry-run}
+fi
+OUT=${OUT:-bench/results}
+mkdir -p "$OUT"
+
+modes() {
+    echo build
+    echo test
+    echo sanitize
+    local stem dtype
+    for stem in $("$PYTHON" -m bench.tune --list); do
+        for dtype in float32 bfloat16; do echo "tune:$stem:$dtype"; done
+    done
+    for stem in $("$PYTHON" -m bench.gpu --list); do echo "bench:$stem"; done
+    echo report
+}
+
+limited() {
+    timeout "$LIMIT" "$@"
+}
+
+build() {
+    if [[ $device == cpu ]]; then
+        limited "$PYTHON" setup.py --quiet build_ext --build-lib "$OUT/lib" --build-temp "$OUT/temp"
+    else
+        limited "$PYTHON" setup.py --quiet build_ext --inplace
+    fi
+}
+
+cases() {
+    local file
+    # Every file of cases that is a program of its own.
+    for file in $(grep -l '^if __name__' tests/triton*_cases.py); do limited "$@" "$PYTHON" "$file" --device "$device" --few; done
+}
+
+test_device() {
+    if [[ $device == cpu ]]; then
+        limited "$PYTHON" -m pytest -q -m gpu --collect-only tests >"$OUT/gpu-tests.txt"
+        tail -1 "$OUT/gpu-tests.txt"
+        cases
+    else
+        limited "$PYTHON" -m pytest -q -m gpu tests
+    fi
+}
+
+sanitize() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer is not installed: nothing checked"
+    elif [[ $device == cpu ]]; then
+        compute-sanitizer --version
+    else
+        # Each tensor in memory of its own, so that a step outside it is seen.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 cases compute-sanitizer --tool memcheck --error-exitcode 1
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 cases compute-sanitizer --tool racecheck --error-exitcode 1
+    fi
+}
+
+tune() {
+    local out=()
+    [[ $device == cpu ]] && out=(--out "$OUT/tuning.py")
+    limited "$PYTHON" -m bench.tune "$1" --dtype "$2" --device "$device" "${small[@]}" "${out[@]}"
+}
+
+report() {
+    cat "$OUT"/gpu_*.md >"$OUT/gpu.md"
+    echo "written: $OUT/gpu.md"
+}
+
+run() {
+    echo "== $1"
+    local stem rest
+    IFS=: read -r _ stem rest <<<"$1"
+    case $1 in
+    build) build ;;
+    test) test_device ;;
+    sanitize) sanitize ;;
+    tune:*:*) tune "$stem" "$rest" ;;
+    bench:*) limited "$PYTHON" -m bench.gpu "$stem" --device "$device" --out "$OUT" "${small[@]}" ;;
+    report) report ;;
+    *)
+        echo "mode: got '$1'; allowed are: list, all, $(modes | paste -sd ' ')" >&2
+        exit 2
+        ;;
+    esac
+}
+
+[[ $# -gt 0 ]] || set -- list
+if [[ $1 == list ]]; then
+    modes
+    exit
+fi
+[[ $1 == all ]] && mapfile -t wanted < <(modes) || wanted=("$@")
+failed=()
+# A mode that fails leaves the others their turn.
+for mode in "${wanted[@]}"; do
+    code=0
+    (run "$mode") || code=$?
+    [[ $code == 2 && $mode == "${wanted[0]}" && ${#wanted[@]} == 1 ]] && exit 2
+    [[ $code == 0 ]] || failed+=("$mode (exit status $code)")
+done
+[[ ${#failed[@]} == 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

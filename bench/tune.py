@@ -1,0 +1,109 @@
+"""Times the tiles of each shape class on this GPU and writes the fastest into fusedloss/backends/triton/tuning.py.
+
+    python -m bench.tune softmax_ce                      # every type, float16 as bfloat16
+    python -m bench.tune softmax_ce --dtype bfloat16     # a few minutes
+    TRITON_INTERPRET=1 python -m bench.tune --small --device cpu --out build/tuning.py
+
+The file is written after each shape class. A tile whose values differ, or that doesn't compile, is not taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from bench import tuning_file
+from bench.gpu.__main__ import seconds_in_turn
+from bench.variants import ShapeClass, shape_classes, stems
+from fusedloss.backends.triton import tuning
+
+# Types of 2 bytes take the same tiles; float64 keeps its defaults.
+_TYPES = {"float32": ("float32",), "bfloat16": ("bfloat16", "float16")}
+_ROUNDS = 15
+_AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def tune(stem: str, dtype: torch.dtype, each: ShapeClass, device: torch.device, rounds: int) -> tuning_file.Entry:
+    """The fastest entry of one shape class, the present one among the candidates."""
+    table = tuning.TABLES[stem][str(dtype).removeprefix("torch.")]
+    present = table[each.name]
+    call = each.prepare(device)
+    truth = [value.clone() for value in call()]
+    calls: dict[str, Callable[[], Any]] = {}
+    entries: dict[str, tuning_file.Entry] = {}
+    try:
+        for entry in dict.fromkeys([present, *each.candidates]):
+            table[each.name] = entry
+            try:
+                right = all(_close(one, other, dtype) for one, other in zip(call(), truth, strict=True))
+            except Exception as error:
+                print(f"  {entry}: {type(error).__name__}", file=sys.stderr)
+                continue
+            if right:
+                entries[str(entry)], calls[str(entry)] = entry, _in_tile(table, each.name, entry, call)
+            else:
+                print(f"  {entry}: other values", file=sys.stderr)
+        took = seconds_in_turn(calls, device, rounds)
+    finally:
+        table[each.name] = present
+    best = min(took, key=lambda name: took[name])
+    print(f"{stem} {dtype} {each.name}: {present} {1e6 * took[str(present)]:.1f} us, {best} {1e6 * took[best]:.1f} us")
+    # A tile that gains less than the noise is no reason to change the file.
+    return entries[best] if took[best] < 0.98 * took[str(present)] else present
+
+
+def _in_tile(table: dict[str, Any], name: str, entry: tuning_file.Entry, call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        table[name] = entry
+        return call()
+
+    return run
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    tolerance = _AGREES[dtype]
+    largest = float(other.abs().max()) if other.numel() else 0.0
+    return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance * largest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stems", nargs="*", help=f"of {', '.join(sorted(tuning.TABLES))} (default: all)")
+    parser.add_argument("--dtype", choices=_TYPES, help="default: all of these")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, two tiles of a few shape classes")
+    parser.add_argument("--out", type=Path, default=tuning_file.PATH)
+    parser.add_argument("--list", action="store_true", help="print the stems that have a table")
+    options = parser.parse_args()
+    tunable = [stem for stem in stems() if stem in tuning.TABLES]
+    if options.list:
+        print("\n".join(tunable))
+        return
+    if unknown := set(options.stems) - set(tunable):
+        parser.error(f"stem: got {', '.join(sorted(unknown))}; allowed are {', '.join(tunable)}")
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    for stem in options.stems or tunable:
+        for kind in [options.dtype] if options.dtype else _TYPES:
+            dtype = getattr(torch, kind)
+            for each in shape_classes(stem, dtype, options.small):
+                best = tune(stem, dtype, each, device, 1 if options.small else _ROUNDS)
+                for like in _TYPES[kind]:
+                    tuning.TABLES[stem][like][each.name] = best
+                    tuning.MEASURED[stem][like] = f"{today}, {name}, {versions}"
+                options.out.write_text(tuning_file.text(tuning.MEASURED, tuning.TABLES))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Softmax cross-entropy, its statistics and their sweep: with and without each option, and in tiles of each size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from bench.variants import DTYPES, ROWS, ShapeClass, Variant, compute_dtype, variant
+
+# One number of classes for each kind of tile, and odd ones, whose loads can't be wide.
+_CLASSES = (10, 100, 1000, 4000, 8000, 100000)
+_ODD_CLASSES = (101, 2047, 4095, 8191)
+_LONG = (1000, 100000)
+# What changes the logits or the row beyond its sums.
+_EXTRAS = ("cap", "stand-in", "penalty")
+_TUNED_BYTES = 2**28  # several times the caches
+_LAYOUTS = ("transposed", "positions")
+
+
+class _Tensors:
+    def __init__(self, dtype: str, num_classes: int, target: str, terms: bool = True, layout: str = "rows"):
+        self.logits = _logits(DTYPES[dtype], num_classes, layout)
+        compute = compute_dtype(dtype)
+        rows = self.logits.shape[:1] + self.logits.shape[2:]
+        self.target = torch.zeros(rows, dtype=torch.int64) if target == "labels" else torch.empty_like(self.logits)
+        self.row = torch.empty(rows, dtype=compute)
+        self.classes: Any = tuple(torch.empty(num_classes, dtype=compute) if terms else None for _ in range(3))
+
+
+def _logits(dtype: torch.dtype, num_classes: int, layout: str) -> torch.Tensor:
+    if layout == "rows":
+        return torch.empty(ROWS, num_classes, dtype=dtype)
+    if layout == "transposed":
+        return torch.empty(num_classes, ROWS, dtype=dtype).t()
+    return torch.empty(2, num_classes, ROWS, dtype=dtype)
+
+
+def softmax_ce(
+    dtype: str, num_classes: int, *, target: str = "labels", terms: bool = True, options: bool = True,
+    columns: bool = True, layout: str = "rows", extras: str = "",
+) -> None:  # fmt: skip
+    from fusedloss.backends.triton.softmax_ce import softmax_ce
+
+    made = _Tensors(dtype, num_classes, target, terms, layout)
+    per_row = made.row if options else None
+    gamma = 2.0 if options and target == "labels" else 0.0
+    cap, stand_in, penalty = _extras(made, extras)
+    softmax_ce(made.logits, made.target, *made.classes, stand_in, stand_in, per_row, per_row, penalty, cap, 0.0, gamma,
+               0.0, 1.0, 0.0, 1.0, True, -100, not options,
+               [True, columns, options, stand_in is not None, penalty is not None])  # fmt: skip
+
+
+def softmax_stats(dtype: str, num_classes: int, *, target: str = "labels", extras: str = "") -> None:
+    from fusedloss.backends.triton.softmax_ce import softmax_stats
+
+    made = _Tensors(dtype, num_classes, target)
+    cap, stand_in, penalty = _extras(made, extras)
+    softmax_stats(made.logits, made.target, *made.classes, stand_in, cap, 1.0, -100, True, penalty is not None, True)
+
+
+def softmax_sweep(
+    dtype: str, num_classes: int, *, target: str = "labels", columns: bool = True, extras: str = ""
+) -> None:  # fmt: skip
+    from fusedloss.backends.triton.softmax_ce import softmax_sweep
+
+    made = _Tensors(dtype, num_classes, target)
+    cap, stand_in, penalty = _extras(made, extras)
+    softmax_sweep(made.logits, made.target, *made.classes, stand_in, stand_in, *(made.row,) * 3, cap, 1.0, -100,
+                  *(made.row,) * 5, penalty, [True, columns, stand_in is not None])  # fmt: skip
+
+
+def scale_in_place(dtype: str) -> None:
+    from fusedloss.backends.triton.softmax_ce import scale_in_place
+
+    scale_in_place(torch.empty(ROWS, 10, dtype=DTYPES[dtype]), torch.empty((), dtype=compute_dtype(dtype)))
+
+
+def _extras(made: _Tensors, extras: str) -> tuple[float, Any, Any]:
+    stand_in, penalty = (made.row if word in extras else None for word in ("stand-in", "penalty"))
+    return 30.0 if "cap" in extras else 0.0, stand_in, penalty
+
+
+def variants(quick: bool) -> list[Variant]:
+    return _quick() if quick else [*_plain(), *_odd(), *_with_extras()]
+
+
+def _quick() -> list[Variant]:
+    found = []
+    for target in ("labels", "probabilities"):
+        extras = "cap stand-in penalty" if target == "labels" else "cap penalty"
+        found += [
+            variant(softmax_ce, "bf16", 1000, target=target),
+            variant(softmax_ce, "bf16", 1000, target=target, extras=extras),
+            variant(softmax_stats, "f32", 1000, target=target, extras=extras),
+            variant(softmax_sweep, "f32", 100000, target=target, extras=extras),
+        ]
+    return [
+        *found,
+        variant(softmax_ce, "f32", 8000, columns=False),
+        variant(softmax_ce, "f32", 8000, columns=False, extras="cap stand-in penalty"),
+        variant(softmax_ce, "f32", 100000, columns=False),
+        variant(softmax_ce, "f64", 2047),
+        variant(scale_in_place, "bf16"),
+    ]
+
+
+def _plain() -> list[Variant]:
+    found = []
+    for dtype in DTYPES:
+        for classes in _CLASSES:
+            found.append(variant(softmax_ce, dtype, classes))
+            if dtype in ("f32", "bf16"):
+                found.append(variant(softmax_ce, dtype, classes, terms=False, options=False, columns=False))
+        found += [variant(softmax_ce, dtype, classes, columns=False) for classes in (8000, 100000)]
+        found.append(variant(scale_in_place, dtype))
+    for dtype in ("f32", "bf16", "f64"):
+        for target in ("labels", "probabilities"):
+            for classes in _LONG:
+                found.append(variant(softmax_stats, dtype, classes, target=target))
+                found.append(variant(softmax_sweep, dtype, classes, target=target))
+        found += [variant(softmax_ce, dtype, classes, target="probabilities") for classes in (1000, 4000, 8000, 100000)]
+        found.append(variant(softmax_ce, dtype, 8000, target="probabilities", columns=False))
+    return found
+
+
+def _odd() -> list[Variant]:
+    found = []
+    for dtype, most in (("f32", 8191), ("bf16", 8191), ("f64", 4095)):
+        sizes = [classes for classes in _ODD_CLASSES if classes <= most]
+        found += [variant(softmax_ce, dtype, classes, columns=classes < most) for classes in sizes]
+    for layout in _LAYOUTS:
+        found += [variant(softmax_ce, "f32", classes, layout=layout) for classes in (20, 1000)]
+    return found
+
+
+def _with_extras() -> list[Variant]:
+    """Options alone, and all of them with all others, at every kind of tile."""
+    found = []
+    every = " ".join(_EXTRAS)
+    for dtype, sizes in (("f32", (1000, 4095, 100000)), ("bf16", (100, 8191, 100000)), ("f64", (1000, 4095, 100000))):
+        for classes in sizes:
+            for extras in _EXTRAS:
+                found.append(variant(softmax_ce, dtype, classes, options=False, columns=False, extras=extras))
+            for columns in (False, True):
+                found.append(variant(softmax_ce, dtype, classes, columns=columns, extras=every))
+                found.append(variant(softmax_sweep, dtype, classes, columns=columns, extras=every))
+            found.append(variant(softmax_ce, dtype, classes, target="probabilities", extras="cap penalty"))
+            found.append(variant(softmax_stats, dtype, classes, extras=every))
+    return [*found, *(variant(softmax_ce, "f32", 1000, layout=layout, extras=every) for layout in _LAYOUTS)]
+
+
+def _call(
+    device: torch.device, rows: int, num_classes: int, dtype: torch.dtype, columns: bool = False, apart: bool = False,
+    cap: float = 0.0,
+) -> Callable[[], tuple[torch.Tensor, ...]]:  # fmt: skip
+    """Forward and gradient under a class temperature, which the column sums are of."""
+    from fusedloss.backends.triton.softmax_ce import softmax_ce
+
+    shape = (num_classes, rows) if apart else (rows, num_classes)
+    logits = torch.randn(shape, device=device, dtype=dtype)
+    target = torch.randint(num_classes, (rows,), device=device)
+    scale = torch.rand(num_classes, device=device) + 0.5
+
+    def call() -> tuple[torch.Tensor, ...]:
+        loss, row_loss, gradients = softmax_ce(
+            logits.t() if apart else logits, target, scale, None, None, None, None, None, None, None, cap, 0.0, 0.0,
+            0.0, 0.0, 0.0, 1.0, False, -100, True, [True, columns, False, False, False],
+        )  # fmt: skip
+        return loss, row_loss, *gradients
+
+    return call
+
+
+def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
+    def timed(name: str, num_classes: int, candidates: list[tuple[int, ...]], **keywords: Any) -> ShapeClass:
+        rows = 3 if small else _TUNED_BYTES // (num_classes * dtype.itemsize)
+        prepare = partial(_call, rows=rows, num_classes=num_classes, dtype=dtype, **keywords)
+        return ShapeClass(name, prepare, candidates[:2] if small else candidates)
+
+    from fusedloss.backends.triton import tuning
+
+    found = []
+    for name in tuning.TABLES["softmax_ce"][str(dtype).removeprefix("torch.")]:
+        width = int(name.split()[0]) if name[0].isdigit() else 0
+        if width:
+            # Neither a power of two nor far below one: 100 for 128, 800 for 1024.
+            found.append(timed(name, width * 25 // 32, _row_tiles(width), columns="columns" in name))
+    found.append(timed("loop", 200 if small else 32000, _loop_tiles()))
+    found.append(timed("loop extras", 200 if small else 32000, _loop_tiles(), cap=30.0))
+    sizes = product((16, 32, 64), (32, 64, 128), (4, 8))
+    found.append(timed("apart", 100, [(*size, 1) for size in sizes], apart=True))
+    sizes = product((1, 2, 4, 8), (256, 512, 1024, 2048), (4, 8))
+    wide = 200 if small else 32000
+    found.append(timed("columns", wide, [(*size, 1) for size in sizes if size[0] * size[1] <= 4096], columns=True))
+    return found[:2] + found[-1:] if small else found
+
+
+def _row_tiles(width: int) -> list[tuple[int, ...]]:
+    """One row or several side by side; 2 to 32 values a thread."""
+    sizes = product((1, 2, 4, 8, 16, 32, 64, 128, 256), (2, 4, 8, 16))
+    return [
+        (rows, width, warps, 1)
+        for rows, warps in sizes
+        if 512 <= rows * width <= max(4096, width) and 2 <= rows * width // (32 * warps) <= 32
+    ]
+
+
+def _loop_tiles() -> list[tuple[int, ...]]:
+    sizes = product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32), (1, 2, 3))
+    return [(1, block, warps, stages) for block, warps, stages in sizes if 4 <= block // (32 * warps) <= 16]

@@ -1,0 +1,154 @@
+"""Kernels over single rows of a linear head: the Jacobian of normalisation, and the label's pair of rows in double."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+_WARPS, _WIDEST = 4, 1024
+
+
+class Pairs(NamedTuple):
+    """Rows of input and weight (contiguous), each row's label (-1 for none), and lengths where cosines are meant."""
+
+    input: Any
+    weight: Any
+    labels: Any
+    width: Any
+    input_norm: Any
+    class_norm: Any
+    product: Any
+
+
+@triton.jit
+def project_kernel(rows, norms, gradient, width, DIVIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """gradient -= v <v, gradient> / |v|^2, over |v| where asked; 0 where |v| is infinite."""
+    start = tl.program_id(0).to(tl.int64) * width
+    norm = tl.load(norms + tl.program_id(0))
+    along = norm * 0.0
+    along = tl.where(along != along, 0.0, along)
+    for first in range(0, width, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        inside = places < width
+        v = tl.load(rows + start + places, mask=inside, other=0.0).to(tl.float64)
+        g = tl.load(gradient + start + places, mask=inside, other=0.0).to(tl.float64)
+        along += tl.sum(v * g, 0)
+    along = along / norm / norm
+    factor = 1.0 / norm
+    if not DIVIDE:
+        factor = tl.where(factor == 0, 0.0, 1.0)
+    for first in range(0, width, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        inside = places < width
+        v = tl.load(rows + start + places, mask=inside, other=0.0).to(tl.float64)
+        g = tl.load(gradient + start + places, mask=inside, other=0.0)
+        tl.store(gradient + start + places, ((g.to(tl.float64) - along * v) * factor).to(g.dtype), mask=inside)
+
+
+@triton.jit
+def product_kernel(pairs, BLOCK: tl.constexpr):
+    """<x_i, w_y>, over both lengths where these are given; 0 without a label."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(pairs.labels + row)
+    class_row = tl.maximum(label, 0)
+    total = label.to(tl.float64) * 0.0
+    for first in range(0, pairs.width, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        inside = places < pairs.width
+        x = tl.load(pairs.input + row * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
+        w = tl.load(pairs.weight + class_row * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
+        total += tl.sum(x * w, 0)
+    if pairs.input_norm is not None:
+        total = total / tl.load(pairs.input_norm + row)
+        total = total / tl.load(pairs.class_norm + class_row)
+    tl.store(pairs.product + row, tl.where(label >= 0, total, 0.0))
+
+
+@triton.jit
+def toward(pairs, row, label, slope, places, inside, OF_WEIGHT: tl.constexpr):
+    """slope * d product / d row, of the weight or of the input, at some features, in double."""
+    x = tl.load(pairs.input + row * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
+    w = tl.load(pairs.weight + label * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
+    if pairs.input_norm is None:
+        return slope * (x if OF_WEIGHT else w)
+    else:
+        x_norm, w_norm = tl.load(pairs.input_norm + row), tl.load(pairs.class_norm + label)
+        x, w = x / x_norm, w / w_norm
+        cosine = tl.load(pairs.product + row)
+        if OF_WEIGHT:
+            return slope / w_norm * (x - cosine * w)
+        else:
+            return slope / x_norm * (w - cosine * x)
+
+
+@triton.jit
+def label_input_kernel(pairs, slopes, gradient, BLOCK: tl.constexpr):
+    """Adds the label's gradient to each row of the input's."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(pairs.labels + row)
+    if label >= 0:
+        slope = tl.load(slopes + row)
+        for first in range(0, pairs.width, BLOCK):
+            places = first + tl.arange(0, BLOCK)
+            inside = places < pairs.width
+            place = gradient + row * pairs.width + places
+            before = tl.load(place, mask=inside, other=0.0)
+            found = toward(pairs, row, label, slope, places, inside, False)
+            tl.store(place, (before.to(tl.float64) + found).to(before.dtype), mask=inside)
+
+
+@triton.jit
+def label_weight_kernel(pairs, slopes, gradient, order, ends, BLOCK: tl.constexpr):
+    """Adds the label's gradients to the weight's: the first row of each class, in the order by class, adds them all."""
+    first_row = tl.program_id(0)
+    label = tl.load(pairs.labels + tl.load(order + first_row))
+    label_before = tl.load(pairs.labels + tl.load(order + tl.maximum(first_row - 1, 0)))
+    if (label >= 0) & ((first_row == 0) | (label != label_before)):
+        end = tl.load(ends + first_row)
+        for first in range(0, pairs.width, BLOCK):
+            places = first + tl.arange(0, BLOCK)
+            inside = places < pairs.width
+            place = gradient + label * pairs.width + places
+            before = tl.load(place, mask=inside, other=0.0)
+            total = before.to(tl.float64)
+            for index in range(first_row, end):
+                row = tl.load(order + index)
+                total += toward(pairs, row, label, tl.load(slopes + row), places, inside, True)
+            tl.store(place, total.to(before.dtype), mask=inside)
+
+
+def project_rows(rows: Tensor, norm: Tensor, gradient: Tensor, divide: bool) -> None:
+    """See project_kernel; `gradient` is changed in place."""
+    rows = rows.contiguous()
+    _start(project_kernel, len(rows), (rows, norm, gradient, rows.shape[1]), rows, DIVIDE=divide)
+
+
+def label_products(pairs: Pairs, rows: int) -> None:
+    """Fills ``pairs.product``."""
+    _start(product_kernel, rows, (pairs,), pairs.input)
+
+
+def add_label_gradients(pairs: Pairs, slope: Tensor, input: Tensor | None, weight: Tensor | None) -> None:
+    """Adds to the gradients of input and weight; the same bits at every run."""
+    rows = len(slope)
+    if input is not None:
+        _start(label_input_kernel, rows, (pairs, slope, input), slope)
+    if weight is not None:
+        labels, order = torch.sort(pairs.labels, stable=True)
+        ends = torch.searchsorted(labels, labels, right=True)
+        _start(label_weight_kernel, rows, (pairs, slope, weight, order, ends), slope)
+
+
+def _start(kernel: Any, programs: int, arguments: tuple, like: Tensor, **constants: Any) -> None:
+    width = arguments[0].width if isinstance(arguments[0], Pairs) else arguments[3]
+    block = min(_WIDEST, max(16, triton.next_power_of_2(width))) if _forced_block is None else _forced_block
+    launch.start(kernel, (programs,), arguments, like.device, _WARPS, BLOCK=block, **constants)
+
+
+_forced_block: int | None = None

@@ -1,0 +1,251 @@
+"""A narrow 16-bit head on a GPU: tiles of logits that are never written, formed once for each thing asked of them.
+
+One kernel gives each row's sums, one the gradient of the input, one that of the weight: five products for the three
+of a chunk whose logits are written and read again, which costs more where rows are narrow. No atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from . import launch
+
+# Classes that the programs of one row tile share, so that few rows fill a GPU too.
+_SHARES = 16
+
+
+class LinearTile(NamedTuple):
+    """`rows` x `columns` logits, `step` features at a time; gradients of `block` features."""
+
+    rows: int
+    columns: int
+    step: int
+    block: int
+    warps: int
+
+
+_TILE = LinearTile(64, 64, 64, 256, 8)
+_forced_tile: LinearTile | None = None
+
+
+class Head(NamedTuple):
+    """Operands (contiguous), what makes a product z, and the rows' labels (-1 for none); None costs nothing."""
+
+    input: Any
+    weight: Any
+    rows: Any
+    classes: Any
+    width: Any
+    labels: Any
+    scale: Any
+    bias: Any
+    class_weight: Any
+    label_logit: Any
+
+
+class RowCoefficients(NamedTuple):
+    """dL/dz_j = softmax exp(z_j - lse) - uniform w_j but at the label, where dL/dproduct is label; (B,) each."""
+
+    log_sum_exp: Any
+    softmax: Any
+    uniform: Any
+    label: Any
+    label_z: Any  # dL/dz of the label
+
+
+@triton.jit
+def products(head, left, right, DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """<x_i, w_j> for i in left and j in right."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, head.width, STEP):
+        features = start + tl.arange(0, STEP)
+        inside = features < head.width
+        x = tl.load(head.input + left.to(tl.int64)[:, None] * head.width + features[None, :],
+                    mask=(left < head.rows)[:, None] & inside[None, :], other=0.0)  # fmt: skip
+        w = tl.load(head.weight + right.to(tl.int64)[None, :] * head.width + features[:, None],
+                    mask=(right < head.classes)[None, :] & inside[:, None], other=0.0)  # fmt: skip
+        total = tl.dot(x.to(DOT), w.to(DOT), total)
+    return total
+
+
+@triton.jit
+def logits_of(head, product, right):
+    """z, -inf beyond the last class."""
+    inside = right < head.classes
+    z = product
+    if head.scale is not None:
+        z = z * tl.load(head.scale + right, mask=inside, other=0.0)[None, :]
+    if head.bias is not None:
+        z = z + tl.load(head.bias + right, mask=inside, other=0.0)[None, :]
+    return tl.where(inside[None, :], z, float("-inf"))
+
+
+@triton.jit
+def class_weights(head, right):
+    inside = right < head.classes
+    weight = inside.to(tl.float32)
+    if head.class_weight is not None:
+        weight = tl.load(head.class_weight + right, mask=inside, other=0.0)
+    return weight
+
+
+@triton.jit
+def tile_sums_kernel(head, found, blocks_per_share, UNIFORM: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """found (shares, 4, B): largest z, sum of exp beside the label's, sum of w z, z of the label; a share of classes."""
+    left = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = left < head.rows
+    label = tl.load(head.labels + left, mask=valid, other=-1).to(tl.int32)
+    # A 0 that the compiler can't see: Triton 3.6 fails on loops that add reductions to constants.
+    zero = (left < 0).to(tl.float32)
+    top, rest, uniform, label_z = zero - float("inf"), zero, zero, zero
+    first = tl.program_id(1) * blocks_per_share
+    for block in range(first, min(first + blocks_per_share, tl.cdiv(head.classes, COLUMNS))):
+        right = block * COLUMNS + tl.arange(0, COLUMNS)
+        z = logits_of(head, products(head, left, right, DOT, ROWS, COLUMNS, STEP), right)
+        is_label = right[None, :] == label[:, None]
+        if head.label_logit is None:
+            label_z += tl.sum(tl.where(is_label, z, 0.0), 1)
+        if UNIFORM:
+            weight = class_weights(head, right)[None, :]
+            uniform += tl.sum(tl.where(is_label | (weight == 0), 0.0, weight * z), 1)
+        z = tl.where(is_label, float("-inf"), z)
+        higher = tl.maximum(top, tl.max(z, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        rest = rest * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+        top = higher
+    place = found + tl.program_id(1).to(tl.int64) * 4 * head.rows + left
+    tl.store(place, top, mask=valid)
+    tl.store(place + head.rows, rest, mask=valid)
+    tl.store(place + 2 * head.rows, uniform, mask=valid)
+    tl.store(place + 3 * head.rows, label_z, mask=valid)
+
+
+@triton.jit
+def slopes_of(head, rows, left, right, product, UNIFORM: tl.constexpr):
+    """dL/dz and dL/dproduct of a tile, 0 beyond its last row and class."""
+    valid = left < head.rows
+    label = tl.load(head.labels + left, mask=valid, other=-1).to(tl.int32)
+    lse = tl.load(rows.log_sum_exp + left, mask=valid, other=0.0)
+    softmax = tl.load(rows.softmax + left, mask=valid, other=0.0)
+    z = logits_of(head, product, right)
+    slope = softmax[:, None] * tl.exp(z - lse[:, None])
+    if UNIFORM:
+        slope -= tl.load(rows.uniform + left, mask=valid, other=0.0)[:, None] * class_weights(head, right)[None, :]
+    slope = tl.where(valid[:, None] & (right < head.classes)[None, :] & (softmax != 0)[:, None], slope, 0.0)
+    scaled = slope
+    if head.scale is not None:
+        scaled = slope * tl.load(head.scale + right, mask=right < head.classes, other=0.0)[None, :]
+    is_label = right[None, :] == label[:, None]
+    at_label = tl.load(rows.label + left, mask=valid, other=0.0)
+    of_z = 0.0 * at_label
+    if head.label_logit is None:
+        of_z = tl.load(rows.label_z + left, mask=valid, other=0.0)
+    return tl.where(is_label, of_z[:, None], slope), tl.where(is_label, at_label[:, None], scaled)
+
+
+@triton.jit
+def input_tile_kernel(head, rows, gradient, UNIFORM: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+                      COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """gradient (B, D) in float32: of ROWS rows, BLOCK features."""
+    left = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, head.classes, COLUMNS):
+        right = start + tl.arange(0, COLUMNS)
+        product = products(head, left, right, DOT, ROWS, COLUMNS, STEP)
+        _, slope = slopes_of(head, rows, left, right, product, UNIFORM)
+        w = tl.load(head.weight + right.to(tl.int64)[:, None] * head.width + features[None, :],
+                    mask=(right < head.classes)[:, None] & (features < head.width)[None, :], other=0.0)  # fmt: skip
+        total = tl.dot(slope.to(DOT), w.to(DOT), total)
+    tl.store(gradient + left.to(tl.int64)[:, None] * head.width + features[None, :], total,
+             mask=(left < head.rows)[:, None] & (features < head.width)[None, :])  # fmt: skip
+
+
+@triton.jit
+def weight_tile_kernel(head, rows, gradient, scale_sum, bias_sum, UNIFORM: tl.constexpr, DOT: tl.constexpr,
+                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """gradient (K, D) in float32: of COLUMNS classes, BLOCK features; the first block of features adds up columns."""
+    right = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = right < head.classes
+    total = tl.zeros([COLUMNS, BLOCK], tl.float32)
+    zero = (right < 0).to(tl.float32)
+    scale, bias = zero, zero
+    for start in range(0, head.rows, ROWS):
+        left = start + tl.arange(0, ROWS)
+        product = products(head, left, right, DOT, ROWS, COLUMNS, STEP)
+        of_z, slope = slopes_of(head, rows, left, right, product, UNIFORM)
+        if scale_sum is not None:
+            scale += tl.sum(tl.where(of_z == 0, 0.0, of_z * product), 0)
+            bias += tl.sum(of_z, 0)
+        if gradient is not None:
+            x = tl.load(head.input + left.to(tl.int64)[:, None] * head.width + features[None, :],
+                        mask=(left < head.rows)[:, None] & (features < head.width)[None, :], other=0.0)  # fmt: skip
+            total = tl.dot(tl.trans(slope).to(DOT), x.to(DOT), total)
+    if gradient is not None:
+        tl.store(gradient + right.to(tl.int64)[:, None] * head.width + features[None, :], total,
+                 mask=inside[:, None] & (features < head.width)[None, :])  # fmt: skip
+    if scale_sum is not None:
+        if tl.program_id(1) == 0:
+            tl.store(scale_sum + right, scale, mask=inside)
+            tl.store(bias_sum + right, bias, mask=inside)
+
+
+def tile_sums(head: Head, uniform: bool) -> Tensor:
+    """(4, B) float32: largest z and sum of exp beside the label's, sum of w z beside the label's, z of the label."""
+    tile = _tile(head)
+    blocks = triton.cdiv(head.classes, tile.columns)
+    shares = min(_SHARES, blocks)
+    each = triton.cdiv(blocks, shares)
+    shares = triton.cdiv(blocks, each)
+    found = torch.empty(shares, 4, head.rows, dtype=torch.float32, device=head.input.device)
+    _start(tile_sums_kernel, (triton.cdiv(head.rows, tile.rows), shares), (head, found, each), tile, UNIFORM=uniform)
+    top = found[:, 0].amax(0)
+    shift = torch.where(top == -torch.inf, 0.0, top)
+    rest = (found[:, 1] * (found[:, 0] - shift).exp()).sum(0)
+    return torch.stack([top, rest, found[:, 2].sum(0), found[:, 3].sum(0)])
+
+
+def input_gradient(head: Head, rows: RowCoefficients, uniform: bool) -> Tensor:
+    """(B, D) in float32."""
+    tile = _tile(head)
+    gradient = torch.empty(head.rows, head.width, dtype=torch.float32, device=head.input.device)
+    grid = (triton.cdiv(head.rows, tile.rows), triton.cdiv(head.width, tile.block))
+    _start(input_tile_kernel, grid, (head, rows, gradient), tile, UNIFORM=uniform, BLOCK=tile.block)
+    return gradient
+
+
+def weight_gradient(
+    head: Head, rows: RowCoefficients, uniform: bool, want_weight: bool, want_columns: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(K, D) in float32, and the sums of dL/dz times the product and of dL/dz, (K,); None where not wanted."""
+    tile = _tile(head)
+    device = head.input.device
+    gradient = torch.empty(head.classes, head.width, dtype=torch.float32, device=device) if want_weight else None
+    scale, bias = (torch.empty(head.classes, device=device) if want_columns else None for _ in range(2))
+    grid = (triton.cdiv(head.classes, tile.columns), triton.cdiv(head.width, tile.block) if want_weight else 1)
+    _start(weight_tile_kernel, grid, (head, rows, gradient, scale, bias), tile, UNIFORM=uniform, BLOCK=tile.block)
+    return gradient, scale, bias
+
+
+def _tile(head: Head) -> LinearTile:
+    if _forced_tile is not None:
+        return _forced_tile
+    width = max(16, triton.next_power_of_2(head.width))
+    return _TILE._replace(step=min(_TILE.step, width), block=min(_TILE.block, width))
+
+
+def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple, tile: LinearTile, **constants: Any) -> None:
+    operand = arguments[0].input
+    # The interpreter's NumPy knows no bfloat16.
+    on_device = tl.float16 if operand.dtype == torch.float16 else tl.bfloat16
+    dot = tl.float32 if isinstance(kernel, InterpretedFunction) else on_device
+    sizes = {"DOT": dot, "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step}
+    launch.start(kernel, grid, arguments, operand.device, tile.warps, **sizes, **constants)

@@ -1,0 +1,127 @@
+"""Scaled cosine logits with a margin at the label, for trainers that keep their own cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedloss import ops
+from fusedloss.backends.reference.class_stats import check_labels
+from fusedloss.backends.reference.linear_ce import unit_rows
+from fusedloss.functional.linear_head import LinearHead, checked_head
+from fusedloss.functional.problem import check_terms
+from fusedloss.functional.softmax_ce import transformed
+from fusedloss.terms import AngularMargin, MarginTerm, Scale, label_chain
+from fusedloss.terms.term import readable
+
+_DEFAULT_MARGIN = AngularMargin(0.5)
+
+
+def margin_logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    margin: MarginTerm = _DEFAULT_MARGIN,
+    scale: float | Tensor = 30.0,
+    ignore_index: int = -100,
+    sub_centers: int = 1,
+) -> Tensor:
+    """Scaled cosines ``scale * cos(x, w_k)``, with `margin` applied to the labelled class.
+
+    Equal rows, opposite rows and rows of any length have finite gradients: the label's cosine is computed in float64.
+
+    Args:
+        input: features ``(B, D)``; float32, float64, bfloat16 or float16.
+        linear_weight: ``(K, D)``, one row per class.
+        labels: int64 ``(B,)``; None (inference) applies no margin, nor does `ignore_index`.
+        margin: a ``MarginTerm``: ``AngularMargin`` (ArcFace), ``AdditiveMargin`` (CosFace), ``CombinedMargin``.
+        scale: a float or a tensor, which gets a gradient when it requires one.
+        sub_centers: rows of `linear_weight` per class, adjacent; a class's cosine is that of its nearest
+            (Deng et al. 2020, Sub-center ArcFace).
+
+    Returns:
+        ``(B, K)`` in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or values that don't fit; the message names the argument.
+        IndexError: a label outside ``[0, K)`` on the CPU.
+
+    >>> import torch, fusedloss
+    >>> features, classes = torch.tensor([[3.0, 0.0]]), torch.eye(2)
+    >>> fusedloss.margin_logits(features, classes, torch.tensor([0]), scale=10.0)
+    tensor([[8.7758, 0.0000]])
+    """
+    head = checked_head(input, linear_weight, None, True)
+    if not isinstance(margin, MarginTerm):
+        raise TypeError(f"margin must be a margin of fusedloss.terms; got {type(margin).__name__}")
+    _check_sub_centers(sub_centers, len(head.weight))
+    dtype = ops.compute_dtype(head.input.dtype)
+    x, w = _unit(head.input.to(dtype)), _unit(head.weight.to(dtype))
+    with torch.autocast(input.device.type, enabled=False):
+        cosine = torch.mm(x.to(head.input.dtype), w.to(head.input.dtype).t()).to(dtype)
+    nearest = None
+    if sub_centers > 1:
+        cosine, nearest = cosine.unflatten(1, (-1, sub_centers)).max(2)
+    if labels is not None:
+        labels = _checked_labels(labels, cosine, ignore_index)
+        check_terms((margin, Scale(scale)), cosine, labels)
+        named = labels != ignore_index
+        classes = torch.where(named, labels, 0)
+        value = _label_value(head, classes, nearest, margin).to(dtype)
+        column = classes.unsqueeze(1)
+        value = torch.where(named, value, cosine.gather(1, column).squeeze(1))
+        cosine = cosine.scatter(1, column, value.unsqueeze(1))
+    cosine = cosine * scale
+    return cosine.squeeze(0) if head.one_row else cosine
+
+
+def _check_sub_centers(sub_centers: int, rows: int) -> None:
+    if isinstance(sub_centers, bool) or not isinstance(sub_centers, int) or sub_centers < 1:
+        raise ValueError(f"sub_centers must be a positive integer; got {sub_centers!r}")
+    if rows % sub_centers:
+        raise ValueError(f"linear_weight must have a multiple of sub_centers={sub_centers} rows; got {rows}")
+
+
+def _checked_labels(labels: Tensor, cosine: Tensor, ignore_index: int) -> Tensor:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers; got {labels.dtype}")
+    labels = labels.reshape(1) if labels.dim() == 0 else labels
+    if labels.shape != cosine.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(cosine)},); got {tuple(labels.shape)}")
+    labels = labels.to(torch.int64)
+    if readable(labels):
+        check_labels(labels, cosine.shape[1], ignore_index, "labels")
+    return labels
+
+
+def _label_value(head: LinearHead, classes: Tensor, nearest: Tensor | None, margin: MarginTerm) -> Tensor:
+    """The margin of each row's label, on the cosine in double: an angular margin is steep where rows are parallel."""
+    rows = classes
+    if nearest is not None:
+        rows = classes * (len(head.weight) // nearest.shape[1]) + nearest.gather(1, classes.unsqueeze(1)).squeeze(1)
+    cosine = (unit_rows(head.input.double()) * unit_rows(head.weight[rows].double())).sum(1)
+    value, slope = label_chain(cosine.detach(), classes, (margin,))
+    return value + slope * (cosine - cosine.detach())
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return unit_rows(rows) if transformed() else _UnitRows.apply(rows)
+
+
+class _UnitRows(torch.autograd.Function):
+    """Rows over their lengths, keeping one copy for the backward."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        reciprocal = torch.where(norm == 0, 0.0, norm.reciprocal())
+        unit = (rows * reciprocal).to(rows.dtype)
+        ctx.save_for_backward(unit, reciprocal)
+        return unit
+
+    @staticmethod
+    def backward(ctx, gradient):
+        unit, reciprocal = ctx.saved_tensors
+        along = (gradient * unit).sum(1, keepdim=True, dtype=torch.float64)
+        return ((gradient - unit * along) * reciprocal).to(gradient.dtype)
