@@ -251,6 +251,11 @@ class VACELoss(CrossEntropyLoss):
         return {**self.__dict__, "_tap": None}
 
 
+if torch.__version__ < (2, 15):
+    # Compiled by torch 2.8, the temperatures come out wrong; what lies between is untested.
+    VACELoss._refresh = torch.compiler.disable(VACELoss._refresh)  # type: ignore[method-assign]
+
+
 def _trusted_temperature(tau: Tensor) -> ClassTemperature:
     """A ClassTemperature of values known to be clipped: its check would wait for the device."""
     term = object.__new__(ClassTemperature)
