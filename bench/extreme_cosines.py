@@ -26,7 +26,9 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def ours(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     terms = [fusedloss.AngularMargin(MARGIN), fusedloss.Scale(SCALE)]
-    return fusedloss.linear_cross_entropy(x, w, y, normalize=True, terms=terms)
+    loss = fusedloss.linear_cross_entropy(x, w, y, normalize=True, terms=terms)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def usual(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -116,11 +118,11 @@ def error(loss: Loss, arguments: tuple[Tensor, Tensor, Tensor], dtype: torch.dty
     x, w = x.to(dtype), w.to(dtype)
     if not all(bool(torch.isfinite(rows).all() and (rows.abs() > 0).any()) for rows in (x, w)):
         return "-"
-    leaves = [rows.double().requires_grad_() for rows in (x, w)]
-    expected = torch.autograd.grad(truth(*leaves, y), leaves)
-    own = [rows.clone().requires_grad_() for rows in (x, w)]
+    exact = x.double().requires_grad_(), w.double().requires_grad_()
+    expected = torch.autograd.grad(truth(exact[0], exact[1], y), exact)
+    own = x.clone().requires_grad_(), w.clone().requires_grad_()
     try:
-        found = torch.autograd.grad(loss(*own, y), own)
+        found = torch.autograd.grad(loss(own[0], own[1], y), own)
     except (RuntimeError, ValueError) as problem:
         return type(problem).__name__
     worst = 0.0

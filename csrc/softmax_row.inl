@@ -105,7 +105,7 @@ public:
             const double rest = sums.rest == 0 ? 0.0 : sums.rest * std::exp(sums.max - max);
             sum = rest + std::exp(label_z - max);
         }
-        top.confidence = 1 / sum;
+        top.confidence = sum == 0 ? std::numeric_limits<double>::quiet_NaN() : 1 / sum;
         const bool has_nan = std::isnan(sum);
         for (int64_t start = 0, chunk = 0; start < count_; start += kChunk, ++chunk) {
             if (!has_nan && chunk_max_[chunk] != max) continue;

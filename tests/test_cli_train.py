@@ -131,6 +131,14 @@ def test_images_for_a_head_on_brought_features_are_refused(folder, tmp_path, cap
     assert "no backbone is known" in capsys.readouterr().err
 
 
+def test_evaluate_retrieval(folder, tmp_path, capsys):
+    assert call("evaluate", folder / "run", "--retrieval", "--output", tmp_path / "scores.json") == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "scores.json").read_text())["retrieval"]
+    assert 0 <= found["map_at_r"] <= found["recall_at_1"] + 1e-9 <= 1 + 1e-9
+    assert f"{found['recall_at_1']:.4f}" in shown
+
+
 def test_evaluate_writes_the_scores(folder, tmp_path, capsys):
     assert call("evaluate", folder / "run", "--output", tmp_path / "scores.json", "--calibrated") == 0
     scores = json.loads((tmp_path / "scores.json").read_text())

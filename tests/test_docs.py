@@ -23,7 +23,6 @@ MODULES = [
     "fusedloss.longtail",
     "fusedloss.metrics",
     "fusedloss.statistics",
-    
     *(
         f"fusedloss.{package}.{path.stem}"
         for package in ("functional", "modules", "terms")

@@ -96,6 +96,20 @@ class TestPublishedFormulas:
         loss(x, y)
         torch.testing.assert_close(loss.norm_mean, mean)
 
+    def test_curricularface(self, rows):
+        x, y = rows
+        x.requires_grad_()
+        loss = fusedloss.CurricularFaceLoss(D, K, scale=16.0, momentum=0.5)
+        cosine = cosines(x, loss.weight)
+        label = cosine.gather(1, y.unsqueeze(1)).squeeze(1)
+        t = 0.5 * label.detach().mean()
+        turned = torch.where(label > -math.cos(0.5), torch.cos(label.acos() + 0.5), label - 0.5 * math.sin(0.5))
+        limit = torch.cos(label.detach().acos() + 0.5).unsqueeze(1)
+        hard = torch.where(cosine > limit, cosine * (t + cosine), cosine)
+        expected = F.cross_entropy(with_label(hard, y, turned) * 16.0, y)
+        assert_same(loss(x, y), expected, (x, loss.weight))
+        torch.testing.assert_close(loss.t, t)
+
     def test_combined(self, rows):
         x, y = rows
         combined = fusedloss.CombinedMarginLoss(D, K, margin=(1.0, 0.5, 0.0))

@@ -233,6 +233,11 @@ class TestRowsOverStatistics:
         torch.testing.assert_close(loss(logits, labels, share), share * rows)
         mean = ROWS[name][0]()(logits, labels, share)
         torch.testing.assert_close(mean, (share * rows).sum() / share.sum())
+        logits, labels = batch(3, 4, 5, ignored=False)
+        rows = loss(logits, labels)
+        for share in (torch.rand(3, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64)):
+            spread = share if share.dim() == 2 else share.unsqueeze(1)
+            torch.testing.assert_close(loss(logits, labels, share), spread * rows)
 
     @pytest.mark.skipif(backends.answering("cpu") == "reference", reason="eager PyTorch multiplies NaN by zero")
     def test_what_an_ignored_row_holds_is_never_seen(self, name):

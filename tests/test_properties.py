@@ -33,7 +33,7 @@ needs_kernels = pytest.mark.skipif(cpp.absent("cpu") is not None, reason="no com
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("backend", "usual"), [pytest.param("cpp", 120, marks=needs_kernels), pytest.param("reference", 40)]
+    ("backend", "usual"), [pytest.param("cpp", 100, marks=needs_kernels), pytest.param("reference", 25)]
 )
 def test_random_combinations(family, backend, usual):
     with fusedloss.backend(backend):
@@ -62,7 +62,7 @@ def in_a_process(*arguments, usual, **environment):
 def test_on_every_level(level):
     if level == cpp.extension.level():
         pytest.skip("the level of the tests in this process")
-    found = in_a_process(usual=40, FUSEDLOSS_SIMD=level)
+    found = in_a_process(usual=25, FUSEDLOSS_SIMD=level)
     if NOT_ALLOWED in found.stderr:
         pytest.skip(f"this machine has no {level}")
     assert found.returncode == 0, found.stdout + found.stderr
@@ -73,7 +73,7 @@ def test_on_every_level(level):
 
 @pytest.mark.skipif("not installed" in (triton.absent("cpu") or ""), reason="no Triton")
 def test_interpreted_by_triton():
-    found = in_a_process("--backend", "triton", usual=12, TRITON_INTERPRET="1")
+    found = in_a_process("--backend", "triton", usual=8, TRITON_INTERPRET="1")
     assert found.returncode == 0, found.stdout + found.stderr
     if WANTED:
         print(f"\n{found.stdout}")

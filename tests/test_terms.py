@@ -276,3 +276,9 @@ X, Y = torch.zeros(3, 5), torch.tensor([0, 1, 2])
 def test_bad_arguments(error, pattern, call):
     with pytest.raises(error, match=pattern):
         call()
+
+
+def test_a_row_without_any_class_has_no_confidence():
+    logits = torch.full((1, 5), -math.inf)
+    _, stats = fusedloss.cross_entropy(logits, torch.tensor([0]), return_stats=True)
+    assert math.isnan(float(stats.confidence))

@@ -70,3 +70,12 @@ def test_settings_that_do_not_fit_are_refused():
         recipe(supcon_prototypes=True)
     with pytest.raises(ValueError, match="supcon_temperature must be positive"):
         recipe(**CONTRAST, supcon_temperature=0.0)
+
+
+def test_fused_and_eager_learn_alike():
+    from bench.supcon_learning import compare
+
+    found = compare(bank(), steps=15, batch_size=64)
+    assert found["last loss"] < found["first loss"]
+    assert found["largest difference, fused to eager"] < 1e-3
+    assert abs(found["Recall@1, fused"] - found["Recall@1, eager"]) < 0.05

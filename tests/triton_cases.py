@@ -20,6 +20,7 @@ from triton_checks import (
     empty,
     scaling,
     sweep,
+    through_the_operation,
 )
 from triton_main import main
 from triton_truth import Penalty
@@ -262,6 +263,12 @@ for _classes in (130, 5000, 9000):
     )
 case(scaling, "scale in place")
 case(bad_labels, "labels out of range")
+for _reduction, _stats in (("mean", False), ("sum", True), ("none", False)):
+    for _dtype in (torch.float32, torch.float16):
+        case(
+            through_the_operation(_reduction, _stats, _dtype),
+            f"through the operation: {_reduction}, {_stats}, {str(_dtype).split('.')[1]}",
+        )
 case(empty, "no rows")
 for _name, _check in (triton_supcon.CASES | triton_linear.CASES).items():
     case(_check, _name)
@@ -272,8 +279,16 @@ INTERPRETED = {
     "linear mutants": triton_linear.mutants,
 }
 # One of each kernel, for tools that slow a program down a thousandfold.
-FEW = ("ce everything float32 steps", "ce everything bfloat16 one block", "statistics everything float32 steps",
-       "statistics probabilities hinge float16 one block", "classes float32", "scale in place")  # fmt: skip
+FEW = (
+    "ce everything float32 steps",
+    "ce everything bfloat16 one block",
+    "statistics everything float32 steps",
+    "statistics probabilities hinge float16 one block",
+    "classes float32",
+    "scale in place",
+    "contrast everything (16, 16, 8, 8)",
+    "linear f32 plain mean",
+)
 
 
 if __name__ == "__main__":

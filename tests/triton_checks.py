@@ -272,3 +272,45 @@ def empty(device: str) -> list[str]:
         wrong += difference("loss", loss, torch.tensor(truth), (0, 0))
         wrong += difference("scale", gradients[1], torch.zeros(37), (0, 0))
     return wrong
+
+
+def through_the_operation(reduction: str, stats: bool, dtype: torch.dtype = torch.float32) -> Check:
+    """Terms, rows and penalty as a user gives them: values and every gradient, against the reference in float64."""
+
+    def run(device: str) -> list[str]:
+        generator = torch.Generator().manual_seed(0)
+        given = [3 * torch.randn(6, 37, generator=generator), torch.rand(37, generator=generator) + 0.5]
+        given += [torch.rand(6, generator=generator) for _ in range(2)]
+        target = torch.randint(37, (6,), generator=generator)
+        target[2] = -100
+        wanted = _user_call([given[0].to(dtype).double(), *(value.double() for value in given[1:])], target,
+                            "reference", reduction, stats)  # fmt: skip
+        moved = [given[0].to(dtype), *given[1:]]
+        got = _user_call([value.to(device) for value in moved], target.to(device), "triton", reduction, stats)
+        wrong = []
+        for name, truth in wanted.items():
+            tolerance = ROUNDED[dtype] if name == "logits" else (1e-4, 1e-5)
+            wrong += difference(name, got[name], truth, tolerance)
+        return wrong
+
+    return run
+
+
+def _user_call(
+    given: list[Tensor], target: Tensor, backend: str, reduction: str, stats: bool
+) -> dict[str, Tensor]:  # fmt: skip
+    import fusedloss
+
+    logits, tau, smoothing, strength = (value.detach().requires_grad_() for value in given)
+    terms = [fusedloss.SoftCap(5.0), fusedloss.ClassTemperature(tau), fusedloss.AdditiveMargin(0.4)]
+    penalty = fusedloss.MarginPenalty(2.0, strength, mix=True)
+    with fusedloss.backend(backend):
+        answer = fusedloss.cross_entropy(
+            logits, target, terms=terms, label_smoothing=smoothing, focal_gamma=2.0, z_loss=0.01, reduction=reduction,
+            margin_penalty=penalty, return_stats=stats,
+        )  # fmt: skip
+        loss, found = answer if stats else (answer, None)
+        total = loss.sum() + (0.1 * found.log_sum_exp.sum() + 0.2 * found.target_logit.sum() if found else 0.0)
+        total.backward()
+    grads = {"logits": logits.grad, "tau": tau.grad, "smoothing": smoothing.grad, "strength": strength.grad}
+    return {"loss": loss, **grads, **({"confidence": found.confidence} if found else {})}

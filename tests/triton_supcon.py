@@ -53,7 +53,8 @@ def contrast(name, tile):
 def on(device, case):
     """The loss of a case whose tensors go to `device` and come back, gradients included."""
     moved = {
-        name: value.to(device) if hasattr(value, "to") else value for name, value in supcon_battery.shallow(case).items()
+        name: value.to(device) if hasattr(value, "to") else value
+        for name, value in supcon_battery.shallow(case).items()
     }
     return supcon_battery.whole_panels(supcon_battery.Case(**moved)).cpu()
 

@@ -1,7 +1,6 @@
 """Times the Triton kernels against eager PyTorch, torch.compile and installed peers on one GPU.
 
     python -m bench.gpu softmax_ce                 # writes bench/results/gpu_softmax_ce.csv and .md
-    python -m bench.gpu --list
     TRITON_INTERPRET=1 python -m bench.gpu --small --device cpu --out build/gpu    # every step, no meaning in the times
 
 Contestants run in turn on the same tensors; no time is shown of one whose values were wrong. The limits (a copy, a
@@ -136,7 +135,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--list", action="store_true", help="print the stems")
     options = parser.parse_args()
     if unknown := set(options.stems) - set(stems()):
         parser.error(f"stem: got {', '.join(sorted(unknown))}; allowed are {', '.join(stems())}")
@@ -146,9 +144,6 @@ def _options() -> argparse.Namespace:
 def main() -> int:
     """Measures and writes; 1 if any values were wrong."""
     options = _options()
-    if options.list:
-        print("\n".join(stems()))
-        return 0
     device = torch.device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     found_limits = limits(device, options.small)

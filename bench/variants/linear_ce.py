@@ -41,8 +41,8 @@ def linear_rows(dtype: str, width: int, *, cosines: bool = False) -> None:
     gradient = torch.float64 if dtype == "f64" else torch.float32
     double = torch.empty(ROWS, dtype=torch.float64)
     x, w = torch.empty(ROWS, width, dtype=stored), torch.empty(_CLASSES, width, dtype=stored)
-    norms = (double, torch.empty(_CLASSES, dtype=torch.float64)) if cosines else (None, None)
-    pairs = linear_rows.Pairs(x, w, torch.zeros(ROWS, dtype=torch.int64), width, *norms, double)
+    x_norm, w_norm = (double, torch.empty(_CLASSES, dtype=torch.float64)) if cosines else (None, None)
+    pairs = linear_rows.Pairs(x, w, torch.zeros(ROWS, dtype=torch.int64), width, x_norm, w_norm, double)
     linear_rows.label_products(pairs, ROWS)
     linear_rows.add_label_gradients(pairs, double, x.to(gradient), w.to(gradient))
     if cosines:

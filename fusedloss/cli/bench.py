@@ -12,7 +12,9 @@ import typer
 
 def bench(
     operations: Annotated[list[str] | None, typer.Argument(help="Operations to time; all by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few small cases, in under a minute; writes nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small cases, in under a minute; writes nothing.")
+    ] = False,
 ) -> None:
     """Time each loss against eager PyTorch and torch.compile, in turn on the same tensors, once values agree.
 

@@ -35,6 +35,14 @@ def evaluate(
             "adjustment); refused for a head that was trained with the prior."
         ),
     ] = 0.0,
+    retrieval: Annotated[
+        bool,
+        typer.Option(
+            "--retrieval",
+            help="Also Recall@1, MAP@R and TAR@FAR of the features that the head's last layer sees, by cosine "
+            "(needs the extra metric).",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="JSON file for the scores, per class too.", show_default=False),
@@ -54,9 +62,19 @@ def evaluate(
     from fusedloss.train.storage import write_json
 
     features = None if bank is None else FeatureBank.open(bank)
-    found = evaluate_run(run, features, rows=rows, calibrated=calibrated, adjust_prior=adjust_prior, device=device)
+    found = evaluate_run(
+        run,
+        features,
+        rows=rows,
+        calibrated=calibrated,
+        adjust_prior=adjust_prior,
+        retrieval=retrieval,
+        device=device,
+    )
     print(f"{run}: {found.num_rows} rows ({found.rows}) of {found.bank}")
     print_scores(found.report)
+    for name, value in found.report.get("retrieval", {}).items():
+        print(f"  {name:<24} {value:.4f}")
     if output is not None:
         write_json(
             output,

@@ -32,6 +32,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     normalize: bool = False,
     sample_rate: float | None = None,
+    group: object = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -57,6 +58,9 @@ def linear_cross_entropy(
         normalize: cosine logits; a row of zeros has cosine 0 with everything, and gradient 0.
         sample_rate: the share of classes kept in the softmax, drawn at each call: the batch's own always are, and no
             fewer than there are rows (PartialFC). Rows of other classes get gradient 0.
+        group: a ``torch.distributed`` process group over whose ranks the classes are spread: `linear_weight`, `weight`
+            and terms are those of this rank's contiguous share, `input` and `target` the same on all ranks, labels
+            global. Value and gradients are those of one process; without smoothing, penalty, sampling and statistics.
         weight, ignore_index, reduction, label_smoothing, terms, focal_gamma, z_loss, margin_penalty, sample_weight,
             return_stats: as in ``fusedloss.cross_entropy``.
 
@@ -88,6 +92,8 @@ def linear_cross_entropy(
         margin_penalty,
         sample_weight,
     )
+    if group is not None:
+        return _sharded(problem, head, reduction, group, sample_rate is not None or return_stats)
     kept = None
     if sample_rate is not None:
         problem, head, kept = sampled(problem, head, sample_rate)
@@ -96,6 +102,21 @@ def linear_cross_entropy(
         return found
     loss, statistics = found
     return loss, statistics._replace(prediction=kept[statistics.prediction])
+
+
+def _sharded(problem: Problem, head: LinearHead, reduction: str, group: object, more: bool) -> Tensor:
+    from fusedloss.functional import linear_group
+
+    if more:
+        raise ValueError("group: sample_rate and return_stats are not supported for sharded classes")
+    if backend_of(problem, False) == "reference":
+        raise ValueError("group: sharded classes need the cpp or triton backend")
+    local, head, shard = linear_group.localized(problem, head, group)
+    if not _capped_first(local, head):
+        raise ValueError("group: a soft cap must be the first term, without bias and normalisation")
+    found = ops.linear_stats(_inputs(local, head), statistics_options(local, False))
+    row_loss, weight, _ = linear_group.joined(found, problem, local, shard)
+    return linear_group.reduced(row_loss, weight, problem, reduction)
 
 
 def _loss(
@@ -129,7 +150,8 @@ def _capped_first(problem: Problem, head: LinearHead) -> bool:
 
 def _inputs(problem: Problem, head: LinearHead) -> ops.LinearInputs:
     """What the operations read: norms, terms folded, the label's logit after margins."""
-    norms = (ops.row_norms(head.input), ops.row_norms(head.weight)) if head.normalize else (None, None)
+    input_norm = ops.row_norms(head.input) if head.normalize else None
+    class_norm = ops.row_norms(head.weight) if head.normalize else None
     terms, soft_cap = problem.terms, 0.0
     affine = [term for term in terms if isinstance(term, AffineTerm)]
     if terms and isinstance(terms[0], SoftCap):
@@ -140,20 +162,27 @@ def _inputs(problem: Problem, head: LinearHead) -> ops.LinearInputs:
         offset = offset if scale is None else offset * scale
         bias = offset if bias is None else bias + offset
     inputs = ops.LinearInputs(
-        head.input, head.weight, problem.target, *norms, scale, bias, problem.class_weight, soft_cap=soft_cap
+        head.input,
+        head.weight,
+        problem.target,
+        input_norm,
+        class_norm,
+        scale,
+        bias,
+        problem.class_weight,
+        soft_cap=soft_cap,
     )
-    return inputs._replace(**_label(problem, head, norms)) if problem.margins else inputs
+    return _with_label(inputs, problem, head) if problem.margins else inputs
 
 
-def _label(problem: Problem, head: LinearHead, norms: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor]:
+def _with_label(inputs: ops.LinearInputs, problem: Problem, head: LinearHead) -> ops.LinearInputs:
     """The label's logit through all terms, in double: an angular margin is steep where rows are nearly parallel."""
     target = problem.target
+    norms = (inputs.input_norm, inputs.class_norm)
     product = ops.label_products(head.input, head.weight, target, *norms, problem.ignore_index)
     classes = torch.where(target != problem.ignore_index, target, 0).clamp(0, problem.num_classes - 1)
     z = product if head.bias is None else product + head.bias.double()[classes]
     value, slope = label_chain(z, classes, problem.terms)
-    return {
-        "label_logit": value.to(problem.dtype).contiguous(),
-        "label_slope": slope.contiguous(),
-        "label_product": product,
-    }
+    return inputs._replace(
+        label_logit=value.to(problem.dtype).contiguous(), label_slope=slope.contiguous(), label_product=product
+    )

@@ -91,7 +91,7 @@ def supcon(
     >>> import torch, fusedloss
     >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]], requires_grad=True)
     >>> fusedloss.supcon(features, torch.tensor([0, 1, 0]), temperature=1.0)
-    tensor(0.3362, grad_fn=<...>)
+    tensor(0.3285, grad_fn=<...>)
     """
     _check_options(labels, mask, reduction, contrast_mode, focal_gamma, prototype_weight)
     check_features("features", features)
@@ -252,7 +252,9 @@ def _anchor_weight(
         got = tuple(class_weight.shape) if isinstance(class_weight, Tensor) else type(class_weight).__name__
         raise ValueError(f"class_weight must be a floating-point tensor of shape (K,); got {got}")
     if class_weight.device != features.device:
-        raise ValueError(f"class_weight must be on the device of features, {features.device}; got {class_weight.device}")
+        raise ValueError(
+            f"class_weight must be on the device of features, {features.device}; got {class_weight.device}"
+        )
     kept = labels != ignore_index
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(labels, len(class_weight), ignore_index)

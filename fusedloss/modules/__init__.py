@@ -10,6 +10,7 @@ from fusedloss.modules.margin_heads import (
     ArcFaceLoss,
     CombinedMarginLoss,
     CosFaceLoss,
+    CurricularFaceLoss,
 )
 from fusedloss.modules.presets import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, MbLSLoss
 from fusedloss.modules.prototypes import PrototypeLoss
@@ -26,6 +27,7 @@ __all__ = [
     "CombinedMarginLoss",
     "CosFaceLoss",
     "CrossEntropyLoss",
+    "CurricularFaceLoss",
     "DualFocalLoss",
     "ECPLoss",
     "FLSD53Loss",

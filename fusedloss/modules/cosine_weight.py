@@ -15,7 +15,10 @@ from fusedloss.statistics import ClassStatistics
 class CosineWeight(nn.Module):
     """``weight`` ``(K * sub_centers, D)``, of which only directions count; subclasses have ``scale``."""
 
-    scale: Tensor | float
+    @property
+    def scale(self) -> Tensor | float:
+        """What multiplies the cosines."""
+        raise NotImplementedError(f"{type(self).__name__} has no scale")
 
     def __init__(self, in_features: int, num_classes: int, sub_centers: int = 1) -> None:
         super().__init__()

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fusedloss import functional
+from fusedloss.backends.reference.linear_ce import unit_rows
 from fusedloss.functional import RowStatistics
 from fusedloss.modules.cosine_weight import CosineWeight
 from fusedloss.modules.cross_entropy import CrossEntropyLoss
 from fusedloss.modules.registered import RegisteredTerm
 from fusedloss.rows import MarginPenalty
 from fusedloss.terms import AdditiveMargin, AngularMargin, CombinedMargin, MarginTerm, Scale, Term
-from fusedloss.terms.margins import Fallback, SlopeKind
+from fusedloss.terms.margins import Fallback, SlopeKind, angle_added
 
 
 class _MarginLoss(CosineWeight):
@@ -201,7 +202,8 @@ class CombinedMarginLoss(_MarginLoss):
     ) -> None:
         if isinstance(margin, (float, int, Tensor)) or len(margin) != 3:
             raise ValueError(f"margin must be three numbers (m1, m2, m3); got {margin!r}")
-        super().__init__(in_features, num_classes, CombinedMargin(*margin, fallback, gradient), scale, **keywords)
+        m1, m2, m3 = margin
+        super().__init__(in_features, num_classes, CombinedMargin(m1, m2, m3, fallback, gradient), scale, **keywords)
 
 
 class AdaFaceLoss(_MarginLoss):
@@ -256,6 +258,70 @@ class AdaFaceLoss(_MarginLoss):
         margin = self.margin.current().margin  # type: ignore[attr-defined]
         term = CombinedMargin(1.0, -margin * quality, margin + margin * quality, self.fallback)
         return self._loss(input, target, term, sample_weight)
+
+
+class CurricularFaceLoss(_MarginLoss):
+    """CurricularFace: ArcFace whose hard negatives count more as training goes on.
+
+    A class k that is nearer than the label's turned cosine, ``c_k > cos(theta_y + margin)``, has ``c_k (t + c_k)`` in
+    place of its cosine, with t a running mean of the labels' cosines. These cosines are stored, ``(B, K)``.
+
+    Args:
+        margin: radians; a float. momentum: weight of the new batch in t.
+        in_features, num_classes, scale, keywords: as in ``ArcFaceLoss``.
+
+    Source: Huang et al. 2020, arXiv:2004.00288.
+
+    Example:
+        >>> import torch, fusedloss
+        >>> loss = fusedloss.CurricularFaceLoss(8, 3)
+        >>> loss(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).backward()
+    """
+
+    t: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        margin: float = 0.5,
+        scale: float | Tensor = 64.0,
+        *,
+        momentum: float = 0.01,
+        **keywords,
+    ) -> None:
+        super().__init__(in_features, num_classes, AngularMargin(margin), scale, **keywords)
+        if self.sample_rate is not None or self.sub_centers > 1:
+            raise ValueError("sample_rate, sub_centers: CurricularFaceLoss compares all classes of one center each")
+        self.momentum = momentum
+        self.register_buffer("t", torch.zeros(()))
+
+    def forward(
+        self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
+        """The loss of features ``(B, D)`` against labels ``(B,)``; t moves in training mode first."""
+        if not torch.compiler.is_compiling():
+            self._step_watch.look(self)
+        named = target != self.loss.ignore_index
+        classes = torch.where(named, target, 0).to(torch.int64)
+        term: AngularMargin = self.margin.current()  # type: ignore[assignment]
+        cosine = functional.margin_logits(
+            input, self.weight, target, margin=term, scale=1.0, ignore_index=self.loss.ignore_index
+        )
+        with torch.no_grad():
+            label = (unit_rows(input.double()) * unit_rows(self.weight[classes].double())).sum(1)
+            turned, _ = angle_added(label, term.margin, "none")
+            if self.training:
+                self._move(label, named)
+            harder = (cosine > turned.unsqueeze(1)).scatter(1, classes.unsqueeze(1), False) & named.unsqueeze(1)
+        cosine = torch.where(harder, cosine * (self.t.clone() + cosine), cosine)
+        return self.loss(cosine, target, sample_weight)
+
+    def _move(self, label: Tensor, named: Tensor) -> None:
+        count = named.sum()
+        mean = torch.where(named, label, 0.0).sum() / count.clamp(min=1)
+        weight = (count > 0) * self.momentum
+        self.t.copy_(torch.lerp(self.t, mean.to(self.t.dtype), weight.to(self.t.dtype)))
 
 
 class ArcFaceHead(CosineWeight):

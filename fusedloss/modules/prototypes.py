@@ -21,8 +21,9 @@ _UPDATES = ("gradient", "delta")
 class PrototypeLoss(nn.Module):
     """Distance of each row to its class's learned prototype: ``|x_i - c_y|^2``, or ``1 - cos(x_i, c_y)``.
 
-    The prototypes of the batch's labels are gathered: O(B * D), where the usual code masks a (B, K) matrix. The loss has
-    no factor 1/2, as that code and unlike the paper (Wen et al., "A Discriminative Feature Learning Approach", 2016).
+    The prototypes of the batch's labels are gathered: O(B * D), where the usual code masks a (B, K) matrix. The loss
+    has no factor 1/2, as that code and unlike the paper (Wen et al., "A Discriminative Feature Learning Approach for
+    Deep Face Recognition", 2016).
 
     Args:
         in_features: D.

@@ -81,7 +81,8 @@ class RowLoss(nn.Module):
         if self.weight is not None:
             share = share * self.weight.to(row.dtype)[target.long().clamp(0, len(self.weight) - 1)]
         if sample_weight is not None:
-            share = share * sample_weight.to(row.dtype).reshape(-1, *[1] * (row.dim() - sample_weight.dim()))
+            missing = (1,) * (row.dim() - sample_weight.dim())
+            share = share * sample_weight.to(row.dtype).reshape(sample_weight.shape + missing)
         if self.reduction == "none":
             return share * row
         total = (share * row).sum()

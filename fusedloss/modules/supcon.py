@@ -11,7 +11,7 @@ from fusedloss.modules.registered import StepWatch
 
 
 class SupConLoss(nn.Module):
-    """Supervised contrastive loss (Khosla et al. 2020, L_out) without the N x N similarities: ``fusedloss.supcon`` kept.
+    """Supervised contrastive loss (Khosla et al. 2020, L_out) without N x N similarities: ``fusedloss.supcon`` kept.
 
     The call of the SupContrast repository's ``SupConLoss`` works: the same three arguments first, ``(B, V, D)``
     features, labels or mask or neither. With `base_temperature` its values are this loss's times

@@ -251,7 +251,7 @@ class VACELoss(CrossEntropyLoss):
         return {**self.__dict__, "_tap": None}
 
 
-if torch.__version__ < (2, 15):
+if torch.__version__ < (2, 15):  # type: ignore[operator]
     # Compiled by torch 2.8, the temperatures come out wrong; what lies between is untested.
     VACELoss._refresh = torch.compiler.disable(VACELoss._refresh)  # type: ignore[method-assign]
 

@@ -211,7 +211,9 @@ def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors
 
 
 def _statistics(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors:
-    return RowTensors(*call("softmax_ce", "softmax_stats", *_tensors(inputs)[:6], inputs.soft_cap, *options))
+    return RowTensors(
+        *call("softmax_ce", "softmax_stats", inputs.logits, *_tensors(inputs)[1:6], inputs.soft_cap, *options)
+    )
 
 
 class _SoftmaxStatistics(torch.autograd.Function):

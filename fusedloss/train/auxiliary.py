@@ -19,9 +19,7 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, width: int, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
         self.weight, self.prototypes = recipe.supcon, recipe.supcon_prototypes
-        self.projection = nn.Sequential(
-            nn.Linear(width, width), nn.GELU(), nn.Linear(width, recipe.supcon_projection)
-        )
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, recipe.supcon_projection))
         self.loss = fusedloss.SupConLoss(recipe.supcon_temperature, class_balance=recipe.supcon_prototypes)
         self.register_buffer("classes", torch.arange(num_classes), persistent=False)
 

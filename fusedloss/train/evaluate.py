@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fusedloss.features import FeatureBank
 from fusedloss.features.backbone import choose_device
 from fusedloss.metrics import classification_report
+from fusedloss.retrieval import retrieval_report
 from fusedloss.train.data import gather
 from fusedloss.train.predictor import Predictor
 from fusedloss.train.recipe import Recipe
@@ -37,11 +39,13 @@ def evaluate_run(
     rows: str = "auto",
     calibrated: bool = False,
     adjust_prior: float = 0.0,
+    retrieval: bool = False,
     device: str = "auto",
 ) -> Evaluation:
     """Judge the head of a run folder on rows of its own bank, or on all rows of another.
 
-    ``calibrated`` and ``adjust_prior`` as in ``Predictor.logits``.
+    ``calibrated`` and ``adjust_prior`` as in ``Predictor.logits``; ``retrieval`` adds what ``retrieval_report`` says
+    of the features that the last layer sees, under ``report["retrieval"]``.
 
     Raises:
         ValueError: a bank of another backbone, width or classes, or parts of a split that the bank does not
@@ -64,10 +68,11 @@ def evaluate_run(
     if rows != "all" and not own:
         raise ValueError(f"rows must be all or auto for a bank that the run was not trained on, got {rows!r}")
     chosen = np.arange(len(bank)) if rows == "all" else _part(Recipe.from_dict(config["recipe"]), bank, rows)
-    logits = predictor.logits(gather(bank.features, chosen), calibrated, adjust_prior)
-    report = classification_report(
-        logits, np.asarray(bank.labels)[chosen], predictor.class_names, train_counts=predictor.train_counts
-    )
+    features, labels = gather(bank.features, chosen), np.asarray(bank.labels)[chosen]
+    logits = predictor.logits(features, calibrated, adjust_prior)
+    report = classification_report(logits, labels, predictor.class_names, train_counts=predictor.train_counts)
+    if retrieval:
+        report["retrieval"] = retrieval_report(predictor.embeddings(features), torch.as_tensor(labels))
     return Evaluation(str(bank.folder or "arrays in memory"), rows, len(chosen), report)
 
 

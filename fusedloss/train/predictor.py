@@ -100,6 +100,17 @@ class Predictor:
         prior = log_prior(torch.tensor(self.train_counts), floor=1.0)
         return adjust_logits(logits, prior, adjust_prior, trained_with=self.prior)
 
+    def embeddings(self, features: Any) -> Tensor:
+        """What the head's last layer sees of the features, ``(N, width)``, on the CPU; see ``logits``."""
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
+        seen: list[Tensor] = []
+        handle = last.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].cpu()))
+        try:
+            self.logits(features)
+        finally:
+            handle.remove()
+        return torch.cat(seen) if seen else torch.empty(0, self.in_features)
+
     def probabilities(self, features: Any, calibrated: bool = False, adjust_prior: float = 0.0) -> Tensor:
         """Softmax of the logits ``(N, K)``; arguments and errors as ``logits``."""
         return torch.softmax(self.logits(features, calibrated, adjust_prior), dim=1)

@@ -105,9 +105,7 @@ def _inputs(
     )  # fmt: skip
 
 
-def _gradients(
-    logits: Tensor, wanted: list[bool], dtype: torch.dtype, in_place: bool
-) -> tuple[list[Tensor], tuple]:
+def _gradients(logits: Tensor, wanted: list[bool], dtype: torch.dtype, in_place: bool) -> tuple[list[Tensor], tuple]:
     """Where gradients are written, `in_place` over the logits, and what bind_softmax_ce.cpp unpacks."""
     gradients: list[Tensor] = []
     gradient = scale = bias = None

@@ -7,7 +7,6 @@ so that the sums cost half a matrix product and the gradient one and a half.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ def supcon_sweep(
 
 
 class _Panels:
-    """Iterates over (what the kernels take, the panel's similarities), always in the same memory."""
+    """Iterates over (the tuple that bind_supcon.cpp unpacks, the similarities), always in the same memory."""
 
     def __init__(
         self,
@@ -124,34 +123,17 @@ class _Panels:
         """The shifts that an earlier pass found."""
         self.shift[: self.anchors] = row_shift
 
-    def __iter__(self) -> Iterator[tuple[_Panel, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[tuple, Tensor]]:
         features = self.features
-        weights = (0, 0, 0) if self.weights is None else tuple(row.data_ptr() for row in self.weights)
+        weights = [0, 0, 0] if self.weights is None else [row.data_ptr() for row in self.weights]
         shift = 0 if self.common is not None else self.shift.data_ptr()
         for first in range(0, self.anchors, self.rows):
             last, columns = min(first + self.rows, self.anchors), len(features) - first
             similarity = self.buffer[: (last - first) * columns].view(last - first, columns)
             torch.mm(self.scaled[first:last], features[first:].t(), out=similarity)
-            masks = _mask_panel(self.mask, first, last, len(features))
-            place = (similarity.data_ptr(), first, last - first, columns, self.codes.data_ptr())
-            yield _Panel(*place, *map(address, masks), self.common or 0.0, shift, *weights), similarity
-
-
-class _Panel(NamedTuple):
-    """What bind_supcon.cpp unpacks."""
-
-    similarity: int
-    first: int
-    rows: int
-    columns: int
-    codes: int
-    mask: int
-    mask_back: int
-    common_shift: float
-    row_shift: int
-    negative_weight: int
-    positive_weight: int
-    share: int
+            mask, mask_back = _mask_panel(self.mask, first, last, len(features))
+            panel = (similarity.data_ptr(), first, last - first, columns, self.codes.data_ptr())
+            yield (*panel, address(mask), address(mask_back), self.common or 0.0, shift, *weights), similarity
 
 
 def _common_shift(features: Tensor, weights: Tensor | None, temperature: float, unit: bool) -> float | None:

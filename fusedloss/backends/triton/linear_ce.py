@@ -173,7 +173,7 @@ class _TiledRows:
         self, saved: tuple[Tensor, ...], upstream: tuple[Tensor | None, ...]
     ) -> tuple[RowCoefficients, Tensor]:
         """Twin of SweepRow in csrc/softmax_ce.inl."""
-        inputs, kept = self.inputs, self.kept
+        kept = self.kept
         row_max, row_sum, rest = (tensor.double() for tensor in saved)
         zero = torch.zeros_like(row_max)
         of_lse, logit, cross_entropy, uniform, of_rest = (

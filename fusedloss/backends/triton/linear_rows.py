@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import launch
 
-_WARPS, _WIDEST = 4, 1024
+_WARPS, _WIDEST = 4, 512
 
 
 class Pairs(NamedTuple):

@@ -31,6 +31,7 @@ class LinearTile(NamedTuple):
 
 
 _TILE = LinearTile(64, 64, 64, 256, 8)
+_ROWS_OF_WEIGHT = 32  # twice as many would spill beside the gradient
 _forced_tile: LinearTile | None = None
 
 
@@ -98,7 +99,7 @@ def class_weights(head, right):
 @triton.jit
 def tile_sums_kernel(head, found, blocks_per_share, UNIFORM: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """found (shares, 4, B): largest z, sum of exp beside the label's, sum of w z, z of the label; a share of classes."""
+    """found (shares, 4, B): largest z and sum of exp beside the label's, sum of w z, z of the label."""
     left = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = left < head.rows
     label = tl.load(head.labels + left, mask=valid, other=-1).to(tl.int32)
@@ -227,6 +228,7 @@ def weight_gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(K, D) in float32, and the sums of dL/dz times the product and of dL/dz, (K,); None where not wanted."""
     tile = _tile(head)
+    tile = tile._replace(rows=min(tile.rows, _ROWS_OF_WEIGHT), step=min(tile.step, _ROWS_OF_WEIGHT))
     device = head.input.device
     gradient = torch.empty(head.classes, head.width, dtype=torch.float32, device=device) if want_weight else None
     scale, bias = (torch.empty(head.classes, device=device) if want_columns else None for _ in range(2))

@@ -145,9 +145,7 @@ class _Call:
     top: Any = None  # finds the maximum that a hinge hangs from
     scalars = Scalars()
 
-    def __init__(
-        self, problem: _Problem, ignore_index: int, want_logits: bool, in_place: bool = False
-    ) -> None:
+    def __init__(self, problem: _Problem, ignore_index: int, want_logits: bool, in_place: bool = False) -> None:
         self.logits, self.class_weight, self.ignore_index = problem.logits, problem.class_weight, ignore_index
         logits, target, *classwise = problem
         self.soft = target.is_floating_point()

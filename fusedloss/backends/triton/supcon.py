@@ -156,8 +156,8 @@ def gradient_kernel(rows, slopes, gradient, learned, IGNORED: tl.constexpr, PREC
                     BLOCK: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """The gradient of ROWS rows in BLOCK features.
 
-    Without SAME (ROWS = COLUMNS) the similarities of the way back are computed as the first kernel did, to the bit: the largest of an
-    anchor must be its shift, where similarities are so large that one rounding is worth many units of exp.
+    Without SAME (ROWS = COLUMNS) the similarities of the way back are computed as the first kernel did, to the bit:
+    the largest of an anchor must be its shift, where similarities are so large that a rounding changes exp by factors.
     """
     left = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
