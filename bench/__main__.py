@@ -29,6 +29,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("operations", nargs="*", metavar="operation", help=f"{', '.join(OPERATIONS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a few small cases, in under a minute")
+    parser.add_argument("--match", default="", help="only cases whose name holds this text, or a part of A|B|C")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's (%(default)s)")
     parser.add_argument(
         "--allocator", choices=("retained", "default", "both"), help="default: both, or retained with --quick"
@@ -54,9 +55,10 @@ def main() -> int:
     allocator = options.allocator or ("retained" if options.quick else "both")
     settings = ("retained", "default") if allocator == "both" else (allocator,)
     measured = {
-        setting: measure.run(operations, setting, options.threads, options.quick) for setting in (*settings, "returned")
+        setting: measure.run(operations, setting, options.threads, options.quick, options.match)
+        for setting in (*settings, "returned")
     }
-    cases = {operation: cases_of(operation, options.quick) for operation in operations}
+    cases = {operation: cases_of(operation, options.quick, options.match) for operation in operations}
     everything = [case for members in cases.values() for case in members]
     for setting in settings:
         limits = ", ".join(f"{name} {value:.4g}" for name, value in measured[setting]["limits"].items())

@@ -53,6 +53,7 @@ class Case:
     divisor: int = 1
     targets: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
+    timed: bool = True  # or only its peak memory is measured
 
     @property
     def dtype_name(self) -> str:
@@ -69,9 +70,10 @@ class Case:
         return f"{self.title} {self.label}"
 
 
-def cases_of(operation: str, quick: bool = False) -> list[Case]:
-    """The cases of one operation; `quick` keeps a few small ones."""
-    return [case for case in importlib.import_module(f"bench.{operation}").CASES if case.quick or not quick]
+def cases_of(operation: str, quick: bool = False, match: str = "") -> list[Case]:
+    """The cases of one operation; `quick` keeps a few small ones, `match` those whose name holds any of its parts."""
+    cases = [case for case in importlib.import_module(f"bench.{operation}").CASES if case.quick or not quick]
+    return [case for case in cases if any(part in case.name for part in match.split("|"))]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

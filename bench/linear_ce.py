@@ -201,6 +201,7 @@ def _case(title: str, shape: tuple[int, int, int], targets: dict[str, float], qu
         prepare=functools.partial(prepare, shape, title),
         targets=targets,
         quick=quick,
+        timed=rows * num_classes < 1 << 28,
     )
 
 

@@ -32,10 +32,10 @@ ALLOCATORS = {
 SECONDS, QUICK_SECONDS = 2.0, 0.2
 
 
-def run(operations: list[str], allocator: str, threads: int, quick: bool) -> dict[str, Any]:
+def run(operations: list[str], allocator: str, threads: int, quick: bool, match: str = "") -> dict[str, Any]:
     """Measures in a fresh process: speed, or peak memory where freed memory is ``"returned"``."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    options = ["--allocator", allocator, "--threads", str(threads), *(["--quick"] if quick else [])]
+    options = ["--allocator", allocator, "--threads", str(threads), "--match", match, *(["--quick"] if quick else [])]
     found = subprocess.run(
         [sys.executable, "-m", "bench.measure", *operations, *options],
         env=environment | ALLOCATORS[allocator],
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--allocator", choices=ALLOCATORS, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--match", default="")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     seconds = QUICK_SECONDS if options.quick else SECONDS
@@ -123,7 +124,9 @@ def main() -> None:
     if not returned:
         output["limits"] = roofline.limits(seconds)
     for operation in options.operations:
-        for case in cases_of(operation, options.quick):
+        for case in cases_of(operation, options.quick, options.match):
+            if not (case.timed or returned):
+                continue
             print(f"{options.allocator:<8} {case.name}", file=sys.stderr, flush=True)
             try:
                 output["cases"][case.name] = peaks(case) if returned else speed(case, seconds)

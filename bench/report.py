@@ -28,7 +28,9 @@ def figures(speed: Found, peaks: Found) -> dict[str, float]:
     found: dict[str, float] = {}
     if speed:
         rivals = {name: values["ratio"] for name, values in speed.items() if name not in _NOT_RIVALS}
-        found |= {"share": speed["fused"]["share"], **rivals, "fastest": min(rivals.values())}
+        found |= {"share": speed["fused"]["share"], **rivals}
+        if rivals:
+            found["fastest"] = min(rivals.values())
         if "eager" in speed:
             found["overhead_us"] = 1e3 * (speed["fused"]["median_ms"] - speed["eager"]["median_ms"])
     if "baseline" in peaks:
@@ -134,7 +136,7 @@ def rows(cases: Iterable[Case], measured: Mapping[str, Any]) -> list[dict[str, A
         for case in cases:
             speed = result["cases"].get(case.name, {})
             peak = peaks.get(case.name, {})
-            for provider in dict.fromkeys([*speed, *(peak if speed else ())]):
+            for provider in dict.fromkeys([*speed, *(peak if speed or not case.timed else ())]):
                 figures_of_it = {**speed.get(provider, {}), **peak.get(provider, {})}
                 found.append(
                     {

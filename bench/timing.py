@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 Call = Callable[[], Any]
 Refill = Callable[[int], None]
 _FEWEST, _MOST = 7, 2000
+# Seconds of a round beyond which three rounds have to do.
+_LONG_ROUND, _FEWEST_LONG = 2.5, 3
 
 
 class Summary(NamedTuple):
@@ -35,7 +37,8 @@ def rounds_within(calls: Mapping[str, Call], refill: Refill, seconds: float) -> 
     taken = _round(calls, refill)
     if taken < seconds:
         taken = _round(calls, refill)
-    return max(_FEWEST, min(_MOST, int(seconds / taken)))
+    fewest = _FEWEST if taken < _LONG_ROUND else _FEWEST_LONG
+    return max(fewest, min(_MOST, int(seconds / taken)))
 
 
 def _round(calls: Mapping[str, Call], refill: Refill) -> float:

@@ -56,18 +56,21 @@ void soft_cap_slopes(const In* x, T cap, const T* scale, int64_t count, T* out) 
     }
 }
 
-// sum += sum of relu(threshold - z), violations += how many are below it.
+// sum += sum of relu(threshold - z), violations += how many are below it; few additions in T before each in double.
 template <class T>
 void add_hinge(const T* z, T threshold, int64_t count, double& sum, double& violations) {
     constexpr int W = Lanes<T>::count;
-    Vector<T> total = {}, below = {};
-    for (int64_t j = 0; j < count; j += W) {
-        const Vector<T> gap = first_lanes<T>(threshold - load(z + j), count - j, T(0));
-        total += gap > T(0) ? gap : (gap == gap ? Vector<T>{} : gap);
-        below += gap > T(0) ? Vector<T>{} + T(1) : Vector<T>{};
+    constexpr int64_t kBlock = 64 * W;
+    for (int64_t start = 0; start < count; start += kBlock) {
+        Vector<T> total = {}, below = {};
+        for (int64_t j = start; j < std::min(count, start + kBlock); j += W) {
+            const Vector<T> gap = first_lanes<T>(threshold - load(z + j), count - j, T(0));
+            total += gap > T(0) ? gap : (gap == gap ? Vector<T>{} : gap);
+            below += gap > T(0) ? Vector<T>{} + T(1) : Vector<T>{};
+        }
+        sum += sum_lanes<T>(total);
+        violations += sum_lanes<T>(below);
     }
-    sum += sum_lanes<T>(total);
-    violations += sum_lanes<T>(below);
 }
 
 template <class T>

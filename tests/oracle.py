@@ -257,7 +257,7 @@ def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=E
     scales = dict.fromkeys(case.learned, 1.0) if case.input.shape[-1 if case.input.dim() == 1 else 1] == 1 else {}
     if case.reduction == "mean" and "sample_weight" in case.learned:
         scales["sample_weight"] = _scale_of_weight_gradients(case, truth["loss"])
-    for more in (_scales_of_single_terms(case), _scales_below_a_soft_cap(case)):
+    for more in (_scales_of_single_terms(case), _scales_below_a_soft_cap(case), _scales_of_mixed_parts(case)):
         scales |= {name: max(scale, scales.get(name, 0.0)) for name, scale in more.items()}
     for name, expected in truth.items():
         stored = found[name].dtype
@@ -291,6 +291,25 @@ def _scale_of_weight_gradients(case: Case, mean: torch.Tensor) -> float:
     found = loss_and_gradients(cast(summed, torch.float64), eager)
     scale = found["sample_weight"].abs().max() * (mean / found["loss"]).abs() * abs(float(case.upstream))
     return float(scale) if torch.isfinite(scale) else 0.0
+
+
+def _scales_of_mixed_parts(case: Case) -> dict[str, float]:
+    """The parts whose difference is the gradient of what mixes them: a row's smoothing, or its penalty's strength."""
+    mixers = {"label_smoothing", "penalty_strength"} & set(case.learned)
+    if not mixers:
+        return {}
+    parts = []
+    for smoothing, strength in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        part = replace(case, reduction="none", label_smoothing=smoothing, penalty_strength=strength, z_loss=0.0)
+        parts.append(eager(cast(replace(part, learned=()), torch.float64)).abs())
+    total, mean = (
+        eager(cast(replace(case, reduction=reduction, learned=()), torch.float64)) for reduction in ("sum", "mean")
+    )
+    share = float((mean / total).abs()) if case.reduction == "mean" else 1.0
+    upstream = float(torch.as_tensor(case.upstream, dtype=torch.float64).abs().max())
+    largest = float(torch.stack(parts).nan_to_num(0.0, 0.0, 0.0).max()) if parts[0].numel() else 0.0
+    found = share * upstream * largest
+    return dict.fromkeys(mixers, found if math.isfinite(found) else 0.0)
 
 
 def _scales_of_single_terms(case: Case) -> dict[str, float]:

@@ -19,7 +19,7 @@ LAYERS = (
     ("ops",),
     ("statistics", "distributed"),
     ("functional",),
-    ("modules", "longtail", "calibration", "metrics"),
+    ("modules", "longtail", "calibration", "metrics", "retrieval"),
     ("features", "train", "integrations"),
     ("cli",),
     ("__main__",),

@@ -128,9 +128,10 @@ def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_m
 
 def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: SoftmaxOptions) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
-    if torch.is_grad_enabled() and _any_requires_grad(*_tensors(inputs), *rows):
-        return _SoftmaxCE.apply(*_tensors(inputs), *rows, inputs.soft_cap, options)
-    return _cross_entropy(_tensors(inputs), rows, inputs.soft_cap, options, [False] * 5)[0]
+    tensors = _tensors(inputs)
+    if torch.is_grad_enabled() and _any_requires_grad(*tensors, *rows):
+        return _SoftmaxCE.apply(*tensors, *rows, inputs.soft_cap, options)
+    return _cross_entropy(tensors, rows, inputs.soft_cap, options, [False] * 5)[0]
 
 
 def _cross_entropy(tensors, rows, soft_cap, options, wanted) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -92,6 +92,9 @@ def _inputs(
     ignore_index: int, soft_cap: float, label_logit: Tensor | None, label_slope: Tensor | None,
 ) -> tuple[Tensor, tuple]:  # fmt: skip
     """The target as the kernels take it (keep it alive), and the tuple that bind_softmax_ce.cpp unpacks."""
+    for name, given in (("label_logit", label_logit), ("label_slope", label_slope)):
+        if given is not None and given.shape != _rows_shape(logits):
+            raise ValueError(f"{name} must have shape {_rows_shape(logits)}; got {tuple(given.shape)}")
     if target.is_floating_point():
         if target.dtype != logits.dtype and torch.float64 in (target.dtype, logits.dtype):
             target = target.to(logits.dtype)

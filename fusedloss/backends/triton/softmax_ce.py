@@ -54,7 +54,8 @@ def softmax_ce(
     gradients = call.run(row, arguments, want_columns)
     loss = row_loss.sum() if row_scale is None else (row_loss * row_scale).sum()
     if denominator is not None:
-        loss = loss / denominator
+        # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
+        loss = torch.where(denominator == 0, torch.nan, loss / denominator)
     of_rows = [slope for slope in (smoothing_slope, label_gradient, penalty_slope) if slope is not None]
     return loss, row_loss, gradients + of_rows
 
