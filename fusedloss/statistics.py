@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusedloss import ops
+from fusedloss.backends import CHECK_VALUES
 from fusedloss.backends.reference.class_stats import check_labels
 
-_CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
@@ -239,7 +238,7 @@ class ClassStatistics(nn.Module):
             )
         if features.device != self.mean.device:
             raise ValueError(f"features: got device {features.device}; allowed is the statistics', {self.mean.device}")
-        if _CHECK_VALUES:
+        if CHECK_VALUES:
             check_labels(labels, self.num_classes, self.ignore_index)
 
     def _check_exact(self, method: str) -> None:

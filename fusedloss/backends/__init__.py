@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 NAMES = ("reference", "cpp", "triton")
 OPERATIONS = ("softmax_ce", "class_stats", "linear_ce", "supcon")
 
+# Whether values are looked at even where that waits for the device.
+CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
+
 _PREFERRED = {"cpu": "cpp", "cuda": "triton"}
 _forced: str | None = os.environ.get("FUSEDLOSS_BACKEND") or None
 _kernels: dict[tuple[str, str], Callable] = {}

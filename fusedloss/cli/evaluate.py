@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fusedloss.cli.head_options import AdjustPrior, Calibrated
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of a finished training.", show_default=False)],
@@ -24,17 +26,8 @@ def evaluate(
             "for the run's own bank and all for another."
         ),
     ] = "auto",
-    calibrated: Annotated[
-        bool,
-        typer.Option("--calibrated", help="Divide logits by the temperature fitted on the validation rows."),
-    ] = False,
-    adjust_prior: Annotated[
-        float,
-        typer.Option(
-            help="Subtract this many times the log class prior of the training counts from the logits (post-hoc logit "
-            "adjustment); refused for a head that was trained with the prior."
-        ),
-    ] = 0.0,
+    calibrated: Calibrated = False,
+    adjust_prior: AdjustPrior = 0.0,
     retrieval: Annotated[
         bool,
         typer.Option(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fusedloss.cli.head_options import AdjustPrior, Calibrated
+
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder of a finished training.", show_default=False)],
@@ -29,17 +31,8 @@ def predict(
     top: Annotated[
         int, typer.Option(help="Classes to list per input; those after the first in columns of their own.")
     ] = 1,
-    calibrated: Annotated[
-        bool,
-        typer.Option("--calibrated", help="Divide logits by the temperature fitted on the validation rows."),
-    ] = False,
-    adjust_prior: Annotated[
-        float,
-        typer.Option(
-            help="Subtract this many times the log class prior of the training counts from the logits (post-hoc logit "
-            "adjustment); refused for a head that was trained with the prior."
-        ),
-    ] = 0.0,
+    calibrated: Calibrated = False,
+    adjust_prior: AdjustPrior = 0.0,
     weights: Annotated[
         Path | None,
         typer.Option(help="File of the backbone's weights, where it has moved since.", show_default=False),

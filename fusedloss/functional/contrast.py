@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fusedloss import ops
+from fusedloss.backends import CHECK_VALUES
 from fusedloss.backends.reference.supcon import IGNORED, NEGATIVE
 
-_CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -108,7 +107,7 @@ def assembled(
     if normalize:
         parts = [unit_rows(part) for part in parts]
     features = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    if _CHECK_VALUES and not torch.compiler.is_compiling():
+    if CHECK_VALUES and not torch.compiler.is_compiling():
         _check_finite(features)
     scale = _temperature(temperature, features)
     if mask is not None:

@@ -17,10 +17,11 @@ from fusedloss.functional.softmax_ce import (
     backend_of,
     finished,
     loss_of,
+    read_statistics,
     statistics_options,
     sweep_options,
 )
-from fusedloss.rows import MarginPenalty, Statistics
+from fusedloss.rows import MarginPenalty
 from fusedloss.terms import AffineTerm, SoftCap, Term, fold_affine, label_chain
 
 
@@ -132,11 +133,7 @@ def _loss(
     if whole and (problem.sample_weight is None or len(head.input)):
         return ops.linear_ce(inputs, *sweep_options(problem, reduction == "mean"))
     found = ops.linear_stats(inputs, statistics_options(problem, return_stats))
-    statistics = Statistics(
-        found.log_sum_exp, found.target_logit, found.cross_entropy, found.uniform, found.rest, found.hinge
-    )
-    extra = (found.prediction, found.confidence) if return_stats else None
-    return finished(problem, statistics, extra, reduction)
+    return finished(problem, *read_statistics(found, return_stats), reduction)
 
 
 def _capped_first(problem: Problem, head: LinearHead) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedloss import ops
+from fusedloss.backends import CHECK_VALUES
 from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.backends.reference.softmax_ce import terms_applied
 from fusedloss.rows import MarginPenalty, Row
@@ -25,7 +25,6 @@ from fusedloss.terms import (
     tensors_of,
 )
 
-_CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
 _LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
@@ -129,7 +128,7 @@ def checked(
     """The arguments of cross_entropy as a Problem; see there for what is raised."""
     logits = _check_logits(input)
     target, shape = _check_target(input, logits, target)
-    if _CHECK_VALUES and not torch.compiler.is_compiling():
+    if CHECK_VALUES and not torch.compiler.is_compiling():
         if target.is_floating_point():
             _check_probabilities(target)
         else:
@@ -146,14 +145,14 @@ def checked(
         raise ValueError(f"ignore_index is not supported for floating point target; got {ignore_index}")
     if sample_weight is not None:
         sample_weight = _check_per_row("sample_weight", sample_weight, logits, shape)
-        if _CHECK_VALUES:
+        if CHECK_VALUES:
             _check_range("sample_weight", sample_weight, 0.0)
     smoothing = _check_smoothing(label_smoothing, logits, shape)
     if margin_penalty is not None:
         margin_penalty = _check_penalty(margin_penalty, logits, shape)
     if weight is not None:
         weight = _check_class_weight(weight, logits)
-        if _CHECK_VALUES:
+        if CHECK_VALUES:
             _check_range("weight", weight, 0.0)
     return Problem(
         logits,
@@ -235,7 +234,7 @@ def _check_penalty(penalty: MarginPenalty, logits: Tensor, shape: torch.Size) ->
     if not isinstance(penalty.strength, Tensor):
         return penalty
     strength = _check_per_row("MarginPenalty: strength", penalty.strength, logits, shape)
-    if _CHECK_VALUES:
+    if CHECK_VALUES:
         _check_range("MarginPenalty: strength", strength, 0.0, 1.0 if penalty.mix else math.inf)
     return replace(penalty, strength=strength)
 
@@ -253,7 +252,7 @@ def _check_focal(focal_gamma: float) -> None:
 def _check_smoothing(smoothing: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
     if isinstance(smoothing, Tensor):
         smoothing = _check_per_row("label_smoothing", smoothing, logits, shape)
-        if _CHECK_VALUES:
+        if CHECK_VALUES:
             _check_range("label_smoothing", smoothing, 0.0, 1.0)
         return smoothing
     _check_number("label_smoothing", smoothing)

@@ -223,6 +223,11 @@ def _row_statistics(
             confidence, prediction = z.softmax(1).amax(1), z.argmax(1)
         return statistics, (prediction, confidence)
     found = ops.softmax_stats(problem.inputs(), statistics_options(problem, return_stats))
+    return read_statistics(found, return_stats)
+
+
+def read_statistics(found: ops.RowTensors, return_stats: bool) -> tuple[Statistics, tuple[Tensor, Tensor] | None]:
+    """What an operation found of the rows, as ``finished`` takes it."""
     statistics = Statistics(
         found.log_sum_exp, found.target_logit, found.cross_entropy, found.uniform, found.rest, found.hinge
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fusedloss import functional
 from fusedloss.functional import RowStatistics
 from fusedloss.modules.folding import check_linear, folded
-from fusedloss.modules.registered import RegisteredTerm, StepWatch
+from fusedloss.modules.registered import StepWatch, current, registered
 from fusedloss.rows import MarginPenalty
 from fusedloss.terms import AffineTerm, Prior, Term
 
@@ -70,8 +71,7 @@ class CrossEntropyLoss(nn.Module):
         self.z_loss = z_loss
         self.margin_penalty = margin_penalty
         self.return_stats = return_stats
-        terms = (terms,) if isinstance(terms, Term) else tuple(terms)
-        self.terms = nn.ModuleList(RegisteredTerm(term) for term in terms)
+        self.terms = registered(terms)
         self._step_watch = StepWatch()
 
     def forward(
@@ -80,20 +80,7 @@ class CrossEntropyLoss(nn.Module):
         """The loss of logits `input` against `target`; see the class for shapes."""
         if not torch.compiler.is_compiling():
             self._step_watch.look(self)
-        return functional.cross_entropy(
-            input,
-            target,
-            self.weight,
-            self.ignore_index,
-            self.reduction,
-            self.label_smoothing,
-            terms=self._terms(),
-            focal_gamma=self.focal_gamma,
-            z_loss=self.z_loss,
-            margin_penalty=self.margin_penalty,
-            sample_weight=sample_weight,
-            return_stats=self.return_stats,
-        )
+        return functional.cross_entropy(input, target, **self._options(sample_weight))
 
     def fold_into(self, linear: nn.Linear, *, prior: bool = True) -> nn.Linear:
         """A new ``nn.Linear`` whose outputs are this loss's logits, terms included: inference needs no fusedloss.
@@ -131,4 +118,19 @@ class CrossEntropyLoss(nn.Module):
         )
 
     def _terms(self) -> tuple[Term, ...]:
-        return tuple(term.current() for term in self.terms)  # type: ignore[operator, union-attr]
+        return current(self.terms)
+
+    def _options(self, sample_weight: Tensor | None) -> dict[str, Any]:
+        """What this loss gives to the function that it keeps arguments of, beside inputs and target."""
+        return {
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "terms": self._terms(),
+            "focal_gamma": self.focal_gamma,
+            "z_loss": self.z_loss,
+            "margin_penalty": self.margin_penalty,
+            "sample_weight": sample_weight,
+            "return_stats": self.return_stats,
+        }

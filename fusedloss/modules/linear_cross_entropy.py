@@ -85,16 +85,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
             linear_bias=self.linear.bias,
             normalize=self.normalize,
             sample_rate=self.sample_rate if self.training else None,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            terms=self._terms(),
-            focal_gamma=self.focal_gamma,
-            z_loss=self.z_loss,
-            margin_penalty=self.margin_penalty,
-            sample_weight=sample_weight,
-            return_stats=self.return_stats,
+            **self._options(sample_weight),
         )
 
     def logits(self, input: Tensor) -> Tensor:

@@ -83,22 +83,11 @@ class _MarginLoss(CosineWeight):
                 sub_centers=self.sub_centers,
             )
             return self.loss(cosine, target, sample_weight)
+        options = self.loss._options(sample_weight)
+        options["terms"] = (margin, *options["terms"])
+        sample_rate = self.sample_rate if self.training else None
         return functional.linear_cross_entropy(
-            input,
-            self.weight,
-            target,
-            normalize=True,
-            sample_rate=self.sample_rate if self.training else None,
-            terms=(margin, *self.loss._terms()),
-            weight=self.loss.weight,
-            ignore_index=self.loss.ignore_index,
-            reduction=self.loss.reduction,
-            label_smoothing=self.loss.label_smoothing,
-            focal_gamma=self.loss.focal_gamma,
-            z_loss=self.loss.z_loss,
-            margin_penalty=self.loss.margin_penalty,
-            sample_weight=sample_weight,
-            return_stats=self.loss.return_stats,
+            input, self.weight, target, normalize=True, sample_rate=sample_rate, **options
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -45,6 +46,16 @@ class RegisteredTerm(nn.Module):
         fields = dataclasses.fields(self._template)
         shown = [f"{f.name}={getattr(self._template, f.name)}" for f in fields if f.name not in self._names]
         return ", ".join([type(self._template).__name__, *self._names, *shown])
+
+
+def registered(terms: Sequence[Term] | Term) -> nn.ModuleList:
+    """A sequence of terms, or one, in order: ``terms.0.log_prior`` in a state dict."""
+    return nn.ModuleList(RegisteredTerm(term) for term in ((terms,) if isinstance(terms, Term) else terms))
+
+
+def current(terms: nn.ModuleList) -> tuple[Term, ...]:
+    """What was registered, with the tensors as they are now."""
+    return tuple(term.current() for term in terms)  # type: ignore[operator, union-attr]
 
 
 class StepWatch:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedloss import functional
 from fusedloss.functional import RowStatistics
-from fusedloss.modules.registered import RegisteredTerm
+from fusedloss.modules.registered import current, registered
 from fusedloss.terms import MarginTerm, Term
 
 
@@ -54,8 +54,7 @@ class RowLoss(nn.Module):
             raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction = ignore_index, reduction
-        terms = (terms,) if isinstance(terms, Term) else tuple(terms)
-        self.terms = nn.ModuleList(RegisteredTerm(term) for term in terms)
+        self.terms = registered(terms)
 
     def row(self, cross_entropy: Tensor, statistics: RowStatistics, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of each row, of the target's shape.
@@ -102,7 +101,7 @@ class RowLoss(nn.Module):
         return z
 
     def _terms(self) -> tuple[Term, ...]:
-        return tuple(registered.current() for registered in self.terms)  # type: ignore[operator, union-attr]
+        return current(self.terms)
 
 
 class FLSD53Loss(RowLoss):
