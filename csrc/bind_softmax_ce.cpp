@@ -96,8 +96,8 @@ int threads_for(const View& logits, int threads) {
 }
 
 // gradients: (view of dL/dlogits or None, address of dL/dscale, address of dL/dbias); options: (smoothing,
-// row_smoothing, focal_gamma, z_loss, row_scale, mean, row_penalty, penalty strength, margin, share, mix); outputs:
-// (loss, row_loss, smoothing slope, dL/dlabel_logit, penalty slope).
+// row_smoothing, focal_gamma, z_loss, row_scale, mean, row_penalty, penalty strength, margin, share, mix,
+// gradient_scale); outputs: (loss, row_loss, smoothing slope, dL/dlabel_logit, penalty slope).
 template <class T>
 void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tuple& outputs, const py::tuple& gradients,
                 int threads) {
@@ -109,6 +109,7 @@ void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tup
     call.z_loss = options[3].cast<double>();
     call.row_scale = pointer<const T>(options[4].cast<uintptr_t>());
     const bool mean = options[5].cast<bool>();
+    const double gradient_scale = options[11].cast<double>();
     call.row_penalty = pointer<const T>(options[6].cast<uintptr_t>());
     call.strength = options[7].cast<double>();
     call.penalty = {options[8].cast<double>(), options[9].cast<double>(), options[10].cast<bool>()};
@@ -125,7 +126,8 @@ void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tup
     check_labels(call.inputs);
     const View& logits = call.inputs.logits;
     threads = threads_for(logits, threads);
-    if (mean) call.common_scale = 1.0 / denominator(call.inputs);
+    const double share = mean ? 1.0 / denominator(call.inputs) : 1.0;
+    call.common_scale = share * gradient_scale;
     ColumnSums columns(grad_scale != nullptr, logits.num_classes, threads);
     call.gradients.scale_bias = columns.data();
     use_huge_pages(call.gradients.logits);
@@ -136,7 +138,7 @@ void softmax_ce(const py::tuple& inputs, const py::tuple& options, const py::tup
     double total = 0;
     for (int64_t row = 0; row < logits.num_rows(); ++row)
         total += call.row_scale ? double(call.row_scale[row]) * call.row_loss[row] : double(call.row_loss[row]);
-    *loss = T(total * call.common_scale);
+    *loss = T(total * share);
 }
 
 // outputs: (row_max, row_sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge, confidence, prediction),

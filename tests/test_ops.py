@@ -239,7 +239,8 @@ class TestAutograd:
         except RuntimeError as error:
             assert "modified by an inplace operation" in str(error)
         else:
-            assert (backend, position) not in (("cpp", 0), ("cpp", 4)), "the kernels read these again"
+            read_again = backend == "cpp" and reduction == "none" and position in (0, 4)
+            assert not read_again, "the kernels read these again"
             assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
 
     @REDUCTIONS

@@ -217,12 +217,16 @@ def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
 
 
 def _check_number(name: str, value: float) -> None:
+    if type(value) is float or type(value) is int:
+        return
     if isinstance(value, Tensor) or not (torch.compiler.is_compiling() or hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
 
 
 def _check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, Tensor) or not (torch.compiler.is_compiling() or hasattr(ignore_index, "__index__")):
+    if type(ignore_index) is not int and (
+        isinstance(ignore_index, Tensor) or not (torch.compiler.is_compiling() or hasattr(ignore_index, "__index__"))
+    ):
         raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits; got {ignore_index}")

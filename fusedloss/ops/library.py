@@ -63,8 +63,10 @@ def differentiable_once(backward: Callable) -> Callable:
 
     @wraps(backward)
     def run(ctx, *upstream):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return once(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
         learned = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
@@ -73,15 +75,15 @@ def differentiable_once(backward: Callable) -> Callable:
     return run
 
 
-def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> None:
-    """Multiplies by the upstream gradient; on a CPU not at all when it is 1, on a GPU without asking the host."""
-    if upstream.device.type == "cuda":
+def scale_in_place(gradients: list[Tensor], upstream: Tensor, written: float = 1.0) -> None:
+    """Multiplies by the upstream gradient, but for the factor already `written`; on a GPU without asking the host."""
+    if upstream.is_cuda:
         from fusedloss.backends.triton.softmax_ce import scale_in_place as scale_on_device
 
         for gradient in gradients:
             scale_on_device(gradient, upstream)
         return
     factor = upstream.item()
-    if factor != 1.0:
+    if factor != written:
         for gradient in gradients:
-            gradient.mul_(factor)
+            gradient.mul_(factor / written)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fusedloss.ops.library import answer, call, compute_dtype, differentiable_once, library, scale_in_place
+from fusedloss.ops.upstream import expected_upstream, note_upstream
 
 library.define(
     "softmax_ce(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
     " Tensor? label_logit, Tensor? label_slope, Tensor? row_smoothing, Tensor? row_scale, Tensor? row_penalty,"
     " float soft_cap, float smoothing, float focal_gamma, float z_loss, float penalty_margin, float penalty,"
-    " float penalty_share, bool penalty_mix, int ignore_index, bool mean, bool[] wanted)"
+    " float penalty_share, bool penalty_mix, int ignore_index, bool mean, bool[] wanted, float gradient_scale=1.0)"
     " -> (Tensor, Tensor, Tensor[])"
 )
 library.define(
@@ -104,7 +105,7 @@ def _gradient_shapes(logits: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
 @torch.library.register_fake("fusedloss::softmax_ce", lib=library)
 def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale, row_penalty,
       soft_cap, smoothing, focal_gamma, z_loss, penalty_margin, penalty, penalty_share, penalty_mix, ignore_index,
-      mean, wanted):  # fmt: skip
+      mean, wanted, gradient_scale=1.0):  # fmt: skip
     loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
     return loss, _rows(logits), _gradient_shapes(logits, wanted)
 
@@ -131,11 +132,7 @@ def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: SoftmaxOptions) ->
     tensors = _tensors(inputs)
     if torch.is_grad_enabled() and _any_requires_grad(*tensors, *rows):
         return _SoftmaxCE.apply(*tensors, *rows, inputs.soft_cap, options)
-    return _cross_entropy(tensors, rows, inputs.soft_cap, options, [False] * 5)[0]
-
-
-def _cross_entropy(tensors, rows, soft_cap, options, wanted) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return call("softmax_ce", "softmax_ce", *tensors, *rows, soft_cap, *options, wanted)
+    return call("softmax_ce", "softmax_ce", *tensors, *rows, inputs.soft_cap, *options, [False] * 5)[0]
 
 
 class _SoftmaxCE(torch.autograd.Function):
@@ -144,37 +141,39 @@ class _SoftmaxCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale,
                 row_penalty, soft_cap, options):  # fmt: skip
-        tensors = (logits, target, scale, bias, class_weight, label_logit, label_slope)
-        rows = (row_smoothing, row_scale, row_penalty)
+        tensors = (logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale,
+                   row_penalty)  # fmt: skip
         wanted = _wanted(logits, scale, bias, row_smoothing, label_logit, row_penalty)
-        loss, row_loss, gradients = _cross_entropy(tensors, rows, soft_cap, options, wanted)
-        ctx.soft_cap, ctx.options, ctx.wanted = soft_cap, options, wanted
-        ctx.compiling = torch.compiler.is_compiling()
-        if ctx.compiling:
-            ctx.save_for_backward(*tensors, *rows, row_loss, *gradients)
+        ctx.compiling = compiling = torch.compiler.is_compiling()
+        written = 1.0 if compiling or logits.is_cuda else expected_upstream()
+        ctx.numbers = numbers = (soft_cap, *options, wanted, written)
+        loss, row_loss, gradients = call("softmax_ce", "softmax_ce", *tensors, *numbers)
+        if compiling:
+            ctx.save_for_backward(*tensors, row_loss, *gradients)
         else:
-            ctx.save_for_backward(*tensors, *rows)
+            ctx.save_for_backward(*tensors)
             ctx.row_loss, ctx.gradients = row_loss, gradients
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, upstream):
-        saved = ctx.saved_tensors
-        tensors, rows, rest = saved[:7], saved[7:10], saved[10:]
+        *_, wanted, written = ctx.numbers
         if ctx.compiling:
-            row_loss, *gradients = rest
+            row_loss, *gradients = ctx.saved_tensors[10:]
             gradients = [gradient * upstream for gradient in gradients]
         else:
             row_loss, gradients = ctx.row_loss, ctx.gradients
             ctx.gradients = None
             if gradients is None:
-                gradients = _cross_entropy(tensors, rows, ctx.soft_cap, ctx.options, ctx.wanted)[2]
-            scale_in_place(gradients, upstream)
+                gradients = call("softmax_ce", "softmax_ce", *ctx.saved_tensors, *ctx.numbers)[2]
+            scale_in_place(gradients, upstream, written)
+            if not upstream.is_cuda:
+                note_upstream(upstream.item())
         need = ctx.needs_input_grad
         found = iter(gradients)
-        logits, scale, bias = _of_logits(found, ctx.wanted, need)
-        smoothing, label_logit, penalty = (next(found) if want else None for want in ctx.wanted[2:])
+        logits, scale, bias = _of_logits(found, wanted, need)
+        smoothing, label_logit, penalty = [next(found) if want else None for want in wanted[2:]]
         row_scale = row_loss * upstream if need[8] else None
         return logits, None, scale, bias, None, label_logit, None, smoothing, row_scale, penalty, None, None
 

@@ -14,7 +14,7 @@ def softmax_ce(
     label_logit: Tensor | None, label_slope: Tensor | None, row_smoothing: Tensor | None, row_scale: Tensor | None,
     row_penalty: Tensor | None, soft_cap: float, smoothing: float, focal_gamma: float, z_loss: float,
     penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool, ignore_index: int, mean: bool,
-    wanted: list[bool], in_place: bool = False,
+    wanted: list[bool], gradient_scale: float = 1.0, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     dtype = _compute_dtype(logits)
     target, inputs = _inputs(
@@ -29,7 +29,7 @@ def softmax_ce(
         inputs,
         (
             smoothing, address(row_smoothing), focal_gamma, z_loss, address(row_scale), mean,
-            address(row_penalty), penalty, penalty_margin, penalty_share, penalty_mix,
+            address(row_penalty), penalty, penalty_margin, penalty_share, penalty_mix, gradient_scale,
         ),
         (loss.data_ptr(), row_loss.data_ptr(), smoothing_slope, label_gradient, penalty_slope),
         places,

@@ -28,7 +28,7 @@ def softmax_ce(
     label_logit: Tensor | None, label_slope: Tensor | None, row_smoothing: Tensor | None,
     row_scale: Tensor | None, row_penalty: Tensor | None, soft_cap: float, smoothing: float, focal_gamma: float,
     z_loss: float, penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool,
-    ignore_index: int, mean: bool, wanted: Sequence[bool], in_place: bool = False,
+    ignore_index: int, mean: bool, wanted: Sequence[bool], gradient_scale: float = 1.0, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """The scalar loss, the loss of each row, and the gradients that are wanted of the scalar one."""
     want_logits, want_columns, *want_rows = wanted
@@ -57,7 +57,11 @@ def softmax_ce(
         # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
         loss = torch.where(denominator == 0, torch.nan, loss / denominator)
     of_rows = [slope for slope in (smoothing_slope, label_gradient, penalty_slope) if slope is not None]
-    return loss, row_loss, gradients + of_rows
+    gradients += of_rows
+    if gradient_scale != 1:
+        for gradient in gradients:
+            gradient.mul_(gradient_scale)
+    return loss, row_loss, gradients
 
 
 def softmax_stats(
