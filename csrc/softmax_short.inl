@@ -22,23 +22,32 @@ public:
     void operator()(int64_t first, int64_t last) const {
         const SoftmaxInputs<T>& inputs = call_.inputs;
         V e[kRowsTogether][N];
-        RowSums sums[kRowsTogether];
-        RowSlope slopes[kRowsTogether];
+        Sums sums[kRowsTogether];
+        Slopes slopes[kRowsTogether];
         for (int64_t row = first; row < last; ++row)
-            if (!ignored(row)) sums[row - first] = read(row, e[row - first]);
+            if (!ignored(row)) sums[row - first].max = read(row, e[row - first]);
+        for (int64_t row = first; row < last; ++row)
+            if (!ignored(row)) exponentials(row, e[row - first], sums[row - first]);
         for (int64_t row = first; row < last; ++row) {
-            if (!ignored(row))
-                slopes[row - first] = finish_row(call_, row, inputs.labels[row], sums[row - first], nullptr);
+            if (!ignored(row)) finish(row, inputs.labels[row], sums[row - first], slopes[row - first]);
             else ignore_row(call_, row, gradient_of(row));
         }
         if (!call_.gradients.logits.data) return;
         for (int64_t row = first; row < last; ++row)
-            if (!ignored(row)) write(row, e[row - first], slopes[row - first], sums[row - first].sum());
+            if (!ignored(row)) write(row, e[row - first], slopes[row - first]);
     }
 
 private:
     typedef Vector<T> V;
     static constexpr int W = Lanes<T>::count;
+
+    // Filled and read number by number: whole structs would be copied before their parts have reached the cache.
+    struct Sums {
+        double max, rest, label_exp, label_z;
+    };
+    struct Slopes {
+        T softmax, label;
+    };
 
     template <class Element>
     V lanes(const Element* x, int n) const {
@@ -52,53 +61,79 @@ private:
         return g.data ? g.template row<In>(row) : nullptr;
     }
 
-    RowSums read(int64_t row, V* e) const {
+    // z of a row; returns its maximum.
+    T read(int64_t row, V* e) const {
+        const SoftmaxInputs<T>& inputs = call_.inputs;
+        if (inputs.bias || inputs.label_logit) return read<true, true>(row, e);
+        return inputs.scale ? read<true, false>(row, e) : read<false, false>(row, e);
+    }
+
+    template <bool kScale, bool kMore>
+    T read(int64_t row, V* e) const {
         const SoftmaxInputs<T>& inputs = call_.inputs;
         const In* x = inputs.logits.template row<const In>(row);
-        const int64_t label = inputs.labels[row];
-        typedef typename Lanes<T>::Bits Bits;
-        const Bits from_label = lane_index<T>() - static_cast<std::decay_t<decltype(Bits{}[0])>>(label);
         V top = V{} + kMinusInfinity<T>;
         for (int n = 0; n < N; ++n) {
             V z = lanes(x, n);
-            if (inputs.scale) z *= lanes(inputs.scale, n);
-            if (inputs.bias) z += lanes(inputs.bias, n);
-            if (inputs.label_logit) z = from_label == Bits{} - n * W ? V{} + inputs.label_logit[row] : z;
+            if (kScale && (!kMore || inputs.scale)) z *= lanes(inputs.scale, n);
+            if (kMore && inputs.bias) z += lanes(inputs.bias, n);
+            if (kMore && inputs.label_logit) z = is_label(row, n) ? V{} + inputs.label_logit[row] : z;
             e[n] = n < N - 1 ? z : first_lanes<T>(z, last_, kMinusInfinity<T>);
             top = larger(e[n], top);
         }
-        const T max = largest_lane<T>(top);
-        const T shift = max == kMinusInfinity<T> ? T(0) : max;
-        V rest = {}, label_exp = {}, label_z = {};
-        for (int n = 0; n < N; ++n) {
-            const auto is_label = from_label == Bits{} - n * W;
-            label_z = is_label ? e[n] : label_z;
-            e[n] = exp_nonpositive(e[n] - shift);
-            label_exp = is_label ? e[n] : label_exp;
-            rest += is_label ? V{} : e[n];
-        }
-        RowSums sums;
-        sums.max = max;
-        sums.rest = sum_lanes<T>(rest);
-        sums.label_exp = sum_lanes<T>(label_exp);
-        sums.label_z = sum_lanes<T>(label_z);
-        return sums;
+        return largest_lane<T>(top);
     }
 
-    void write(int64_t row, const V* e, const RowSlope& slope, double sum) const {
+    // The lanes of vector n that hold the row's label.
+    auto is_label(int64_t row, int n) const {
+        typedef typename Lanes<T>::Bits Bits;
+        typedef std::decay_t<decltype(Bits{}[0])> Index;
+        return lane_index<T>() == Bits{} + static_cast<Index>(call_.inputs.labels[row] - n * W);
+    }
+
+    void exponentials(int64_t row, V* e, Sums& sums) const {
+        const int64_t label = call_.inputs.labels[row];
+        const T shift = sums.max == kMinusInfinity<double> ? T(0) : T(sums.max);
+        sums.label_z = one(e, label);
+        V rest = {};
+        for (int n = 0; n < N; ++n) {
+            e[n] = exp_nonpositive(e[n] - shift);
+            rest += is_label(row, n) ? V{} : e[n];
+        }
+        sums.label_exp = one(e, label);
+        sums.rest = sum_lanes<T>(rest);
+    }
+
+    void finish(int64_t row, int64_t label, const Sums& found, Slopes& slopes) const {
+        RowSums sums;
+        sums.max = found.max;
+        sums.rest = found.rest;
+        sums.label_z = found.label_z;
+        sums.label_exp = found.label_exp;
+        const RowSlope slope = finish_row(call_, row, label, sums, nullptr);
+        slopes.softmax = T(slope.softmax / sums.sum());
+        slopes.label = T(slope.label);
+    }
+
+    void write(int64_t row, const V* e, const Slopes& slopes) const {
         const SoftmaxInputs<T>& inputs = call_.inputs;
         const T* scale = inputs.scale;
-        const T factor = T(slope.softmax / sum);
         In* gradient = gradient_of(row);
         for (int n = 0; n < N; ++n) {
-            V value = e[n] * factor;
+            V value = e[n] * slopes.softmax;
             if (scale) value *= lanes(scale, n);
             if (n < N - 1) store(gradient + n * W, value);
             else store_first(gradient + n * W, value, last_);
         }
         const int64_t label = inputs.labels[row];
         const T label_slope = inputs.label_logit ? inputs.label_slope[row] : scale ? scale[label] : T(1);
-        write_one(gradient + label, T(slope.label) * label_slope);
+        write_one(gradient + label, slopes.label * label_slope);
+    }
+
+    static T one(const V* e, int64_t class_index) {
+        T value;
+        std::memcpy(&value, reinterpret_cast<const char*>(e) + class_index * sizeof(T), sizeof value);
+        return value;
     }
 
     const SoftmaxCE<T>& call_;
