@@ -71,7 +71,7 @@ class ClassTemperature(AffineTerm):
         if not readable(self.tau) or self.tau.numel() == 0:
             return
         # One pass: a NaN comes out of both.
-        low, high = torch.aminmax(self.tau.detach())
+        low, high = torch.aminmax(self.tau.detach() if self.tau.requires_grad else self.tau)
         if low.item() > 0 and high.item() < math.inf:
             return
         values = self.tau.detach().flatten()
@@ -173,4 +173,6 @@ def _as_vector(
         return None
     if not isinstance(value, Tensor):
         return torch.full((num_classes,), value, dtype=dtype, device=device)
+    if value.dtype == dtype and value.dim() == 1 and value.shape[0] == num_classes and value.is_contiguous():
+        return value
     return value.to(dtype=dtype).expand(num_classes).contiguous()
