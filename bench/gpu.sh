@@ -3,7 +3,7 @@
 #
 #   bench/gpu.sh list             the modes, each under nine minutes
 #   bench/gpu.sh all              every mode, in that order
-#   bench/gpu.sh test bench:softmax_ce
+#   bench/gpu.sh test:losses bench:softmax_ce
 #   bench/gpu.sh --dry-run all    every step on the CPU with small sizes, in Triton's interpreter
 #
 # Tuned tiles go to fusedloss/backends/triton/tuning.py, figures to bench/results; with --dry-run both go to OUT.
@@ -30,15 +30,22 @@ export OUT=${OUT:-bench/results} PYTHON
 mkdir -p "$OUT"
 
 modes() {
+    local part file
     echo build
-    echo test
-    echo sanitize
-    local stem dtype
-    for stem in $(grep -l '^def shape_classes' bench/variants/[a-z]*.py | xargs -n 1 basename -s .py); do
-        for dtype in float32 bfloat16; do echo "tune:$stem:$dtype"; done
-    done
-    for stem in $(basename -s .py bench/gpu/[a-z]*.py); do echo "bench:$stem"; done
+    for part in losses statistics products others; do echo "test:$part"; done
+    for part in memcheck racecheck; do echo "sanitize:$part"; done
+    for file in bench/variants/[a-z]*.py; do parts_of tune "$file" TUNED; done
+    for file in bench/gpu/[a-z]*.py; do parts_of bench "$file" PARTS; done
     echo report
+}
+
+# parts_of MODE FILE NAME: a mode for each word of the tuple NAME in the file, or one for all of it
+parts_of() {
+    local stem part parts
+    stem=$(basename -s .py "$2")
+    parts=$(sed -n "s/^$3 = //p" "$2" | tr -d '(",)')
+    for part in $parts; do echo "$1:$stem:$part"; done
+    [[ -n $parts ]] || echo "$1:$stem"
 }
 
 limited() {
@@ -60,13 +67,24 @@ cases() {
     return $failed
 }
 
+# The tests of a part, in pytest's words: compiling every case takes longer than a mode may.
+tests_of() {
+    local products="contrast or linear or cosine"
+    case $1 in
+    losses) echo "on_gpu and not (statistics or $products)" ;;
+    statistics) echo "on_gpu and statistics and not ($products)" ;;
+    products) echo "on_gpu and ($products)" ;;
+    others) echo "not on_gpu" ;;
+    esac
+}
+
 test_device() {
     if [[ $device == cpu ]]; then
-        limited "$PYTHON" -m pytest -q -m gpu --collect-only tests >"$OUT/gpu-tests.txt"
-        tail -1 "$OUT/gpu-tests.txt"
-        cases
+        limited "$PYTHON" -m pytest -q -m gpu -k "$(tests_of "$1")" --collect-only tests >"$OUT/gpu-tests-$1.txt"
+        tail -1 "$OUT/gpu-tests-$1.txt"
+        [[ $1 != others ]] || cases
     else
-        limited "$PYTHON" -m pytest -q -m gpu tests
+        limited "$PYTHON" -m pytest -q -m gpu -k "$(tests_of "$1")" tests
     fi
 }
 
@@ -77,8 +95,7 @@ sanitize() {
         compute-sanitizer --version
     else
         # Each tensor in memory of its own, so that a step outside it is seen.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 cases compute-sanitizer --tool memcheck --error-exitcode 1
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 cases compute-sanitizer --tool racecheck --error-exitcode 1
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 cases compute-sanitizer --tool "$1" --error-exitcode 1
     fi
 }
 
@@ -99,10 +116,10 @@ run() {
     IFS=: read -r _ stem rest <<<"$1"
     case $1 in
     build) build ;;
-    test) test_device ;;
-    sanitize) sanitize ;;
+    test:losses | test:statistics | test:products | test:others) test_device "$stem" ;;
+    sanitize:memcheck | sanitize:racecheck) sanitize "$stem" ;;
     tune:*:*) tune "$stem" "$rest" ;;
-    bench:*) limited "$PYTHON" -m bench.gpu "$stem" --device "$device" --out "$OUT" "${small[@]}" ;;
+    bench:*) limited "$PYTHON" -m bench.gpu "$stem" --part "$rest" --device "$device" --out "$OUT" "${small[@]}" ;;
     report) report ;;
     *)
         echo "mode: got '$1'; allowed are: list, all, $(modes | paste -sd ' ')" >&2

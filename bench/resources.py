@@ -3,8 +3,9 @@
 The functions of the backend are called as ``bench.variants`` says; each launch is compiled for a target instead of
 run, with the same tiles and the same specialisation. Exits with 1 if any variant spills.
 
-    python -m bench.resources            # every variant for sm_80, sm_90 and sm_100
-    python -m bench.resources --quick    # the largest ones for sm_90
+    python -m bench.resources                          # every variant for sm_80, sm_90 and sm_100
+    python -m bench.resources supcon --target 90       # those of one stem for one of these
+    python -m bench.resources --quick                  # the largest ones for sm_90
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.variants import Variant, every
+from bench.variants import Variant, every, stems
 
 TARGETS = (80, 90, 100)
 
@@ -124,10 +125,15 @@ def table(usages: list[Usage]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 1 if a variant spills."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split("\n")[0])
+    parser.add_argument("stems", nargs="*", choices=[*stems(), []], metavar="stem", help=", ".join(stems()))
+    parser.add_argument("--match", default="", help="variants whose name holds this")
+    parser.add_argument("--target", type=int, choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel, for sm_90 only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     chosen = parser.parse_args(arguments)
-    jobs = [(variant, target) for target in ((90,) if chosen.quick else TARGETS) for variant in every(chosen.quick)]
+    targets = (90,) if chosen.quick else chosen.target or TARGETS
+    variants = [variant for variant in every(chosen.quick, chosen.stems) if chosen.match in variant.name]
+    jobs = [(variant, target) for target in targets for variant in variants]
     with ProcessPoolExecutor(chosen.processes, multiprocessing.get_context("spawn")) as pool:
         # The same kernel of several variants is listed once.
         usages = list({usage: None for found in pool.map(resources, jobs) for usage in found})

@@ -27,7 +27,7 @@ def eager(features: Tensor, labels: Tensor) -> Tensor:
     x = F.normalize(features, dim=1)
     similarity = x @ x.t() / TEMPERATURE
     logits = similarity - similarity.max(1, keepdim=True).values.detach()
-    others = 1 - torch.eye(len(x))
+    others = 1 - torch.eye(len(x), device=x.device)
     positive = torch.eq(labels.unsqueeze(1), labels).float() * others
     log_p = logits - (logits.exp() * others).sum(1, keepdim=True).log()
     count = positive.sum(1)
@@ -92,13 +92,13 @@ def products(x: Tensor) -> Callable[[], None]:
 
 def _check(losses: dict[str, Loss], x: Tensor, y: Tensor) -> None:
     """Loss and gradient against float64, by which eager is judged too."""
-    truth = _truth(x.detach(), y)
+    exact = truth(x.detach(), y)
     errors = {}
     for name, loss in losses.items():
         value = loss(x, y)
         found = (value.detach(), *torch.autograd.grad(value, x))
         errors[name] = [
-            float((ours.double() - theirs).norm() / theirs.norm()) for ours, theirs in zip(found, truth, strict=True)
+            float((ours.double() - theirs).norm() / theirs.norm()) for ours, theirs in zip(found, exact, strict=True)
         ]
     least = errors.get("eager", [0.0, 0.0])
     for name, got in errors.items():
@@ -106,13 +106,13 @@ def _check(losses: dict[str, Loss], x: Tensor, y: Tensor) -> None:
             raise Mismatch(f"{name} is {got} from float64 (loss, features), eager {least}")
 
 
-def _truth(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def truth(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and gradient in float64, some anchors at a time."""
     double = x.double().requires_grad_()
     unit = F.normalize(double, dim=1)
-    leaf, columns = unit.detach().requires_grad_(), torch.arange(len(x))
+    leaf, columns = unit.detach().requires_grad_(), torch.arange(len(x), device=x.device)
     anchors = int((torch.bincount(y)[y] > 1).sum())
-    value = torch.zeros((), dtype=torch.float64)
+    value = torch.zeros((), dtype=torch.float64, device=x.device)
     for rows in columns.split(_CHUNK):
         similarity = leaf[rows] @ leaf.t() / TEMPERATURE
         own = rows.unsqueeze(1) == columns

@@ -1,7 +1,7 @@
 """Times the tiles of each shape class on this GPU and writes the fastest into fusedloss/backends/triton/tuning.py.
 
     python -m bench.tune softmax_ce                      # every type, float16 as bfloat16
-    python -m bench.tune softmax_ce --dtype bfloat16     # a few minutes
+    python -m bench.tune linear_ce --dtype bfloat16      # a few minutes
     TRITON_INTERPRET=1 python -m bench.tune --small --device cpu --out build/tuning.py
 
 The file is written after each shape class. A tile whose values differ, or that doesn't compile, is not taken.
@@ -21,11 +21,11 @@ import triton
 
 from bench import tuning_file
 from bench.gpu.__main__ import seconds_in_turn
-from bench.variants import ShapeClass, shape_classes, stems
+from bench.variants import ShapeClass, shape_classes, stems, tuned_types
 from fusedloss.backends.triton import tuning
 
 # Types of 2 bytes take the same tiles; float64 keeps its defaults.
-_TYPES = {"float32": ("float32",), "bfloat16": ("bfloat16", "float16")}
+_LIKE = {"float32": ("float32",), "bfloat16": ("bfloat16", "float16")}
 _ROUNDS = 15
 _AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -77,25 +77,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stems", nargs="*", help=f"of {', '.join(sorted(tuning.TABLES))} (default: all)")
-    parser.add_argument("--dtype", choices=_TYPES, help="default: all of these")
+    parser.add_argument("stems", nargs="*", help=f"of {', '.join(stems())} (default: all)")
+    parser.add_argument("--dtype", choices=_LIKE, help="default: each that the stem is tuned for")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, two tiles of a few shape classes")
     parser.add_argument("--out", type=Path, default=tuning_file.PATH)
     options = parser.parse_args()
-    tunable = [stem for stem in stems() if stem in tuning.TABLES]
-    if unknown := set(options.stems) - set(tunable):
-        parser.error(f"stem: got {', '.join(sorted(unknown))}; allowed are {', '.join(tunable)}")
+    if unknown := set(options.stems) - set(stems()):
+        parser.error(f"stem: got {', '.join(sorted(unknown))}; allowed are {', '.join(stems())}")
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    for stem in options.stems or tunable:
-        for kind in [options.dtype] if options.dtype else _TYPES:
+    for stem in options.stems or stems():
+        for kind in (kind for kind in tuned_types(stem) if options.dtype in (None, kind)):
             dtype = getattr(torch, kind)
             for each in shape_classes(stem, dtype, options.small):
                 best = tune(stem, dtype, each, device, 1 if options.small else _ROUNDS)
-                for like in _TYPES[kind]:
+                for like in _LIKE[kind]:
                     tuning.TABLES[stem][like][each.name] = best
                     tuning.MEASURED[stem][like] = f"{today}, {name}, {versions}"
                 options.out.write_text(tuning_file.text(tuning.MEASURED, tuning.TABLES))

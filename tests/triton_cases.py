@@ -286,7 +286,7 @@ FEW = (
     "statistics probabilities hinge float16 one block",
     "classes float32",
     "scale in place",
-    "contrast everything (16, 16, 8, 8)",
+    f"contrast everything {triton_supcon.STEPS}",
     "linear f32 plain mean",
 )
 

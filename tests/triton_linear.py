@@ -46,21 +46,21 @@ def _of_rows(value):
 
 def right(dtype, name, reduction, normalize):
     def run(device):
-        from fusedloss.backends.triton import linear_rows, linear_tiles
+        from fusedloss.backends.triton import launch, linear_rows
 
         case = head(dtype, name, reduction, normalize)
-        before = linear_tiles._forced_tile, linear_rows._forced_block, linear_chunks._CHUNK_BYTES
+        before = linear_rows._forced_block, linear_chunks._CHUNK_BYTES
+        tile = launch.ProductTile(*TILE) if device == "cpu" else None
         if device == "cpu":
-            linear_tiles._forced_tile, linear_rows._forced_block = linear_tiles.LinearTile(*TILE), 16
-            linear_chunks._CHUNK_BYTES = 7 * CLASSES * 4
+            linear_rows._forced_block, linear_chunks._CHUNK_BYTES = 16, 7 * CLASSES * 4
         try:
-            with answering(device), warnings.catch_warnings():
+            with answering(device), launch.forced(products=tile), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 linear_cases.check(case, lambda given: on(device, given))
         except AssertionError as error:
             return [str(error)]
         finally:
-            linear_tiles._forced_tile, linear_rows._forced_block, linear_chunks._CHUNK_BYTES = before
+            linear_rows._forced_block, linear_chunks._CHUNK_BYTES = before
         return []
 
     return run

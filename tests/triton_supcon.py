@@ -1,8 +1,10 @@
 """Cases of the Triton backend's contrastive kernels: the battery's, in small tiles and in their own, and mutants."""
 
 import contextlib
+import dataclasses
 
 import supcon_battery
+import torch
 import triton
 import triton.language as tl
 from supcon_oracle import wrong_with
@@ -10,8 +12,8 @@ from supcon_oracle import wrong_with
 import fusedloss
 from fusedloss import backends
 
-# Rows, columns, features of a step and of a block: loops of several ragged steps.
-STEPS, OBLONG, OWN = (16, 16, 8, 8), (32, 16, 8, 16), None
+# Rows, columns, features of a step and of a block: loops of several ragged steps. Triton 3.6 takes none below 16.
+STEPS, OBLONG, OWN = (16, 16, 16, 16), (32, 16, 16, 32), None
 NAMES = (
     "labels", "views", "first view", "no labels", "mask", "mask, views", "each anchor", "T of 0.005", "not normalised",
     "ignored, everything", "prototypes, ignored", "prototype bias", "balanced, small T", "bank without labels",
@@ -40,14 +42,24 @@ def contrast(name, tile):
     def run(device):
         from fusedloss.backends.triton import launch
 
-        case = dict(supcon_battery.cases())[name]
+        case = widened(dict(supcon_battery.cases())[name])
         # Tiles of several widths need rows of length 1.
         sides = tile if tile is None or case.normalize else (16, 16, *tile[2:])
-        forced = None if sides is None else launch.PairTile(*sides, 4)
-        with answering(device), launch.forced(pairs=forced):
+        forced = None if sides is None else launch.ProductTile(*sides, 4)
+        with answering(device), launch.forced(products=forced):
             return wrong_with(case, lambda given: on(device, given))
 
     return run
+
+
+def widened(case):
+    """The case with twice its features, so that narrow ones take several steps; equal and opposite rows stay so."""
+
+    def wide(rows):
+        return None if rows is None else torch.cat([rows, 0.5 * rows.flip(-1)], -1)
+
+    columns = {name: wide(getattr(case, name)) for name in ("features", "prototypes", "contrast")}
+    return dataclasses.replace(case, **columns)
 
 
 def on(device, case):

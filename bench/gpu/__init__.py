@@ -14,23 +14,32 @@ from torch import Tensor
 
 from bench.cases import Mismatch
 
+Call = Callable[[], Any]
+
 
 class Contest(NamedTuple):
-    """A case with its tensors made: ``"fused"`` and its rivals, and a check that raises Mismatch."""
+    """A case with its tensors made: ``"fused"`` and its rivals, and a check that names the rivals that are wrong.
 
-    calls: dict[str, Callable[[], Any]]
-    check: Callable[[], None]
+    The check raises Mismatch where ``"fused"`` is.
+    """
+
+    calls: dict[str, Call]
+    check: Callable[[], list[str]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table. ``work`` is bytes (limits ``"copy"``, ``"read"``) or operations (``"gemm"``)."""
+    """One line of a table. ``work`` is bytes (limits ``"copy"``, ``"read"``) or operations (``"gemm"``).
+
+    ``part`` is one of the stem's ``PARTS``, where its cases take longer than a mode of ``bench/gpu.sh`` may.
+    """
 
     stem: str
     label: str
     work: float
     limit: str
     prepare: Callable[[torch.device], Contest]
+    part: str = ""
 
 
 def stems() -> list[str]:
@@ -38,9 +47,15 @@ def stems() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def cases_of(stem: str, small: bool) -> list[Case]:
-    """The cases of one stem; `small` ones take seconds in Triton's interpreter."""
-    return importlib.import_module(f"{__name__}.{stem}").cases(small)
+def cases_of(stem: str, small: bool, part: str = "") -> list[Case]:
+    """The cases of one stem, or of a part of it; `small` ones take seconds in Triton's interpreter."""
+    cases = importlib.import_module(f"{__name__}.{stem}").cases(small)
+    return [case for case in cases if part in ("", case.part)]
+
+
+def parts_of(stem: str) -> tuple[str, ...]:
+    """The parts of one stem, none for most."""
+    return getattr(importlib.import_module(f"{__name__}.{stem}"), "PARTS", ())
 
 
 def installed(package: str) -> bool:
@@ -48,14 +63,36 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def agree(found: Mapping[str, tuple[Tensor, ...]], truth: tuple[Tensor, ...], tolerance: float) -> None:
-    """Raises Mismatch unless each contestant is as near to `truth` as eager, or within `tolerance` of its largest."""
+def values_of(calls: Mapping[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
+    """What each contestant computes, of those that find memory for it."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = call()
+        except torch.OutOfMemoryError:
+            if name == "fused":
+                raise
+            torch.cuda.empty_cache()
+    return found
+
+
+def agree(found: Mapping[str, tuple[Tensor, ...]], truth: tuple[Tensor, ...], tolerance: float) -> list[str]:
+    """The rivals that are neither as near to `truth` as eager nor within `tolerance` of its largest.
+
+    Raises:
+        Mismatch: ``"fused"`` is not.
+    """
     errors = {
         name: [float((one.double() - right).abs().max() / right.abs().max().clamp(min=1e-30)) for one, right in pairs]
         for name, values in found.items()
         for pairs in [list(zip(values, truth, strict=True))]
     }
-    for name, each in errors.items():
-        for error, allowed in zip(each, errors["eager"], strict=True):
-            if not error <= max(tolerance, 1.1 * allowed):
-                raise Mismatch(f"{name}: {each} from float64; eager: {errors['eager']}")
+    usual = errors.get("eager", [0.0] * len(truth))
+    wrong = [
+        name
+        for name, each in errors.items()
+        if not all(error <= max(tolerance, 1.1 * allowed) for error, allowed in zip(each, usual, strict=True))
+    ]
+    if "fused" in wrong:
+        raise Mismatch(f"fused: {errors['fused']} from float64; eager: {usual}")
+    return wrong

@@ -1,6 +1,7 @@
 """Times the Triton kernels against eager PyTorch, torch.compile and installed peers on one GPU.
 
     python -m bench.gpu softmax_ce                 # writes bench/results/gpu_softmax_ce.csv and .md
+    python -m bench.gpu linear_ce --part 768       # gpu_linear_ce_768.csv and .md
     TRITON_INTERPRET=1 python -m bench.gpu --small --device cpu --out build/gpu    # every step, no meaning in the times
 
 Contestants run in turn on the same tensors; no time is shown of one whose values were wrong. The limits (a copy, a
@@ -25,9 +26,10 @@ import triton
 
 import fusedloss
 from bench.cases import Mismatch
-from bench.gpu import Case, cases_of, stems
+from bench.gpu import Case, cases_of, parts_of, stems
 from bench.measure import commit
 
+ROUNDS, SECONDS = 20, 10.0  # of one case: no more of either, but three rounds
 RESULTS = Path(__file__).parent.parent / "results"
 COLUMNS = ("stem", "case", "contestant", "ms", "rate", "unit", "share", "ratio", "limit", "limit_rate", "rounds",
            "peak_mb", "device", "torch", "triton", "commit", "date")  # fmt: skip
@@ -68,14 +70,23 @@ def limits(device: torch.device, small: bool) -> dict[str, float]:
     return {name: work[name] / took[name] for name in work}
 
 
-def measured(case: Case, device: torch.device, limit: float, rounds: int) -> list[dict[str, Any]]:
+def measured(case: Case, device: torch.device, limit: float, most_rounds: int) -> list[dict[str, Any]]:
     """One line for each contestant of a case."""
     contest = case.prepare(device)
-    contest.check()
-    calls = {name: call for name, call in contest.calls.items() if _fits(call)}
+    wrong = contest.check()
+    calls = {name: call for name, call in contest.calls.items() if name not in wrong and _fits(call)}
+    rounds = 1
+    if most_rounds > 1:
+        a_round = sum(seconds_in_turn(calls, device, 1).values())
+        rounds = max(3, min(most_rounds, int(SECONDS / a_round)))
     took = seconds_in_turn(calls, device, rounds)
     lines: list[dict[str, Any]] = [
-        {"stem": case.stem, "case": case.label, "contestant": name, "ratio": "out of memory"}
+        {
+            "stem": case.stem,
+            "case": case.label,
+            "contestant": name,
+            "ratio": "wrong" if name in wrong else "out of memory",
+        }
         for name in contest.calls
         if name not in calls
     ]
@@ -111,11 +122,11 @@ def _peak_mb(call: Callable[[], Any], device: torch.device) -> str:
     return f"{(torch.cuda.max_memory_allocated(device) - before) / 1e6:.5g}"
 
 
-def markdown(stem: str, lines: list[dict[str, Any]]) -> str:
+def markdown(title: str, lines: list[dict[str, Any]]) -> str:
     """A table: a row for each case; fused in ms and as a share of its limit, rivals as multiples of its time."""
     names = [name for name in dict.fromkeys(line["contestant"] for line in lines) if name != "fused"]
     first = lines[0]
-    text = [f"### {stem}", "", f"{first['device']}, torch {first['torch']}, triton {first['triton']}, {first['date']}",
+    text = [f"### {title}", "", f"{first['device']}, torch {first['torch']}, triton {first['triton']}, {first['date']}",
             "", f"| case | fused ms | rate | share of limit | {' | '.join(f'{name} / fused' for name in names)} |",
             f"|---|---|---|---|{'---|' * len(names)}"]  # fmt: skip
     for label in dict.fromkeys(line["case"] for line in lines):
@@ -132,12 +143,16 @@ def _options() -> argparse.Namespace:
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stems", nargs="*", help=f"{', '.join(stems())} (default: all)")
+    parser.add_argument("--part", default="", help="of the one stem that is named; 768 of linear_ce is its width")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if unknown := set(options.stems) - set(stems()):
         parser.error(f"stem: got {', '.join(sorted(unknown))}; allowed are {', '.join(stems())}")
+    parts = parts_of(options.stems[0]) if len(options.stems) == 1 else ()
+    if options.part and options.part not in parts:
+        parser.error(f"part: got {options.part}; allowed are {', '.join(parts) or 'none'}")
     return options
 
 
@@ -155,29 +170,29 @@ def main() -> int:
     wrong = []
     for stem in options.stems or stems():
         lines: list[dict[str, Any]] = []
-        for case in cases_of(stem, options.small):
+        for case in cases_of(stem, options.small, options.part):
             print(f"{stem}: {case.label}", file=sys.stderr, flush=True)
             try:
                 with fusedloss.backend("triton"):
-                    rounds = 1 if options.small else 20
+                    rounds = 1 if options.small else ROUNDS
                     lines += [line | where for line in measured(case, device, found_limits[case.limit], rounds)]
             except (Mismatch, torch.OutOfMemoryError) as error:
                 wrong.append(f"{stem}: {case.label}: {error}")
             gc.collect()
         if lines:
-            _write(options.out, stem, lines)
+            _write(options.out, "_".join(filter(None, (stem, options.part))), lines)
     for line in wrong:
         print(f"no time shown: {line}", file=sys.stderr)
     return 1 if wrong else 0
 
 
-def _write(folder: Path, stem: str, lines: list[dict[str, Any]]) -> None:
-    with (folder / f"gpu_{stem}.csv").open("w", newline="") as file:
+def _write(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
+    with (folder / f"gpu_{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    table = markdown(stem, lines)
-    (folder / f"gpu_{stem}.md").write_text(table)
+    table = markdown(name, lines)
+    (folder / f"gpu_{name}.md").write_text(table)
     print(table)
 
 

@@ -30,7 +30,7 @@ def prepare(device: torch.device, rows: int, width: int, num_classes: int, skewe
     statistics = ClassStatistics(width, num_classes).to(device)
     rivals = {"eager": eager_two_pass, **({"compiled": compiled(eager_two_pass)} if device.type == "cuda" else {})}
 
-    def check() -> None:
+    def check() -> list[str]:
         fresh = ClassStatistics(width, num_classes).to(device)
         fresh.update(features, labels)
         found = {name: rival(features, labels, num_classes) for name, rival in rivals.items()}
@@ -41,7 +41,7 @@ def prepare(device: torch.device, rows: int, width: int, num_classes: int, skewe
         mean = wide.new_zeros(8, width).index_add_(0, mine, wide) / count.unsqueeze(1)
         distance = (wide - mean[mine]).square().sum(1)
         scatter = distance.new_zeros(8).index_add_(0, mine, distance) / count
-        agree({name: tuple(value[:8] for value in pair) for name, pair in found.items()}, (mean, scatter), 1e-4)
+        return agree({name: tuple(value[:8] for value in pair) for name, pair in found.items()}, (mean, scatter), 1e-4)
 
     calls = {name: functools.partial(rival, features, labels, num_classes) for name, rival in rivals.items()}
     return Contest({"fused": lambda: statistics.update(features, labels), **calls}, check)

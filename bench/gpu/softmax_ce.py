@@ -63,7 +63,7 @@ def prepare(device: torch.device, rows: int, num_classes: int, dtype: torch.dtyp
         value.backward()
         return value
 
-    def check() -> None:
+    def check() -> list[str]:
         found = {}
         for name, loss in losses.items():
             value = step(loss)
@@ -76,7 +76,7 @@ def prepare(device: torch.device, rows: int, num_classes: int, dtype: torch.dtyp
         (gradient,) = torch.autograd.grad(
             F.cross_entropy(first / (tau.double() if vace else 1.0), target[:_CHECKED], reduction="sum") / rows, first
         )
-        agree(found, (total / rows, gradient), _TOLERANCE[dtype])
+        return agree(found, (total / rows, gradient), _TOLERANCE[dtype])
 
     return Contest({name: functools.partial(step, loss) for name, loss in losses.items()}, check)
 

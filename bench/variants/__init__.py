@@ -1,14 +1,14 @@
 """Calls of the Triton backend: a file per stem, with ``variants(quick)`` and, where it has a tuning table, more.
 
 What ``variants`` calls is only compiled, so that its tensors are left as they are allocated. What
-``shape_classes(dtype, small)`` calls is timed in tiles of several sizes by ``bench.tune``.
+``shape_classes(dtype, small)`` calls is timed in tiles of several sizes by ``bench.tune``, for the types in ``TUNED``.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,12 +59,26 @@ def stems() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def limited(tiles: Iterable[tuple[int, ...]], width: int) -> list[tuple[int, ...]]:
+    """Product tiles whose step and block are no wider than the rows."""
+    narrowed = (
+        (rows, columns, min(step, width), min(block, width), warps, stages)
+        for rows, columns, step, block, warps, stages in tiles
+    )
+    return list(dict.fromkeys(narrowed))
+
+
 def shape_classes(stem: str, dtype: torch.dtype, small: bool) -> list[ShapeClass]:
-    """The shape classes of a stem for one type; none where it has no tuning table."""
-    module = importlib.import_module(f"{__name__}.{stem}")
-    return module.shape_classes(dtype, small) if hasattr(module, "shape_classes") else []
+    """The shape classes of a stem for one type."""
+    return importlib.import_module(f"{__name__}.{stem}").shape_classes(dtype, small)
 
 
-def every(quick: bool) -> list[Variant]:
-    """The variants of every stem; `quick` keeps one of each kernel, with all its options."""
-    return [found for stem in stems() for found in importlib.import_module(f"{__name__}.{stem}").variants(quick)]
+def tuned_types(stem: str) -> tuple[str, ...]:
+    """The types that a stem's tiles are timed in."""
+    return importlib.import_module(f"{__name__}.{stem}").TUNED
+
+
+def every(quick: bool, of: Iterable[str] = ()) -> list[Variant]:
+    """The variants of these stems, or of all; `quick` keeps one of each kernel, with all its options."""
+    modules = [importlib.import_module(f"{__name__}.{stem}") for stem in of or stems()]
+    return [found for module in modules for found in module.variants(quick)]

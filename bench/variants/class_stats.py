@@ -10,6 +10,7 @@ import torch
 
 from bench.variants import DTYPES, ROWS, ShapeClass, Variant, compute_dtype, variant
 
+TUNED = ("float32", "bfloat16")
 _TUNED_BYTES = 2**28  # several times the caches
 
 

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
-from bench.variants import DTYPES, ROWS, Variant, variant
+from bench.variants import DTYPES, ROWS, ShapeClass, Variant, limited, variant
 
+TUNED = ("bfloat16",)
 _CLASSES = 1000
+_TIMED_ROWS, _TIMED_CLASSES = 4096, 16384
+# Rows, columns, features of a step and of a block, warps, stages: sizes that hold the tensor cores of sm_80 to sm_100.
+_TILES = {
+    "sums": (
+        (64, 64, 64, 64, 4, 2), (64, 128, 64, 64, 4, 3), (128, 64, 64, 64, 4, 3), (128, 128, 64, 64, 8, 3),
+        (128, 128, 32, 64, 8, 4), (128, 256, 64, 64, 8, 3), (64, 256, 64, 64, 8, 3),
+    ),
+    "input": (
+        (64, 64, 64, 256, 8, 2), (64, 64, 64, 128, 4, 2), (128, 64, 64, 128, 8, 2), (64, 128, 64, 128, 8, 2),
+        (128, 64, 64, 256, 8, 2), (64, 64, 64, 512, 8, 2), (128, 128, 64, 128, 8, 2),
+    ),
+    "weight": (
+        (32, 64, 32, 256, 8, 2), (64, 64, 64, 128, 4, 2), (64, 128, 64, 128, 8, 2), (128, 64, 64, 128, 8, 2),
+        (64, 128, 64, 256, 8, 2), (64, 64, 64, 512, 8, 2), (128, 128, 64, 128, 8, 2),
+    ),
+}  # fmt: skip
+_WIDTHS_OF_HEADS = (128, 256, 512, 1024)
 
 
 def linear_tiles(dtype: str, width: int, *, options: bool = False) -> None:
@@ -15,18 +36,9 @@ def linear_tiles(dtype: str, width: int, *, options: bool = False) -> None:
 
     operand, per_row, per_class = DTYPES[dtype], torch.empty(ROWS), torch.empty(_CLASSES)
     some = (lambda tensor: tensor) if options else (lambda tensor: None)
-    head = linear_tiles.Head(
-        torch.empty(ROWS, width, dtype=operand),
-        torch.empty(_CLASSES, width, dtype=operand),
-        ROWS,
-        _CLASSES,
-        width,
-        torch.zeros(ROWS, dtype=torch.int64),
-        some(per_class),
-        some(per_class),
-        some(per_class),
-        some(per_row),
-    )
+    x, w = torch.empty(ROWS, width, dtype=operand), torch.empty(_CLASSES, width, dtype=operand)
+    of_head = (*map(some, (per_class,) * 3), some(per_row))
+    head = linear_tiles.Head(x, w, ROWS, _CLASSES, width, torch.zeros(ROWS, dtype=torch.int64), *of_head)
     rows = linear_tiles.RowCoefficients(*(per_row,) * 5)
     linear_tiles.tile_sums(head, options)
     linear_tiles.input_gradient(head, rows, options)
@@ -50,7 +62,7 @@ def linear_rows(dtype: str, width: int, *, cosines: bool = False) -> None:
 
 
 def variants(quick: bool) -> list[Variant]:
-    widths = (512,) if quick else (64, 100, 256, 512)
+    widths = (512,) if quick else (20, 64, 100, 256, 512)
     found = [
         variant(linear_tiles, dtype, width, options=options)
         for dtype in ("bf16", "f16")
@@ -63,3 +75,70 @@ def variants(quick: bool) -> list[Variant]:
         for width in ((512,) if quick else (100, 512, 2048))
         for cosines in ((True,) if quick else (False, True))
     ]
+
+
+def _tiled(
+    device: torch.device, kernel: str, rows: int, classes: int, width: int, dtype: torch.dtype
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """One kernel of a plain head."""
+    from fusedloss.backends.triton import linear_tiles
+
+    x = torch.randn(rows, width, device=device).to(dtype)
+    w = (torch.randn(classes, width, device=device) / width**0.5).to(dtype)
+    labels = torch.randint(classes, (rows,), device=device)
+    head = linear_tiles.Head(x, w, rows, classes, width, labels, None, None, None, None)
+    top, rest, _, label_z = linear_tiles.tile_sums(head, False)
+    lse = (top.exp() * rest + label_z.exp()).log()
+    share = torch.full_like(lse, 1 / rows)
+    at_label = share * ((label_z - lse).exp() - 1)
+    coefficients = linear_tiles.RowCoefficients(lse, share, torch.zeros_like(lse), at_label, at_label)
+    calls: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
+        "sums": lambda: (linear_tiles.tile_sums(head, False),),
+        "input": lambda: (linear_tiles.input_gradient(head, coefficients, False),),
+        "weight": lambda: linear_tiles.weight_gradient(head, coefficients, False, True, False)[:1],  # type: ignore
+    }
+    return calls[kernel]
+
+
+def _heads(
+    device: torch.device, rows: int, classes: int, widths: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Loss and gradients of heads of several widths in turn: the sum is least where each goes the faster way."""
+    from fusedloss.backends.linear_chunks import LinearInputs
+    from fusedloss.backends.triton.linear_ce import linear_ce
+
+    heads = []
+    for width in widths:
+        x = torch.randn(rows, width, device=device).to(dtype)
+        w = (torch.randn(classes, width, device=device) / width**0.5).to(dtype)
+        heads.append(LinearInputs(x, w, torch.randint(classes, (rows,), device=device)))
+    options = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0, False, -100, True)
+    wanted = [True, True, *(False,) * 5]
+
+    def call() -> tuple[torch.Tensor, ...]:
+        found = [linear_ce(*head, None, None, None, *options, wanted) for head in heads]
+        return tuple(tensor for loss, row_loss, gradients in found for tensor in (loss, row_loss, *gradients))
+
+    return call
+
+
+def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
+    from fusedloss.backends.triton import tuning
+
+    rows, classes = (5, 40) if small else (_TIMED_ROWS, _TIMED_CLASSES)
+    found = []
+    # The widest first: they are the slowest, should the time run out.
+    for name in reversed(tuning.TABLES["linear_ce"][str(dtype).removeprefix("torch.")]):
+        kernel, size = name.split()
+        if kernel in _TILES:
+            width = int(size)
+            prepare = partial(_tiled, kernel=kernel, rows=rows, classes=classes, width=width, dtype=dtype)
+            found.append(ShapeClass(name, prepare, limited(_TILES[kernel], width)))
+    # Last, in the tiles that were found.
+    widths = (20, 40) if small else _WIDTHS_OF_HEADS
+    prepare = partial(_heads, rows=rows, classes=classes, widths=widths, dtype=dtype)
+    choice = ShapeClass("widest tiled", prepare, [(0,), *((width,) for width in widths)])
+    if small:
+        some = [each for each in found if each.name.endswith(" 32")]
+        return [each._replace(candidates=each.candidates[:1]) for each in some] + [choice]
+    return [*found, choice]

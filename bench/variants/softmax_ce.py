@@ -11,6 +11,7 @@ import torch
 
 from bench.variants import DTYPES, ROWS, ShapeClass, Variant, compute_dtype, variant
 
+TUNED = ("float32", "bfloat16")
 # One number of classes for each kind of tile, and odd ones, whose loads can't be wide.
 _CLASSES = (10, 100, 1000, 4000, 8000, 100000)
 _ODD_CLASSES = (101, 2047, 4095, 8191)

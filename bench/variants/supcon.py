@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
-from bench.variants import DTYPES, ROWS, Variant, variant
+from bench.variants import DTYPES, ROWS, ShapeClass, Variant, limited, variant
 
-_WIDTHS = (512, 100)
+TUNED = ("float32",)
+_WIDTHS = (512, 256, 100, 20)
 _ANCHORS, _LEARNED = ROWS - 8, ROWS - 4
+_TIMED_ROWS, _TIMED_CLASSES = 8192, 100
+# Rows, columns, features of a step and of a block, warps, stages.
+_TILES = {
+    "sums": (
+        (64, 64, 32, 64, 4, 2), (128, 64, 32, 64, 8, 2), (64, 128, 32, 64, 8, 2), (128, 128, 32, 64, 8, 2),
+        (64, 32, 32, 64, 4, 3), (64, 64, 64, 64, 4, 2), (128, 128, 16, 64, 8, 3),
+    ),
+    "gradient": (
+        (64, 32, 32, 128, 8, 2), (64, 64, 32, 128, 8, 2), (64, 32, 32, 256, 8, 1), (128, 32, 32, 128, 8, 1),
+        (32, 32, 32, 256, 4, 2), (64, 64, 32, 256, 8, 1), (64, 32, 32, 64, 4, 2),
+    ),
+    # These have to be square.
+    "any length": (
+        (32, 32, 16, 64, 4, 2), (32, 32, 32, 64, 4, 1), (64, 64, 16, 64, 8, 1), (64, 64, 32, 128, 8, 1),
+        (16, 16, 32, 128, 4, 1),
+    ),
+}  # fmt: skip
 
 
 class _Tensors:
@@ -53,4 +74,42 @@ def variants(quick: bool) -> list[Variant]:
                 found.append(variant(supcon_sweep, dtype, 128, unit=unit, **options))
         for width in _WIDTHS:
             found += [variant(supcon_stats, dtype, width), variant(supcon_sweep, dtype, width, temperature=False)]
+    return found
+
+
+def _call(
+    device: torch.device, kernel: str, rows: int, width: int, dtype: torch.dtype
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """One kernel over rows of length 1, or both over rows of any."""
+    from fusedloss.backends.triton.supcon import supcon_stats, supcon_sweep
+
+    unit = kernel != "any length"
+    features = torch.nn.functional.normalize(torch.randn(rows, width, device=device, dtype=dtype))
+    codes = (torch.arange(rows, device=device) % min(_TIMED_CLASSES, rows // 2)).int()
+    positives = torch.bincount(codes)[codes] - 1
+    temperature = torch.full((), 0.1, device=device, dtype=dtype)
+    given = (features, codes, None, None, (1 / positives).to(dtype), temperature)
+    _, shift, total = supcon_stats(*given, rows, unit)
+    upstream = torch.full_like(shift, 1 / rows)
+
+    def sums() -> tuple[torch.Tensor, ...]:
+        return supcon_stats(*given, rows, unit)
+
+    def gradient() -> tuple[torch.Tensor, ...]:
+        return tuple(supcon_sweep(*given, shift, total, upstream, rows, rows, unit, [True, False]))
+
+    return {"sums": sums, "gradient": gradient, "any length": lambda: (*sums(), *gradient())}[kernel]
+
+
+def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
+    from fusedloss.backends.triton import tuning
+
+    found = []
+    for name in reversed(tuning.TABLES["supcon"][str(dtype).removeprefix("torch.")]):
+        kernel, size = name.rsplit(" ", 1)
+        rows, width = 40 if small else _TIMED_ROWS, int(size)
+        prepare = partial(_call, kernel=kernel, rows=rows, width=width, dtype=dtype)
+        found.append(ShapeClass(name, prepare, limited(_TILES[kernel], width)))
+    if small:
+        return [each._replace(candidates=each.candidates[:1]) for each in found if each.name.endswith(" 32")]
     return found

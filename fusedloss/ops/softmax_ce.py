@@ -132,7 +132,8 @@ def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: SoftmaxOptions) ->
     tensors = _tensors(inputs)
     if torch.is_grad_enabled() and _any_requires_grad(*tensors, *rows):
         return _SoftmaxCE.apply(*tensors, *rows, inputs.soft_cap, options)
-    return call("softmax_ce", "softmax_ce", *tensors, *rows, inputs.soft_cap, *options, [False] * 5)[0]
+    rest = (*tensors[1:], *rows, inputs.soft_cap, *options, [False] * 5)
+    return call("softmax_ce", "softmax_ce", inputs.logits, *rest)[0]
 
 
 class _SoftmaxCE(torch.autograd.Function):

@@ -49,7 +49,8 @@ def prepare(bank: FeatureBank, recipe: Recipe, device: torch.device) -> Prepared
         transform.standardize_by(raw)
     counts = class_counts(torch.as_tensor(np.asarray(bank.labels)[split.train]), bank.num_classes)
     _warn_of_absent_classes(counts, list(bank.class_names))
-    training = TrainingData(_transformed(transform, raw), _labels(bank, split.train, device), counts.to(device))
+    kept = _transformed(transform, raw).to(getattr(torch, recipe.precision))
+    training = TrainingData(kept, _labels(bank, split.train, device), counts.to(device))
     if len(split.val) == 0:
         return Prepared(split, training, None, transform)
     background = np.array([name.startswith(BACKGROUND_PREFIX) for name in bank.class_names])

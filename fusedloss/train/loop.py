@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedloss.metrics import class_scores, summary_scores
+from fusedloss.train.buffered_step import BufferedStep
 from fusedloss.train.heads import build_head
 from fusedloss.train.objectives import TrainingData, build_objective
 from fusedloss.train.order import RowOrder
@@ -82,9 +83,11 @@ class Training:
         self.head = build_head(recipe, data.features.shape[1], len(data.counts)).to(self.device)
         self.objective = build_objective(recipe, data)
         self.auxiliary = self.objective.auxiliary or nn.Module()
-        self.optimizer = adamw([self.head, self.objective.loss, self.auxiliary], lr, recipe.weight_decay)
+        self.optimizer = adamw([self.head, self.objective.loss, self.auxiliary], recipe.weight_decay)
         self.order = RowOrder(data.labels, recipe.seed, recipe.balanced_batches)
-        self.step_gradients = gradient_step(self.head, self.objective, min(recipe.batch_size, len(data.labels)))
+        most = min(recipe.batch_size, len(data.labels))
+        gradients = gradient_step(self.head, self.objective, most)
+        self.step = BufferedStep(data.features, data.labels, gradients, self.optimizer, most, recipe.capture)
         self.epoch = self.steps = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
@@ -116,31 +119,23 @@ class Training:
 
     def _train_epoch(self) -> float:
         """One pass in a fresh order; the mean loss over rows, with one host synchronisation at its end."""
-        features, labels, size = self.data.features, self.data.labels, self.recipe.batch_size
         self.head.train()
         self.objective.loss.train()
         self.objective.begin_epoch(self.epoch)
-        order = self.order.epoch().to(self.device)
-        total = torch.zeros((), device=self.device)
-        batch = features.new_empty(min(size, len(labels)), features.shape[1])
-        for rows in order.split(size):
-            if len(rows) == 0:
-                continue
-            x = torch.index_select(features, 0, rows, out=batch[: len(rows)])
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * schedule(
-                    self.steps, self.steps_per_epoch * self.recipe.epochs, self.recipe.warmup
-                )
-            total += self.step_gradients(x, labels.index_select(0, rows)) * len(rows)
-            self.optimizer.step()
+        self.step.total.zero_()
+        for rows in self.order.epoch().split(self.recipe.batch_size):
+            self.step(rows, self._rate(self.steps))
             self.steps += 1
-        return float(total) / len(labels)
+        return float(self.step.total) / len(self.data.labels)
+
+    def _rate(self, step: int) -> float:
+        return self.lr * schedule(step, self.steps_per_epoch * self.recipe.epochs, self.recipe.warmup)
 
     def _measure(self, loss: float) -> dict[str, Any]:
         row = {
             "epoch": self.epoch,
             "step": self.steps,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._rate(self.steps - 1),
             "loss": loss,
         }
         if self.validation is not None and not self.diverged:
@@ -175,6 +170,7 @@ class Training:
             "history": self.history,
             "best": {"value": self.best.value, "epoch": self.best.epoch},
             "lr": self.lr,
+            "device": self.device.type,
             "recipe": self.recipe.to_dict(),
         }
         self.checkpoint.save(self.epoch, tensors, values)
@@ -191,6 +187,9 @@ class Training:
     def _restore(self) -> None:
         assert self.checkpoint is not None and self.folder is not None
         tensors, values = self.checkpoint.load()
+        before = values.get("device", self.device.type)
+        if before != self.device.type:
+            raise StorageError(f"{self.folder} was trained on {before} and has its random state; resume it there")
         self.head.load_state_dict(select_prefix(tensors, "head."))
         self.objective.loss.load_state_dict(select_prefix(tensors, "loss."))
         self.auxiliary.load_state_dict(select_prefix(tensors, "auxiliary."))

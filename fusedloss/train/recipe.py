@@ -15,6 +15,7 @@ CLASS_WEIGHTS = ("none", "effective", "inverse")
 FEDLAS_BASES, FEDLAS_GATES = ("smoothing", "margin"), ("learned", "positive")
 SELECTIONS = ("macro_f1_fg", "bal_acc", "top1", "nll")
 KEEPS = ("last", "best")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def knob(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
@@ -76,6 +77,10 @@ class Recipe:
     )
     weight_decay: float = knob(1e-4, "AdamW's decay of weight matrices; biases and norms have none")
     warmup: float = knob(0.05, "share of all steps with a linearly rising learning rate, before the cosine")
+    precision: str = knob(
+        "float32", "type that training rows are kept and multiplied in; weights stay in float32", PRECISIONS
+    )
+    capture: bool = knob(False, "on a GPU, record a step once as a CUDA graph and replay it")
     seed: int = knob(0, "seed of initial weights, batch order and dropout")
     standardize: bool = knob(True, "shift and scale each feature to mean 0 and deviation 1 on the training rows")
     normalize: bool = knob(False, "then scale each row to length 1 (the cosine head always does)")

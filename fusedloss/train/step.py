@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedloss.train.auxiliary import ContrastiveLoss
+from fusedloss.train.buffered_step import rate_tensor
 from fusedloss.train.objectives import Objective
 
 
@@ -20,14 +21,16 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(total - rising, 1)))
 
 
-def adamw(modules: list[nn.Module], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW that decays weight matrices alone."""
+def adamw(modules: list[nn.Module], weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW that decays weight matrices alone; its learning rate is a tensor that a ``BufferedStep`` fills."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    used = [group for group in groups if group["params"]]
+    device = parameters[0].device
+    return torch.optim.AdamW(used, lr=rate_tensor(device), fused=True, capturable=device.type == "cuda")
 
 
 def gradient_step(head: nn.Module, objective: Objective, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -45,7 +48,9 @@ def gradient_step(head: nn.Module, objective: Objective, batch_size: int) -> Cal
     def step(features: Tensor, labels: Tensor) -> Tensor:
         head.zero_grad(set_to_none=True)
         loss_of.zero_grad(set_to_none=True)
-        loss: Tensor = loss_of(head(features), labels, *([features] if given else []))
+        with _multiplying_in(features):
+            logits = head(features)
+        loss: Tensor = loss_of(logits, labels, *([features] if given else []))
         loss.backward()
         return loss.detach()
 
@@ -61,36 +66,49 @@ def _with_auxiliary(
     def step(features: Tensor, labels: Tensor) -> Tensor:
         for module in (head, objective.loss, auxiliary):
             module.zero_grad(set_to_none=True)
-        hidden = body(features)
-        loss: Tensor = objective.loss(classifier(hidden), labels) + auxiliary(hidden, labels, classifier)
+        with _multiplying_in(features):
+            hidden = body(features)
+            logits, contrast = classifier(hidden), auxiliary(hidden, labels, classifier)
+        loss: Tensor = objective.loss(logits, labels) + contrast
         loss.backward()
         return loss.detach()
 
     return step
 
 
+def _multiplying_in(features: Tensor) -> torch.autocast:
+    """Inside the block layers multiply in the features' type, of 32 bits or 16."""
+    return torch.autocast(features.device.type, features.dtype, enabled=features.dtype != torch.float32)
+
+
 class LinearStep:
     """Gradients of a linear head written into buffers that live as long as the training.
 
     Only the loss goes through autograd: fresh logits and weight gradients in every step would cost page
-        faults.
+    faults. Features of 16 bits are multiplied as such; weights and their gradients stay in 32.
     """
 
     def __init__(self, head: nn.Linear, loss: nn.Module, batch_size: int, takes_features: bool = False) -> None:
-        self.head, self.loss, self.takes_features = head, loss, takes_features
-        self.logits = head.weight.new_empty(batch_size, head.out_features)
+        self.head, self.loss, self.takes_features, self.batch_size = head, loss, takes_features, batch_size
+        self.logits: Tensor | None = None
         for parameter in head.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
-        head = self.head
+        head, dtype = self.head, features.dtype
+        if self.logits is None:
+            self.logits = features.new_empty(self.batch_size, head.out_features)
         with torch.no_grad():
-            logits = torch.addmm(head.bias, features, head.weight.t(), out=self.logits[: len(features)])
+            weight, bias = head.weight.to(dtype), head.bias.to(dtype)
+            logits = torch.addmm(bias, features, weight.t(), out=self.logits[: len(features)])
         logits = logits.detach().requires_grad_()
         self.loss.zero_grad(set_to_none=True)
         loss: Tensor = self.loss(logits, labels, *([features] if self.takes_features else []))
         loss.backward()
         assert logits.grad is not None
-        torch.mm(logits.grad.t(), features, out=head.weight.grad)
-        torch.sum(logits.grad, 0, out=head.bias.grad)
+        if dtype == head.weight.dtype:
+            torch.mm(logits.grad.t(), features, out=head.weight.grad)
+        else:
+            head.weight.grad.copy_(torch.mm(logits.grad.t(), features))  # type: ignore[union-attr]
+        torch.sum(logits.grad, 0, dtype=head.bias.dtype, out=head.bias.grad)
         return loss.detach()

@@ -32,28 +32,22 @@ class FeatureTile(NamedTuple):
     stages: int = 1
 
 
-class PairTile(NamedTuple):
-    """`rows` x `columns` similarities, `step` features at a time; gradients of `block` features."""
+class ProductTile(NamedTuple):
+    """`rows` x `columns` products, `step` features at a time; gradients of `block` features. None below 16."""
 
     rows: int
     columns: int
     step: int
     block: int
     warps: int
+    stages: int = 1
 
 
 # Widest tile of a row: wider ones spill. Column sums and all that can change a row each take half of it.
 _WIDEST = {torch.float32: 8192, torch.float64: 4096}
 _SMALLEST_BLOCK = 16
 _WIDEST_FEATURES = {torch.float32: 512, torch.float64: 256}
-# By compute type, and whether rows have length 1: the others need square tiles, and none of their products are in
-# tensor cores.
-_PAIRS = {
-    (torch.float32, True): PairTile(64, 32, 32, 128, 8),
-    (torch.float32, False): PairTile(32, 32, 16, 64, 4),
-    (torch.float64, True): PairTile(32, 32, 16, 32, 4),
-    (torch.float64, False): PairTile(32, 32, 16, 32, 4),
-}
+_WIDEST_PRODUCTS = 512
 LABELS = (1024, 4)  # rows and warps of the label kernel
 SCALE = (4096, 8)  # values and warps of the scaling kernel
 # Column sums live in registers over all tiles of a program: enough programs to fill the GPU, no more.
@@ -64,7 +58,7 @@ _REGISTERS = 65536  # of a multiprocessor
 _forced_tile: Tile | None = None
 _forced_programs: int | None = None
 _forced_features: FeatureTile | None = None
-_forced_pairs: PairTile | None = None
+_forced_products: ProductTile | None = None
 
 
 @contextlib.contextmanager
@@ -72,16 +66,16 @@ def forced(
     tile: Tile | None = None,
     programs: int | None = None,
     features: FeatureTile | None = None,
-    pairs: PairTile | None = None,
+    products: ProductTile | None = None,
 ) -> Iterator[None]:
     """Inside the block these tiles are used, and at most `programs` programs share column sums."""
-    global _forced_tile, _forced_programs, _forced_features, _forced_pairs
-    before = _forced_tile, _forced_programs, _forced_features, _forced_pairs
-    _forced_tile, _forced_programs, _forced_features, _forced_pairs = tile, programs, features, pairs
+    global _forced_tile, _forced_programs, _forced_features, _forced_products
+    before = _forced_tile, _forced_programs, _forced_features, _forced_products
+    _forced_tile, _forced_programs, _forced_features, _forced_products = tile, programs, features, products
     try:
         yield
     finally:
-        _forced_tile, _forced_programs, _forced_features, _forced_pairs = before
+        _forced_tile, _forced_programs, _forced_features, _forced_products = before
 
 
 def row_tile(
@@ -127,9 +121,17 @@ def _entry(stem: str, dtype: torch.dtype, shape_class: str) -> tuple[int, ...]:
     return tuning.TABLES[stem][str(dtype).removeprefix("torch.")][shape_class]
 
 
-def pair_tile(compute_dtype: torch.dtype, unit: bool) -> PairTile:
-    """Tile for similarities of rows with rows; `unit` says whether all have length 1."""
-    return _forced_pairs or _PAIRS[compute_dtype, unit]
+def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype) -> ProductTile:
+    """Tile for products of rows of `width` features in a `kernel` of linear_ce or supcon."""
+    if _forced_products is not None:
+        return _forced_products
+    block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
+    return ProductTile(*_entry(stem, dtype, f"{kernel} {min(block, _WIDEST_PRODUCTS)}"))
+
+
+def widest_tiled(dtype: torch.dtype) -> int:
+    """Most features of a linear head of 16 bits whose logits are formed in tiles again and again, never written."""
+    return _entry("linear_ce", dtype, "widest tiled")[0]
 
 
 def programs_for(tiles: int, device: torch.device) -> int:

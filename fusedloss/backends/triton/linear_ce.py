@@ -12,11 +12,8 @@ from fusedloss.backends.linear_chunks import ChunkedHead, LinearInputs
 from fusedloss.backends.linear_sweeps import LinearWanted
 from fusedloss.rows import Row, Statistics
 
-from . import linear_rows, linear_tiles, softmax_ce
+from . import launch, linear_rows, linear_tiles, softmax_ce
 from .linear_tiles import Head, RowCoefficients
-
-# Five products for three pay while writing and reading a 16-bit logit costs more than forming it twice.
-_WIDEST_TILED = 512
 
 
 def linear_ce(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -85,8 +82,10 @@ _KERNELS = linear_sweeps.Kernels(softmax_ce, linear_rows.project_rows, _label_gr
 
 
 def _tiled(inputs: LinearInputs) -> bool:
-    narrow = inputs.dtype in (torch.float16, torch.bfloat16) and inputs.input.shape[1] <= _WIDEST_TILED
-    return narrow and not inputs.target.is_floating_point() and inputs.soft_cap == 0
+    if inputs.dtype not in (torch.float16, torch.bfloat16) or inputs.target.is_floating_point():
+        return False
+    # Five products for three pay while writing and reading a 16-bit logit costs more than forming it twice.
+    return inputs.input.shape[1] <= launch.widest_tiled(inputs.dtype) and inputs.soft_cap == 0
 
 
 class _TiledRows:

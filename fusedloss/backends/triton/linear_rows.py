@@ -148,7 +148,8 @@ def add_label_gradients(pairs: Pairs, slope: Tensor, input: Tensor | None, weigh
 def _start(kernel: Any, programs: int, arguments: tuple, like: Tensor, **constants: Any) -> None:
     width = arguments[0].width if isinstance(arguments[0], Pairs) else arguments[3]
     block = min(_WIDEST, max(16, triton.next_power_of_2(width))) if _forced_block is None else _forced_block
-    launch.start(kernel, (programs,), arguments, like.device, _WARPS, BLOCK=block, **constants)
+    most = launch.most_registers(_WARPS)
+    launch.start(kernel, (programs,), arguments, like.device, _WARPS, BLOCK=block, **constants, maxnreg=most)
 
 
 _forced_block: int | None = None

@@ -15,24 +15,10 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import launch
+from .launch import ProductTile
 
 # Classes that the programs of one row tile share, so that few rows fill a GPU too.
 _SHARES = 16
-
-
-class LinearTile(NamedTuple):
-    """`rows` x `columns` logits, `step` features at a time; gradients of `block` features."""
-
-    rows: int
-    columns: int
-    step: int
-    block: int
-    warps: int
-
-
-_TILE = LinearTile(64, 64, 64, 256, 8)
-_ROWS_OF_WEIGHT = 32  # twice as many would spill beside the gradient
-_forced_tile: LinearTile | None = None
 
 
 class Head(NamedTuple):
@@ -201,7 +187,7 @@ def weight_tile_kernel(head, rows, gradient, scale_sum, bias_sum, UNIFORM: tl.co
 
 def tile_sums(head: Head, uniform: bool) -> Tensor:
     """(4, B) float32: largest z and sum of exp beside the label's, sum of w z beside the label's, z of the label."""
-    tile = _tile(head)
+    tile = _tile(head, "sums")
     blocks = triton.cdiv(head.classes, tile.columns)
     shares = min(_SHARES, blocks)
     each = triton.cdiv(blocks, shares)
@@ -216,7 +202,7 @@ def tile_sums(head: Head, uniform: bool) -> Tensor:
 
 def input_gradient(head: Head, rows: RowCoefficients, uniform: bool) -> Tensor:
     """(B, D) in float32."""
-    tile = _tile(head)
+    tile = _tile(head, "input")
     gradient = torch.empty(head.rows, head.width, dtype=torch.float32, device=head.input.device)
     grid = (triton.cdiv(head.rows, tile.rows), triton.cdiv(head.width, tile.block))
     _start(input_tile_kernel, grid, (head, rows, gradient), tile, UNIFORM=uniform, BLOCK=tile.block)
@@ -227,8 +213,7 @@ def weight_gradient(
     head: Head, rows: RowCoefficients, uniform: bool, want_weight: bool, want_columns: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(K, D) in float32, and the sums of dL/dz times the product and of dL/dz, (K,); None where not wanted."""
-    tile = _tile(head)
-    tile = tile._replace(rows=min(tile.rows, _ROWS_OF_WEIGHT), step=min(tile.step, _ROWS_OF_WEIGHT))
+    tile = _tile(head, "weight")
     device = head.input.device
     gradient = torch.empty(head.classes, head.width, dtype=torch.float32, device=device) if want_weight else None
     scale, bias = (torch.empty(head.classes, device=device) if want_columns else None for _ in range(2))
@@ -237,17 +222,15 @@ def weight_gradient(
     return gradient, scale, bias
 
 
-def _tile(head: Head) -> LinearTile:
-    if _forced_tile is not None:
-        return _forced_tile
-    width = max(16, triton.next_power_of_2(head.width))
-    return _TILE._replace(step=min(_TILE.step, width), block=min(_TILE.block, width))
+def _tile(head: Head, kernel: str) -> ProductTile:
+    return launch.product_tile("linear_ce", kernel, head.width, head.input.dtype)
 
 
-def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple, tile: LinearTile, **constants: Any) -> None:
+def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple, tile: ProductTile, **constants: Any) -> None:
     operand = arguments[0].input
     # The interpreter's NumPy knows no bfloat16.
     on_device = tl.float16 if operand.dtype == torch.float16 else tl.bfloat16
     dot = tl.float32 if isinstance(kernel, InterpretedFunction) else on_device
     sizes = {"DOT": dot, "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step}
-    launch.start(kernel, grid, arguments, operand.device, tile.warps, **sizes, **constants)
+    most = launch.most_registers(tile.warps)
+    launch.start(kernel, grid, arguments, operand.device, tile.warps, tile.stages, **sizes, **constants, maxnreg=most)

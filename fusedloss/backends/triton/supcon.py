@@ -199,13 +199,13 @@ def supcon_stats(
     unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each anchor, its shift and its sum of exp; the contract is the reference's."""
-    tile = launch.pair_tile(features.dtype, unit)
+    tile = _tile(features, unit, "sums")
     loss, shift, total = (features.new_empty(anchors) for _ in range(3))
     rows = _rows(features, codes, mask, weights, temperature, anchors)
     launch.start(
         sums_kernel, (triton.cdiv(anchors, tile.rows),), (rows, Found(loss, shift, total, per_positive)),
-        features.device, tile.warps, IGNORED=IGNORED, PRECISION=_precision(features, unit), ROWS=tile.rows,
-        COLUMNS=tile.columns, STEP=tile.step, T=launch.triton_dtype(features.dtype),
+        features.device, tile.warps, tile.stages, IGNORED=IGNORED, PRECISION=_precision(features, unit),
+        ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, T=launch.triton_dtype(features.dtype),
     )  # fmt: skip
     return loss, shift, total
 
@@ -226,7 +226,7 @@ def supcon_sweep(
     wanted: list[bool],
 ) -> list[Tensor]:
     """dL/dfeatures, zero from row `learned` on, and dL/dtemperature, as `wanted`."""
-    tile = launch.pair_tile(features.dtype, unit)
+    tile = _tile(features, unit, "gradient")
     gradient = torch.zeros_like(features)
     moment = features.new_empty(anchors) if wanted[1] else None
     upstream = torch.where(per_positive > 0, upstream, 0.0) / temperature
@@ -241,9 +241,9 @@ def supcon_sweep(
         gradient_kernel, (triton.cdiv(max(count, anchors if wanted[1] else 0), tile.rows),
                           triton.cdiv(width, tile.block)),
         (rows, Slopes(slopes[0], slopes[1], slopes[2], moment), gradient, learned), features.device, tile.warps,
-        IGNORED=IGNORED, PRECISION=_precision(features, unit), SAME=unit, ROWS=tile.rows, COLUMNS=tile.columns,
-        STEP=tile.step,
-        BLOCK=tile.block, T=launch.triton_dtype(features.dtype), maxnreg=launch.most_registers(tile.warps),
+        tile.stages, IGNORED=IGNORED, PRECISION=_precision(features, unit), SAME=unit, ROWS=tile.rows,
+        COLUMNS=tile.columns, STEP=tile.step, BLOCK=tile.block, T=launch.triton_dtype(features.dtype),
+        maxnreg=launch.most_registers(tile.warps),
     )  # fmt: skip
     found = [gradient] if wanted[0] else []
     return found if moment is None else [*found, -moment.sum()]
@@ -256,6 +256,11 @@ def _rows(
     count, width = features.shape
     samples = 1 if mask is None else len(mask)
     return Rows(features, count, width, codes, bytes_of_mask, samples, weights, temperature, anchors)
+
+
+def _tile(features: Tensor, unit: bool, kernel: str) -> launch.ProductTile:
+    # Square ones in both kernels alike where a rounding of the similarities counts.
+    return launch.product_tile("supcon", kernel if unit else "any length", features.shape[1], features.dtype)
 
 
 def _precision(features: Tensor, unit: bool) -> str:
