@@ -38,6 +38,9 @@ const Widened<Element>* widened_row(const Element* row, int64_t count, std::vect
     }
 }
 
+// Lengths from here to the reciprocal leave quotients in the range of float.
+constexpr double kSmallestPlain = 1e-12;
+
 template <class T, class Element>
 void project_rows_of(const Projection<T>& call, int64_t first, int64_t last) {
     const int64_t D = call.rows.num_classes;
@@ -48,7 +51,12 @@ void project_rows_of(const Projection<T>& call, int64_t first, int64_t last) {
         const double norm = call.norm[row];
         const double along = dot(static_cast<const T*>(gradient), values, D) / norm / norm;
         const double factor = call.divide ? 1 / norm : norm == HUGE_VAL ? 0 : 1;
-        for (int64_t j = 0; j < D; ++j) gradient[j] = T((gradient[j] - along * values[j]) * factor);
+        if (norm > kSmallestPlain && norm < 1 / kSmallestPlain) {
+            const T share = T(along), times = T(factor);
+            for (int64_t j = 0; j < D; ++j) gradient[j] = (gradient[j] - share * values[j]) * times;
+        } else {
+            for (int64_t j = 0; j < D; ++j) gradient[j] = T((gradient[j] - along * values[j]) * factor);
+        }
     }
 }
 
@@ -75,8 +83,8 @@ void add_tangent(const Value* towards, double towards_norm, const Value* from, d
         for (int64_t j = 0; j < count; ++j) gradient[j] += T(factor * towards[j]);
         return;
     }
-    for (int64_t j = 0; j < count; ++j)
-        gradient[j] += T(factor * (towards[j] / towards_norm - cosine * (from[j] / from_norm)));
+    const double along = 1 / towards_norm, back = cosine / from_norm;
+    for (int64_t j = 0; j < count; ++j) gradient[j] += T(factor * (towards[j] * along - from[j] * back));
 }
 
 // Rows [first, last) of the input's gradient, or of the weight's: a thread owns what it writes.

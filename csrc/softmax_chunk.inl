@@ -64,8 +64,10 @@ void add_hinge(const T* z, T threshold, int64_t count, double& sum, double& viol
     for (int64_t start = 0; start < count; start += kBlock) {
         Vector<T> total = {}, below = {};
         for (int64_t j = start; j < std::min(count, start + kBlock); j += W) {
-            const Vector<T> gap = first_lanes<T>(threshold - load(z + j), count - j, T(0));
-            total += gap > T(0) ? gap : (gap == gap ? Vector<T>{} : gap);
+            Vector<T> gap = threshold - load(z + j);
+            if (count - j < W) gap = first_lanes<T>(gap, count - j, T(0));
+            // What is NaN stays.
+            total += gap <= T(0) ? Vector<T>{} : gap;
             below += gap > T(0) ? Vector<T>{} + T(1) : Vector<T>{};
         }
         sum += sum_lanes<T>(total);
@@ -73,10 +75,31 @@ void add_hinge(const T* z, T threshold, int64_t count, double& sum, double& viol
     }
 }
 
+// e = softmax * e + (z < threshold ? below : 0): the slope of softmax and hinge together.
+template <class T>
+void fold_hinge(const T* z, T softmax, T threshold, T below, int64_t count, T* e) {
+    constexpr int W = Lanes<T>::count;
+    for (int64_t j = 0; j < count; j += W) {
+        const int64_t left = count - j;
+        const Vector<T> hinge = load(z + j) < threshold ? Vector<T>{} + below : Vector<T>{};
+        if (left >= W) store(e + j, load(e + j) * softmax + hinge);
+        else store_first(e + j, load_first(e + j, left) * softmax + hinge, left);
+    }
+}
+
+// The first class of the chunk with this z, -1 without one.
 template <class T>
 int64_t first_equal(const T* z, T value, int64_t start, int64_t count) {
-    for (int64_t j = 0; j < count; ++j)
-        if (z[j] == value) return start + j;
+    constexpr int64_t kBlock = 64;
+    for (int64_t block = 0; block < count; block += kBlock) {
+        const int64_t last = std::min(count, block + kBlock);
+        // Without a way out of the loop, which then goes by vectors.
+        int found = 0;
+        for (int64_t j = block; j < last; ++j) found |= z[j] == value;
+        if (!found) continue;
+        for (int64_t j = block; j < last; ++j)
+            if (z[j] == value) return start + j;
+    }
     return -1;
 }
 
@@ -114,34 +137,34 @@ inline Vector<T> exponentials(const T* z, T shift, int64_t first, int64_t last, 
     return sum;
 }
 
-// q * (z - shift), and 0 where q is 0.
+// w * (z - shift), and 0 where w is 0.
 template <class T>
-inline Vector<T> weighted(const T* z, T shift, const T* q) {
-    const Vector<T> value = load(z) - shift;
-    if (!q) return value;
-    const Vector<T> weight = load(q);
-    return weight == T(0) ? Vector<T>{} : value * weight;
+inline Vector<T> weighted(Vector<T> z, T shift, Vector<T> w) {
+    return w == T(0) ? Vector<T>{} : (z - shift) * w;
 }
 
-// Sum of q * (z - shift) where q is the class weight (1 without); a class of weight 0 counts 0 even at z = -inf.
+// Sum of w * (z - shift) where w is the class weight (1 without); a class of weight 0 counts 0 even at z = -inf.
 template <class T>
-double weighted_sum(const T* z, T shift, const T* q, int64_t count) {
+double weighted_sum(const T* z, T shift, const T* w, int64_t count) {
     constexpr int W = Lanes<T>::count;
     Vector<T> sums[4] = {};
     int64_t j = 0;
     for (; j + 4 * W <= count; j += 4 * W)
-        for (int u = 0; u < 4; ++u) sums[u] += weighted(z + j + u * W, shift, q ? q + j + u * W : nullptr);
-    for (; j + W <= count; j += W) sums[0] += weighted(z + j, shift, q ? q + j : nullptr);
+        for (int u = 0; u < 4; ++u) {
+            const Vector<T> value = load(z + j + u * W);
+            sums[u] += w ? weighted<T>(value, shift, load(w + j + u * W)) : value - shift;
+        }
+    for (; j + W <= count; j += W) sums[0] += w ? weighted<T>(load(z + j), shift, load(w + j)) : load(z + j) - shift;
     double total = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; j < count; ++j) {
-        if (!q) total += z[j] - shift;
-        else if (q[j] != 0) total += double(q[j]) * (z[j] - shift);
+        if (!w) total += z[j] - shift;
+        else if (w[j] != 0) total += double(w[j]) * (z[j] - shift);
     }
     return total;
 }
 
 // What is subtracted from k * e to give the slope dL/dz: w_j * (uniform + soft * q_j).
-enum class Subtract { nothing, uniform, weighted, soft };
+enum class Subtract { nothing, uniform, weighted, soft, weighted_soft };
 
 template <class T>
 struct Slope {
@@ -163,7 +186,11 @@ inline Vector<T> slope_at(const Slope<T>& slope, const T* e, int64_t j, int64_t 
     Vector<T> value = load_lanes<kWhole>(e + j, left) * slope.softmax;
     if (kind == Subtract::uniform) value -= slope.uniform;
     if (kind == Subtract::weighted) value -= load_lanes<kWhole>(slope.class_weight + j, left) * slope.uniform;
-    if (kind == Subtract::soft) value -= load_lanes<kWhole>(slope.q + j, left) * slope.soft;
+    if (kind == Subtract::soft || kind == Subtract::weighted_soft) {
+        Vector<T> counted = load_lanes<kWhole>(slope.q + j, left) * slope.soft + slope.uniform;
+        if (kind == Subtract::weighted_soft) counted *= load_lanes<kWhole>(slope.class_weight + j, left);
+        value -= counted;
+    }
     return value;
 }
 
@@ -195,7 +222,7 @@ void add_columns(const Slope<T>& slope, const T* e, const In* x, int64_t count, 
     }
     if (j == count) return;
     const Vector<T> slopes = slope_at<T, kind, false>(slope, e, j, count - j), values = load_first(x + j, count - j);
-    for (int64_t lane = 0; lane < count - j; ++lane) {
+    for (int lane = 0; lane < W && j + lane < count; ++lane) {
         bias_sum[j + lane] += slopes[lane];
         scale_sum[j + lane] += slopes[lane] == T(0) ? 0.0 : double(slopes[lane]) * values[lane];
     }

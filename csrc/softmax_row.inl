@@ -1,11 +1,11 @@
 // A row of logits: statistics in one pass over x, gradient in one more over exp(z - max), which is kept in the
-// gradient's own row (or in a buffer where types differ); and the loop over rows, whatever their strides.
+// gradient's own row (or in a buffer where types differ).
 
 template <class T, class In>
 class RowSweep {
 public:
     RowSweep(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, int thread)
-        : inputs_(inputs), count_(inputs.logits.num_classes) {
+        : inputs_(inputs), count_(inputs.logits.num_classes), soft_(inputs) {
         if (gradients.scale_bias) {
             scale_sum_ = gradients.scale_bias + 2 * count_ * thread;
             bias_sum_ = scale_sum_ + count_;
@@ -19,13 +19,12 @@ public:
         chunk_max_.clear();
         for (int64_t start = 0; start < count_; start += kChunk) {
             const int64_t width = std::min(kChunk, count_ - start);
-            T chunk_max = load_chunk(x, start, width);
-            if (inputs_.label_logit) chunk_max = place_label(row, start, width, chunk_max);
+            const T chunk_max = load_z(x, row, start, width);
             const T shift = chunk_max == kMinusInfinity<T> ? T(0) : chunk_max;
             chunk_max_.push_back(chunk_max);
             if (start == 0) sums.reference = shift;
             if (want_uniform) sums.uniform_z += uniform_sum(start, width, shift, sums.reference);
-            if (inputs_.probabilities.data) add_soft(sums, row, start, width, shift);
+            if (inputs_.probabilities.data) soft_.add(row, start, width, z_, shift, sums);
             RowSums chunk;
             exponentials_of_chunk(shift, label - start, start, width, e ? e + start : nullptr, chunk);
             if (label >= start && label < start + width) sums.label_z = chunk.label_z;
@@ -48,8 +47,7 @@ public:
         const int64_t label = inputs_.labels ? inputs_.labels[row] : -1;
         for (int64_t start = 0; start < count_; start += kChunk) {
             const int64_t width = std::min(kChunk, count_ - start);
-            const T chunk_max = load_chunk(x, start, width);
-            if (inputs_.label_logit) place_label(row, start, width, chunk_max);
+            hold_z(x, row, start, width);
             add_hinge(z_, T(hinge.threshold), width, hinge.sum, hinge.violations);
             if (hinge.largest < 0) hinge.largest = first_equal(z_, T(max), start, width);
             if (label >= start && label < start + width) hinge.label_violates = z_[label - start] < hinge.threshold;
@@ -64,23 +62,24 @@ public:
         const bool label_read = slope.label_index >= 0 && (scale_sum_ || inputs_.soft_cap != 0);
         const double label_x = label_read ? capped_one(x + slope.label_index) : 0.0;
         const double reference = max == -HUGE_VAL ? 0.0 : max;
+        if (slope.hinge == 0) hinge = nullptr;
         for (int64_t start = 0, chunk = 0; start < count_; start += kChunk, ++chunk) {
             const int64_t width = std::min(kChunk, count_ - start);
-            T* chunk_e = e ? e + start : z_;
+            T* chunk_e = e ? e + start : hinge ? e_ : z_;
             double factor = 1.0 / sum;
-            if (hinge && slope.hinge != 0) load_hinge(x, row, start, width, slope.hinge, hinge->threshold);
+            if (hinge || !e) hold_z(x, row, start, width);
             if (e) {
                 const double change = chunk_max_[chunk] - reference;
                 if (change != 0 && !std::isnan(change)) factor *= std::exp(change);
             } else {
-                load_chunk(x, start, width);
-                exponentials<T, In>(z_, T(reference), 0, padded(width), z_);
+                exponentials<T, In>(z_, T(reference), 0, padded(width), chunk_e);
+                if (chunk_e == z_) held_row_ = -1;
             }
             const int64_t label = slope.label_index - start;
             const bool has_label = slope.label_index >= 0 && label >= 0 && label < width;
             Slope<T> chunk_slope{T(slope.softmax * factor), T(slope.uniform), T(slope.soft),
-                                 inputs_.class_weight ? inputs_.class_weight + start : nullptr, q_};
-            if (hinge && slope.hinge != 0) fold_hinge(slope, *hinge, start, width, chunk_slope, chunk_e);
+                                 inputs_.class_weight ? inputs_.class_weight + start : nullptr};
+            if (hinge) add_hinge_slopes(slope, *hinge, start, width, chunk_slope, chunk_e);
             if (has_label) chunk_e[label] = 0;
             finish_chunk(x + start, row, start, width, chunk_slope, chunk_e, gradient ? gradient + start : nullptr);
             if (has_label) finish_label(row, label_x, slope, gradient);
@@ -128,15 +127,16 @@ public:
 
     double soft_weight(int64_t row) {
         double weight = 0;
-        for (int64_t start = 0; start < count_; start += kChunk) {
-            const int64_t width = std::min(kChunk, count_ - start);
-            load_soft(row, start, width);
-            for (int64_t j = 0; j < width; ++j) weight += q_[j];
-        }
+        for (int64_t start = 0; start < count_; start += kChunk)
+            weight += soft_.weight(row, start, std::min(kChunk, count_ - start));
         return weight;
     }
 
-    void set_next(NextRow next) { next_ = next; }
+    // The row that follows is fetched ahead while the others are swept.
+    void set_next(NextRow next) {
+        next_ = next;
+        soft_.fetch_ahead();
+    }
 
 private:
     static int64_t padded(int64_t width) {
@@ -144,7 +144,21 @@ private:
         return (width + W - 1) / W * W;
     }
 
+    // z of the row's chunk, with label_logit in its place; returns the largest.
+    T load_z(const In* x, int64_t row, int64_t start, int64_t width) {
+        const T chunk_max = load_chunk(x, start, width);
+        held_row_ = row;
+        held_start_ = start;
+        return inputs_.label_logit ? place_label(row, start, width, chunk_max) : chunk_max;
+    }
+
+    void hold_z(const In* x, int64_t row, int64_t start, int64_t width) {
+        if (held_row_ != row || held_start_ != start) load_z(x, row, start, width);
+    }
+
+    // Of x alone, without label_logit.
     T load_chunk(const In* x, int64_t start, int64_t width) {
+        held_row_ = -1;
         const T* scale = inputs_.scale ? inputs_.scale + start : nullptr;
         const T* bias = inputs_.bias ? inputs_.bias + start : nullptr;
         if (inputs_.soft_cap != 0) {
@@ -186,18 +200,10 @@ private:
 
     void set_chunk_max(int64_t start, T chunk_max) { chunk_max_[start / kChunk] = chunk_max; }
 
-    // q_ becomes the hinge's slope for the chunk: nothing else needs it before finish_chunk.
-    void load_hinge(const In* x, int64_t row, int64_t start, int64_t width, double hinge, double threshold) {
-        const T chunk_max = load_chunk(x, start, width);
-        if (inputs_.label_logit) place_label(row, start, width, chunk_max);
-        const T below = T(-hinge), limit = T(threshold);
-        for (int64_t j = 0; j < width; ++j) q_[j] = z_[j] < limit ? below : T(0);
-    }
-
     // e becomes softmax slope and hinge slope together.
-    void fold_hinge(const RowSlope& slope, const HingeSums& hinge, int64_t start, int64_t width, Slope<T>& chunk_slope,
-                    T* e) {
-        for (int64_t j = 0; j < width; ++j) e[j] = e[j] * chunk_slope.softmax + q_[j];
+    void add_hinge_slopes(const RowSlope& slope, const HingeSums& hinge, int64_t start, int64_t width,
+                          Slope<T>& chunk_slope, T* e) {
+        fold_hinge(z_, chunk_slope.softmax, T(hinge.threshold), T(-slope.hinge), width, e);
         const int64_t largest = hinge.largest - start;
         if (largest >= 0 && largest < width) e[largest] += T(slope.hinge * hinge.violations);
         chunk_slope.softmax = 1;
@@ -213,6 +219,7 @@ private:
         if (has_label) chunk.label_z = z[label];
         const int64_t label_vector = has_label ? label / W * W : whole;
         T* target = e ? e : z;
+        if (!e) held_row_ = -1;
         Vector<T> sum = exponentials<T, In>(z, shift, 0, std::min(label_vector, whole), target, next, start);
         if (label_vector < whole) {
             const Vector<T> value = exp_nonpositive(load(z + label_vector) - shift);
@@ -251,41 +258,14 @@ private:
         return chunk_weights_[chunk];
     }
 
-    // q_ becomes w_j q_j for the chunk.
-    void load_soft(int64_t row, int64_t start, int64_t width) {
-        const View& view = inputs_.probabilities;
-        const int64_t offset = view.row_offset(row) + start * view.class_stride;
-        if constexpr (std::is_same_v<T, double>)
-            gather(static_cast<const double*>(view.data) + offset, view.class_stride, width, q_);
-        else if (view.dtype == DType::float32)
-            gather(static_cast<const float*>(view.data) + offset, view.class_stride, width, q_);
-        else if (view.dtype == DType::bfloat16)
-            gather(static_cast<const BFloat16*>(view.data) + offset, view.class_stride, width, q_);
-        else gather(static_cast<const Float16*>(view.data) + offset, view.class_stride, width, q_);
-        if (!inputs_.class_weight) return;
-        for (int64_t j = 0; j < width; ++j) q_[j] *= inputs_.class_weight[start + j];
-    }
-
-    void add_soft(RowSums& sums, int64_t row, int64_t start, int64_t width, T shift) {
-        load_soft(row, start, width);
-        double weight = 0;
-        for (int64_t j = 0; j < width; ++j) weight += q_[j];
-        sums.soft_weight += weight;
-        sums.soft_z += weighted_sum(z_, shift, q_, width) + weight * (shift - sums.reference);
-    }
-
     template <class Out>
     void finish_chunk(const In* x, int64_t row, int64_t start, int64_t width, const Slope<T>& slope, const T* e,
                       Out* gradient) {
         if (inputs_.probabilities.data) {
-            load_soft(row, start, width);
-            // Smoothing moves part of each row's mass to w_j / K: fold both into one vector.
-            if (slope.uniform != 0)
-                for (int64_t j = 0; j < width; ++j)
-                    q_[j] = q_[j] * slope.soft + slope.uniform * (slope.class_weight ? slope.class_weight[j] : T(1));
             Slope<T> soft = slope;
-            if (slope.uniform != 0) soft.soft = 1;
-            return finish<Subtract::soft>(x, start, width, soft, e, gradient);
+            soft.q = soft_.chunk(row, start, width);
+            if (!slope.class_weight) return finish<Subtract::soft>(x, start, width, soft, e, gradient);
+            return finish<Subtract::weighted_soft>(x, start, width, soft, e, gradient);
         }
         if (slope.uniform == 0) return finish<Subtract::nothing>(x, start, width, slope, e, gradient);
         if (!slope.class_weight) return finish<Subtract::uniform>(x, start, width, slope, e, gradient);
@@ -339,98 +319,12 @@ private:
     const SoftmaxInputs<T>& inputs_;
     int64_t count_;
     alignas(64) T z_[kChunk];
-    alignas(64) T q_[kChunk];
+    alignas(64) T e_[kChunk];
     alignas(64) T capped_[kChunk];
+    int64_t held_row_ = -1, held_start_ = 0;  // whose z are in z_
     std::vector<T> chunk_max_;
     std::vector<double> chunk_weights_;
+    SoftTargets<T> soft_;
     NextRow next_;
     double *scale_sum_ = nullptr, *bias_sum_ = nullptr;
 };
-
-// Subnormal results become 0 while this lives: slopes go into matrix products, which are 25 times slower over
-// subnormals.
-class FlushSubnormals {
-public:
-    explicit FlushSubnormals(bool wanted) {
-#if defined(__x86_64__)
-        saved_ = _mm_getcsr();
-        if (wanted) _mm_setcsr(saved_ | kFlushToZero);
-#else
-        (void)wanted;
-#endif
-    }
-    ~FlushSubnormals() {
-#if defined(__x86_64__)
-        _mm_setcsr(saved_);
-#endif
-    }
-    FlushSubnormals(const FlushSubnormals&) = delete;
-    FlushSubnormals& operator=(const FlushSubnormals&) = delete;
-
-private:
-    static constexpr unsigned kFlushToZero = 0x8000;
-    unsigned saved_ = 0;
-};
-
-// Runs `per_row` over rows [first, last): directly on the tensors where the classes of a row are adjacent in memory,
-// else on tiles gathered into buffers, neighbouring rows together so that each cache line is fetched once.
-template <class T, class In, class PerRow>
-void sweep_rows(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, const PerRow& per_row, int64_t first,
-                int64_t last, int thread) {
-    const View& x = inputs.logits;
-    const View& g = gradients.logits;
-    const int64_t K = x.num_classes;
-    const bool keep = (g.data || gradients.scale_bias) && K <= kKeepExponentials;
-    const FlushSubnormals flush(g.data && g.data == x.data);
-    if (x.class_stride == 1 && (!g.data || g.class_stride == 1)) {
-        RowSweep<T, In> sweep(inputs, gradients, thread);
-        const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T> || g.data == x.data);
-        std::vector<T> exponentials(own_buffer ? K : 0);
-        const int64_t row_bytes = K * static_cast<int64_t>(sizeof(In));
-        const bool fetch_ahead = row_bytes >= kLeastFetchedAhead && row_bytes <= kMostFetchedAhead;
-        for (int64_t row = first; row < last; ++row) {
-            In* gradient = g.data ? g.row<In>(row) : nullptr;
-            if (fetch_ahead && row + 1 < last)
-                sweep.set_next({reinterpret_cast<const char*>(x.row<const In>(row + 1)),
-                                g.data ? reinterpret_cast<const char*>(g.row<In>(row + 1)) : nullptr});
-            T* e = own_buffer ? exponentials.data() : keep ? reinterpret_cast<T*>(gradient) : nullptr;
-            per_row(sweep, x.row<const In>(row), row, e, gradient);
-        }
-        return;
-    }
-    RowSweep<T, T> sweep(inputs, gradients, thread);
-    std::vector<T> tile(kStagedRows * K), tile_gradient(g.data ? kStagedRows * K : 0), exponentials(keep ? K : 0);
-    const In* rows[kStagedRows];
-    In* gradients_of[kStagedRows];
-    for (int64_t start = first; start < last; start += kStagedRows) {
-        const int64_t count = std::min(kStagedRows, last - start);
-        for (int64_t r = 0; r < count; ++r) {
-            rows[r] = x.row<const In>(start + r);
-            gradients_of[r] = g.data ? g.row<In>(start + r) : nullptr;
-        }
-        for (int64_t j = 0; j < K; ++j)
-            for (int64_t r = 0; r < count; ++r) tile[r * K + j] = read_one(rows[r] + j * x.class_stride);
-        for (int64_t r = 0; r < count; ++r)
-            per_row(sweep, static_cast<const T*>(&tile[r * K]), start + r, keep ? exponentials.data() : nullptr,
-                    g.data ? &tile_gradient[r * K] : nullptr);
-        if (!g.data) continue;
-        for (int64_t j = 0; j < K; ++j)
-            for (int64_t r = 0; r < count; ++r)
-                write_one(gradients_of[r] + j * g.class_stride, tile_gradient[r * K + j]);
-    }
-}
-
-// The stored type of the logits is named here and nowhere else.
-template <class T, class PerRow>
-void dispatch_logits(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradients, const PerRow& per_row,
-                     int64_t first, int64_t last, int thread) {
-    if constexpr (std::is_same_v<T, double>) {
-        sweep_rows<T, double>(inputs, gradients, per_row, first, last, thread);
-    } else {
-        switch (inputs.logits.dtype) {
-            case DType::bfloat16: return sweep_rows<T, BFloat16>(inputs, gradients, per_row, first, last, thread);
-            case DType::float16: return sweep_rows<T, Float16>(inputs, gradients, per_row, first, last, thread);
-            default: return sweep_rows<T, float>(inputs, gradients, per_row, first, last, thread);
-        }
-    }
-}

@@ -14,6 +14,10 @@ from fusedloss.backends.reference.class_stats import check_labels
 
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+# With this many classes to a row of the batch, most classes are absent from it.
+_SPARSE_CLASSES = 3
+# Elements of a buffer that stays in the second-level cache.
+_ELEMENTS_AT_ONCE = 1 << 18
 
 
 class ClassStatistics(nn.Module):
@@ -102,6 +106,9 @@ class ClassStatistics(nn.Module):
         """
         self._check(features, labels)
         features, labels = features.detach(), labels.to(torch.int64)
+        if group is None and self.num_classes >= _SPARSE_CLASSES * len(labels) and _readable(labels):
+            self._update_present(features, labels)
+            return
         if self.mean.dtype == torch.float64:
             features = features.to(torch.float64)
         shift = self.mean.to(ops.compute_dtype(features.dtype))
@@ -116,6 +123,22 @@ class ClassStatistics(nn.Module):
         spread = square.double() - (distance if self.per_feature else distance.sum(1))
         moments = found.count, shift.double() + deviation, spread.clamp_(min=0)
         self._take_in(*_all_reduced(*moments, group))
+
+    def _update_present(self, features: Tensor, labels: Tensor) -> None:
+        """The same for few rows of many classes: only the classes that the batch holds are read and written."""
+        check_labels(labels, self.num_classes, self.ignore_index, "labels")
+        kept = labels != self.ignore_index
+        if not bool(kept.all()):
+            features, labels = features[kept], labels[kept]
+        present, labels = labels.unique(return_inverse=True)
+        if len(present) == 0:
+            return
+        part = ClassStatistics(self.in_features, len(present), self.momentum, self.per_feature)
+        for name, state in self.named_buffers():
+            setattr(part, name, state[present])
+        part.update(features, labels)
+        for name, state in self.named_buffers():
+            state.index_copy_(0, present, getattr(part, name))
 
     @torch.no_grad()
     def merge(self, other: ClassStatistics) -> None:
@@ -306,7 +329,10 @@ class NormStatistics(nn.Module):
             >>> NormStatistics().row_norms(torch.tensor([[1.0, -2.0]]))
             tensor([3.])
         """
-        return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=ops.compute_dtype(features.dtype))
+        dtype = ops.compute_dtype(features.dtype)
+        if self.norm == 1 and _readable(features) and not (features.requires_grad and torch.is_grad_enabled()):
+            return _sums_of_magnitudes(features, dtype)
+        return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=dtype)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
@@ -343,6 +369,9 @@ class NormStatistics(nn.Module):
         """
         column = values.unsqueeze(1)
         _check_features(column, labels)
+        if group is None and _readable(values):
+            self._take_in(values, None if labels is None else labels != self.ignore_index)
+            return
         one_class = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         if labels is not None:
             one_class.masked_fill_(labels == self.ignore_index, self.statistics.ignore_index)
@@ -355,6 +384,39 @@ class NormStatistics(nn.Module):
             >>> NormStatistics().reset()
         """
         self.statistics.reset()
+
+    def _take_in(self, values: Tensor, kept: Tensor | None) -> None:
+        """Moves the state as `ClassStatistics` does, in plain numbers: on tensors of one element it takes longer."""
+        if kept is not None and not bool(kept.all()):
+            values = values[kept]
+        rows, state = len(values), self.statistics
+        if rows == 0:
+            return
+        seen, mean, variance = state.count.item(), state.mean.item(), state.scatter.item()
+        values = values.to(torch.float64)
+        new_mean = values.mean()
+        new_variance = (values - new_mean).square_().mean().item()
+        weight = rows / (seen + rows) if seen == 0 or self.momentum is None else self.momentum
+        distance = new_mean.item() - mean
+        step = weight * (new_variance + (1 - weight) * distance * distance - variance)
+        state.scatter.fill_(max(variance + step, 0.0))
+        state.mean.fill_(mean + weight * distance)
+        state.count.fill_(seen + rows)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether Python may look at values and sizes without waiting for a device or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _sums_of_magnitudes(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum_d |f_d|`` of each row: faster than vector_norm, and nearer to the exact sum."""
+    if features.numel() == 0:
+        return features.new_zeros(len(features), dtype=dtype)
+    rows = max(1, _ELEMENTS_AT_ONCE // features.shape[1])
+    buffer = features.new_empty(min(rows, len(features)), features.shape[1])
+    parts = features.split(rows)
+    return torch.cat([torch.abs(part, out=buffer[: len(part)]).sum(1, dtype=dtype) for part in parts])
 
 
 def _all_reduced(

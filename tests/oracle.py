@@ -234,11 +234,11 @@ def loss_and_gradients(case: Case, loss_of) -> dict[str, torch.Tensor]:
     return found
 
 
-def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=ENTRY_EPSILONS) -> dict:
+def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=ENTRY_EPSILONS, roundings=1) -> dict:
     """Loss and gradients of loss_of(case), which are as near to float64 as eager PyTorch, plus a tolerance.
 
     float16 and bfloat16 logits are judged by eager PyTorch in float32, which is stricter than in their own
-    dtype; their gradients are then allowed one rounding to the stored dtype. In float64 the truth is eager
+    dtype; their gradients are then allowed `roundings` to the stored dtype. In float64 the truth is eager
     PyTorch itself, whose own error shows as ours: the tolerance grows with the logits' range, and with what eager
     PyTorch loses in float32, as that does.
     """
@@ -257,7 +257,12 @@ def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=E
     scales = dict.fromkeys(case.learned, 1.0) if case.input.shape[-1 if case.input.dim() == 1 else 1] == 1 else {}
     if case.reduction == "mean" and "sample_weight" in case.learned:
         scales["sample_weight"] = _scale_of_weight_gradients(case, truth["loss"])
-    for more in (_scales_of_single_terms(case), _scales_below_a_soft_cap(case), _scales_of_mixed_parts(case)):
+    for more in (
+        _scales_of_single_terms(case),
+        _scales_below_a_soft_cap(case),
+        _scales_of_mixed_parts(case),
+        _scales_of_probabilities(case),
+    ):
         scales |= {name: max(scale, scales.get(name, 0.0)) for name, scale in more.items()}
     for name, expected in truth.items():
         stored = found[name].dtype
@@ -274,6 +279,7 @@ def check(case: Case, loss_of, tensor_epsilons=TENSOR_EPSILONS, entry_epsilons=E
             tensor_epsilons,
             entry_epsilons,
             scale,
+            roundings,
         )
     return found
 
@@ -310,6 +316,21 @@ def _scales_of_mixed_parts(case: Case) -> dict[str, float]:
     largest = float(torch.stack(parts).nan_to_num(0.0, 0.0, 0.0).max()) if parts[0].numel() else 0.0
     found = share * upstream * largest
     return dict.fromkeys(mixers, found if math.isfinite(found) else 0.0)
+
+
+def _scales_of_probabilities(case: Case) -> dict[str, float]:
+    """The parts whose difference is a logit's gradient, p_j sum_k w_k q_k - w_j q_j: a row that is right has little."""
+    if not case.target.is_floating_point() or "input" not in case.learned or case.input.numel() == 0:
+        return {}
+    double = cast(replace(case, learned=()), torch.float64)
+    x = double.input.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(apply_terms(x.unsqueeze(0) if x.dim() == 1 else x, double.terms).sum(), x)
+    weight = 1.0 if double.weight is None else float(double.weight.max())
+    rows = case.input.numel() // case.input.shape[-1 if case.input.dim() == 1 else 1]
+    share = 1 / rows if case.reduction == "mean" else 1.0
+    upstream = float(torch.as_tensor(case.upstream, dtype=torch.float64).abs().max())
+    found = share * upstream * weight * float(double.target.max() * slope.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return {"input": found} if math.isfinite(found) else {}
 
 
 def _scales_of_single_terms(case: Case) -> dict[str, float]:
@@ -351,14 +372,14 @@ def _scales_below_a_soft_cap(case: Case) -> dict[str, float]:
     return found | {name: factor * largest * float(gradient.sum()) for name in terms}
 
 
-def compare(name, found, usual, expected, computing, stored, tensor_epsilons, entry_epsilons, scale=0.0):
+def compare(name, found, usual, expected, computing, stored, tensor_epsilons, entry_epsilons, scale=0.0, roundings=1):
     """Asserts |found - expected| <= 2 |usual - expected| + tolerance; NaN and infinities in place."""
     found, usual = found.double(), usual.double()
     usual_error = (usual - expected).abs().nan_to_num(0.0, 0.0, 0.0)
     finite = torch.isfinite(expected)
     largest = max(scale, float(expected[finite].abs().max()) if bool(finite.any()) else 0.0)
     computing_epsilon = torch.finfo(computing).eps
-    rounding = torch.finfo(stored).eps * expected.abs() if stored != computing else 0.0
+    rounding = roundings * torch.finfo(stored).eps * expected.abs() if stored != computing else 0.0
     # Where everything cancels (one class) double precision leaves its own rounding, and so may a row's sums.
     smallest = torch.finfo(stored).smallest_normal * torch.finfo(stored).eps + 16 * torch.finfo(torch.float64).eps
     allowed = (

@@ -3,7 +3,7 @@
     FUSEDLOSS_PROPERTY_CASES=2000 pytest tests/test_properties.py -s
 
 runs that many accepted cases of each family on each backend and SIMD level, new ones each time, and prints how often
-each option and the rarest pairs of options came up. property_cases.py makes and judges them.
+each option and the rarest pairs of options came up. property_cases.py makes and judges them (and does so in pieces).
 """
 
 import os
@@ -16,7 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from property_cases import DTYPES, FAMILIES, LAYOUTS, run, torch_cases
+from oracle import Case, cast, eager, loss_and_gradients
+from property_cases import DTYPES, FAMILIES, LAYOUTS, added_up, run, torch_cases
+from property_slopes import check_direction
 from softmax_battery import fused
 from test_simd import LEVELS, NOT_ALLOWED
 
@@ -87,3 +89,42 @@ def test_rows_do_not_see_each_other(drawn, seed):
     row = seed % len(case.input)
     alone = replace(case, input=case.input[row : row + 1], target=case.target[row : row + 1])
     torch.testing.assert_close(fused(alone), fused(case)[row : row + 1], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def penalised(**options):
+    """Logits of which one lies 1e-7 off the margin penalty's kink, within the longest step of a difference quotient."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    logits[0, 4] = logits[0].max() - 0.5 - 1e-7
+    return Case(logits, torch.tensor([1, 7]), penalty=(0.5, "sum", False), penalty_strength=0.8, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"focal_gamma": 2.0, "z_loss": 0.1}], ids=["plain", "focal"])
+def test_difference_quotients_tell_right_from_wrong(options):
+    case = penalised(**options)
+    right = loss_and_gradients(cast(case, torch.float64), eager)
+    assert check_direction(case, right)
+    without = replace(case, penalty=None, penalty_strength=0.0)
+    one_off = right["input"].clone()
+    one_off[1, 3] += 0.01
+    for wrong in (
+        1.001 * right["input"],
+        loss_and_gradients(cast(without, torch.float64), eager)["input"],
+        one_off,
+    ):
+        with pytest.raises(AssertionError, match="found gradients"):
+            check_direction(case, {**right, "input": wrong})
+
+
+def test_difference_quotients_on_a_kink():
+    case = penalised()
+    case.input[0, 4] = case.input[0].max() - 0.5
+    assert check_direction(case, loss_and_gradients(cast(case, torch.float64), eager)) is None
+
+
+def test_pieces_add_up(tmp_path):
+    first, second = (run("torch", 10, chosen=seed) for seed in (1, 2))
+    cases, options = first.cases + second.cases, first.options + second.options
+    for piece in (first, second):
+        total = added_up(piece, tmp_path / "counts", "torch")
+    assert (total.cases, total.options) == (cases, options)

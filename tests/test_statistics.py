@@ -457,3 +457,51 @@ def test_norm_statistics_refuse_bad_arguments():
         NormStatistics().update(torch.zeros(3))
     with pytest.raises(ValueError, match=r"labels: got shape \(2,\)"):
         NormStatistics().update(torch.zeros(3, 2), torch.zeros(2).long())
+
+
+class TestFewRowsOfManyClasses:
+    """Where a batch can hold few of the classes, only these are read and written."""
+
+    @pytest.fixture
+    def dense(self, monkeypatch):
+        def run(statistics, batches):
+            with monkeypatch.context() as patch:
+                patch.setattr("fusedloss.statistics._SPARSE_CLASSES", math.inf)
+                for features, labels in batches:
+                    statistics.update(features, labels)
+            return statistics
+
+        return run
+
+    @pytest.mark.parametrize("per_feature", [False, True])
+    @pytest.mark.parametrize("momentum", [None, 0.3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_the_same_as_going_through_every_class(self, dense, dtype, momentum, per_feature):
+        batches = [(x.to(dtype), y) for x, y in random_batches(6, 9, 20, 100, offset=3.0)]
+        batches[2][1][[0, 4]] = -100
+        sparse, full = (ClassStatistics(20, 100, momentum, per_feature) for _ in range(2))
+        if dtype == torch.float64:
+            sparse, full = sparse.double(), full.double()
+        for features, labels in batches:
+            before, absent = state(sparse), torch.ones(100, dtype=torch.bool)
+            absent[labels[labels >= 0]] = False
+            sparse.update(features, labels)
+            assert all(torch.equal(buffer[absent], before[name][absent]) for name, buffer in state(sparse).items())
+        dense(full, batches)
+        assert torch.equal(sparse.count, full.count)
+        for name, buffer in state(sparse).items():
+            torch.testing.assert_close(buffer, state(full)[name], rtol=1e-6, atol=1e-6)
+            assert buffer.dtype == state(full)[name].dtype
+
+    def test_rows_that_are_all_left_out_change_nothing(self):
+        statistics = ClassStatistics(4, 50)
+        statistics.update(torch.randn(3, 4), torch.full((3,), -100))
+        statistics.update(torch.randn(0, 4), torch.zeros(0, dtype=torch.int64))
+        assert not statistics.count.any() and not statistics.mean.any()
+
+    @pytest.mark.parametrize("label", [-1, 50])
+    def test_a_label_outside_the_classes_is_named_and_nothing_changes(self, label):
+        statistics = ClassStatistics(4, 50)
+        with pytest.raises(IndexError, match=rf"got label {label} at row 1; allowed are 0 to 49"):
+            statistics.update(torch.randn(3, 4), torch.tensor([0, label, 2]))
+        assert not statistics.count.any()

@@ -185,7 +185,7 @@ class FeDLaSLoss(CrossEntropyLoss):
             self.statistics.update_values(values, labels, self.group)
         mean, deviation = self.statistics.mean.to(dtype), self.statistics.deviation.to(dtype)
         distance = (values.to(dtype) - mean) / (deviation + _LEAST_DEVIATION)
-        return torch.where(self.statistics.count > 0, distance, torch.zeros_like(distance))
+        return torch.where(self.statistics.count > 0, distance, 0.0)
 
     def _psi(self, logits: Tensor) -> Tensor:
         """The gate of each row, exactly +1 or -1, with the gradient of p_0 - p_1."""
@@ -218,4 +218,4 @@ class FeDLaSLoss(CrossEntropyLoss):
 
 def _gate_network(num_classes: int) -> nn.Sequential:
     hidden = max(num_classes // 2, 1)
-    return nn.Sequential(nn.Linear(num_classes, hidden), nn.LeakyReLU(0.01), nn.Linear(hidden, 2))
+    return nn.Sequential(nn.Linear(num_classes, hidden), nn.LeakyReLU(0.01, inplace=True), nn.Linear(hidden, 2))
