@@ -32,7 +32,7 @@ def draw(folder: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in read(folder) if row["median_ms"]]
+    rows = [row for row in read(folder) if row.get("median_ms")]
     cases = list(dict.fromkeys((row["title"], row["case"]) for row in rows))
     figure, (ratios, shares) = plt.subplots(
         1, 2, sharey=True, figsize=(13, 1.8 + 0.27 * len(cases)), width_ratios=(3, 2), layout="constrained"

@@ -1,22 +1,27 @@
 """Time and peak memory of a step of supervised contrast as the batch grows: N squared and N.
 
     python -m bench.supcon_growth --out build/bench
+    python -m bench.supcon_growth --rows 32768          # the others as they were measured before
 
-Prints a line for each N and draws both on logarithmic axes, beside what one N x N matrix of float32 takes.
+Prints a line for each N, keeps them in supcon_growth.csv, and draws both on logarithmic axes, beside what one N x N
+matrix of float32 takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench import measure as machine
 from bench import memory, timing
 from bench.supcon import prepare
 
@@ -44,13 +49,32 @@ def in_fresh_process(rows: int, threads: int) -> dict[str, float]:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def draw(lines: list[dict[str, float]], path: Path) -> None:
+def merged(lines: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The lines and those of other N that the file holds, written back in the order of N."""
+    kept: dict[int, dict[str, Any]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = {int(line["rows"]): line for line in csv.DictReader(file)}
+    for line in lines:
+        kept[int(line["rows"])] = {
+            key: f"{value:.6g}" if isinstance(value, float) else value for key, value in line.items()
+        }
+    found = [kept[rows] for rows in sorted(kept)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    return found
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Both curves, each over a line of its slope."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    lines = [{key: float(line[key]) for key in ("rows", "ms", "peak_mb")} for line in lines]
     rows = [line["rows"] for line in lines]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
     for axis, key, label in ((left, "ms", "ms per step"), (right, "peak_mb", "MB beyond the inputs")):
@@ -69,16 +93,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.supcon_growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--most", type=int, default=ROWS[-1], help="largest N (default: %(default)s)")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     lines = []
-    for rows in (n for n in ROWS if n <= options.most):
-        lines.append(in_fresh_process(rows, options.threads))
+    torch.set_num_threads(options.threads)
+    environment = machine.environment("returned")
+    for rows in options.rows:
+        lines.append(in_fresh_process(rows, options.threads) | environment)
         print("N = {rows:<6} {ms:10.1f} ms {peak_mb:8.1f} MB".format(**lines[-1]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    draw(lines, options.out / "supcon_growth.png")
+    draw(merged(lines, options.out / "supcon_growth.csv"), options.out / "supcon_growth.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from linear_cases import check, fused, gradients, in_dtype, random_head, truth
 from oracle import Case
 
 import fusedloss
-from fusedloss.backends import linear_chunks
+from fusedloss.backends import linear_chunks, linear_panels
 
 BACKENDS = ("cpp", "reference")
 REDUCTIONS = ("mean", "sum", "none")
@@ -24,9 +24,16 @@ def backend(request):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Two to four rows of logits at a time."""
+    """Two to four rows of logits at a time, and a few classes."""
     monkeypatch.setattr(linear_chunks, "_CHUNK_BYTES", 4 * 23 * 4)
+    small_panels(monkeypatch, 5)
     monkeypatch.setattr(linear_chunks, "_ADDED_AT_ONCE", 7 * 5)
+
+
+def small_panels(monkeypatch, classes):
+    monkeypatch.setattr(linear_panels, "_PANEL_CLASSES", classes)
+    monkeypatch.setattr(linear_panels, "_GROUP_BYTES", 2 * 23 * 4)
+    monkeypatch.setattr(linear_panels, "_GROUP_BYTES_WITH_SUMS", 3 * 23 * 4)
 
 
 def ramp(low, high, *shape):
@@ -82,19 +89,22 @@ COSINES = {
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_linear_logits(backend, small_chunks, poisoned_memory, name, reduction, bias):
-    check(random_head(bias=bias, reduction=reduction, **OPTIONS[name]))
+    for width in (7, 10):  # fewer features than rows, and more
+        check(random_head(width=width, bias=bias, reduction=reduction, **OPTIONS[name]))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", COSINES)
 def test_cosine_logits(backend, small_chunks, poisoned_memory, name, reduction):
-    check(random_head(normalize=True, reduction=reduction, **COSINES[name]))
+    for width in (7, 10):
+        check(random_head(width=width, normalize=True, reduction=reduction, **COSINES[name]))
 
 
 @pytest.mark.parametrize("name", ["plain", "weight and smoothing", "temperature"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_probability_targets(backend, small_chunks, name, reduction):
-    check(random_head(soft=True, reduction=reduction, **OPTIONS[name]))
+    for width in (7, 10):
+        check(random_head(width=width, soft=True, reduction=reduction, **OPTIONS[name]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,9 +115,13 @@ def test_data_types(backend, small_chunks, dtype, normalize, reduction):
     check(random_head(dtype=dtype, normalize=normalize, reduction=reduction, **options))
 
 
-def test_one_chunk_and_many_agree(monkeypatch):
-    head = random_head(rows=33, normalize=True, **COSINES["angular"])
+@pytest.mark.parametrize("width", [7, 33, 40])
+@pytest.mark.parametrize("panel", [1, 5, 23, 1024])
+def test_one_chunk_and_many_agree(monkeypatch, poisoned_memory, panel, width):
+    # Panels hold as many rows as features are wide.
+    head = random_head(rows=33, width=width, normalize=True, **COSINES["angular"])
     whole = check(head)
+    small_panels(monkeypatch, panel)
     for rows in (1, 2, 5, 32):
         monkeypatch.setattr(linear_chunks, "_CHUNK_BYTES", 4 * 23 * rows)
         for name, tensor in check(head).items():
@@ -118,7 +132,7 @@ def test_one_chunk_and_many_agree(monkeypatch):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_each_subset_of_gradients(backend, small_chunks, normalize, reduction):
     options = COSINES["angular"] if normalize else OPTIONS["temperature"]
-    head = random_head(normalize=normalize, bias=not normalize, reduction=reduction, **options)
+    head = random_head(width=10, normalize=normalize, bias=not normalize, reduction=reduction, **options)
     for count in range(4):
         for learned in itertools.combinations(("x", "w", "b"), count):
             for terms in ((), options["learned"]):

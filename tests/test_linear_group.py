@@ -61,9 +61,11 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with tempfile.TemporaryDirectory() as folder:
+@pytest.fixture(scope="module", params=["", "1"], ids=["", "checked"])
+def ranks(request):
+    """What each process found, without and with FUSEDLOSS_CHECK."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("FUSEDLOSS_CHECK", request.param)
         processes.spawn(worker, (folder,), nprocs=2)
         return [torch.load(os.path.join(folder, str(rank))) for rank in range(2)]
 

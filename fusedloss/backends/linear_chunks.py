@@ -62,13 +62,18 @@ class ChunkedHead:
             weight = weight / inputs.class_norm.to(weight.dtype).unsqueeze(1)  # type: ignore[union-attr]
         self.operand = weight.to(self.dtype)
         self.scale = self._column_scale()
+        self._latest: tuple[slice, Tensor] | None = None
+
+    @property
+    def most_rows(self) -> int:
+        """The largest chunk."""
+        size = _CHUNK_BYTES if self.inputs.input.device.type == "cpu" else _CHUNK_BYTES_ON_DEVICE
+        return max(1, size // (len(self.inputs.weight) * self.dtype.itemsize))
 
     def chunks(self) -> Iterator[slice]:
         """Ranges of rows, of nearly the same length."""
-        rows, num_classes = len(self.inputs.input), len(self.inputs.weight)
-        size = _CHUNK_BYTES if self.inputs.input.device.type == "cpu" else _CHUNK_BYTES_ON_DEVICE
-        most = max(1, size // (num_classes * self.dtype.itemsize))
-        count = -(-rows // most)
+        rows = len(self.inputs.input)
+        count = -(-rows // self.most_rows)
         for i in range(count):
             yield slice(rows * i // count, rows * (i + 1) // count)
 
@@ -85,13 +90,15 @@ class ChunkedHead:
             yield rows, found
 
     def rows(self, rows: slice) -> Tensor:
-        """The chunk of the input as it is multiplied."""
-        x = self.inputs.input[rows]
-        if self.inputs.input_norm is None:
-            return x
-        if x.dtype != self.compute_dtype:
-            x = x.to(self.compute_dtype)
-        return (x / self.inputs.input_norm[rows].to(x.dtype).unsqueeze(1)).to(self.dtype)
+        """The chunk of the input as it is multiplied; asked for twice in a row, the same tensor."""
+        x, norm = self.inputs.input, self.inputs.input_norm
+        if norm is None:
+            return x[rows]
+        if self._latest is None or self._latest[0] != rows:
+            unit = x[rows].to(self.compute_dtype)
+            unit = (unit / norm[rows].to(unit.dtype).unsqueeze(1)).to(self.dtype)
+            self._latest = rows, unit
+        return self._latest[1]
 
     def _column_scale(self) -> Tensor | None:
         """What multiplies a product to give z: the terms' scale over the length of the class row."""
@@ -116,7 +123,7 @@ class HeadGradients:
         self.want_input, self.want_weight = want_input, want_weight
         self.input = self._accumulator(head.inputs.input) if want_input else None
         self.weight = self._accumulator(head.inputs.weight) if want_weight else None
-        self._started = False
+        self.started = False
 
     def _accumulator(self, like: Tensor) -> Tensor:
         return self.head.prepared(like.new_empty(like.shape, dtype=self.head.compute_dtype))
@@ -134,11 +141,11 @@ class HeadGradients:
             x = self.head.rows(rows)
             if not same:
                 self._add_widened(slopes, x)
-            elif self._started:
+            elif self.started:
                 torch.addmm(self.weight, slopes.t(), x, out=self.weight)
             else:
                 torch.mm(slopes.t(), x, out=self.weight)
-        self._started = True
+        self.started = True
 
     def _add_widened(self, slopes: Tensor, x: Tensor) -> None:
         """A chunk's product is rounded once to 16 bits; chunks add up in float32."""
@@ -147,14 +154,14 @@ class HeadGradients:
         for start in range(0, len(self.weight), width):
             product = torch.mm(slopes[:, start : start + width].t(), x)
             part = self.weight[start : start + width]
-            if self._started:
+            if self.started:
                 part += product
             else:
                 part.copy_(product)
 
     def zero_if_none_came(self) -> None:
         """Without a chunk the sums were never written."""
-        if not self._started:
+        if not self.started:
             for sums in (self.input, self.weight):
                 if sums is not None:
                     sums.zero_()

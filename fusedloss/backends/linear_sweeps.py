@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.linear_chunks import ChunkedHead, HeadGradients, LinearInputs
+from fusedloss.backends.linear_panels import Panels
 
 
 class LinearWanted(NamedTuple):
@@ -42,6 +43,7 @@ class _Chunk(NamedTuple):
     target: Tensor
     label_logit: Tensor | None
     label_slope: Tensor | None
+    multiplied: bool  # its slopes, by whoever formed the logits, together with other rows'
 
 
 class Walk:
@@ -61,7 +63,7 @@ class Walk:
             inputs.weight.new_zeros(num_classes, dtype=torch.float64) if want else None
             for want in (wanted.scale, wanted.bias)
         )
-        self.label_gradient: list[Tensor] = []
+        self.projected = False
 
     @property
     def slopes_wanted(self) -> bool:
@@ -76,13 +78,24 @@ class Walk:
         return self.wanted.label_logit or (self.apart and self.slopes_wanted)
 
     def chunks(self) -> Iterator[_Chunk]:
+        if Panels.worthwhile(self.head, self.sums):
+            panels = Panels(self.head, self.sums)
+            panels.form()
+            for rows, logits in panels.groups(self.columns_wanted):
+                yield self._chunk(rows, logits, multiplied=True)
+            panels.multiply(self._project_classes)
+            self.projected = True
+        else:
+            for rows, logits in self.head.logits():
+                yield self._chunk(rows, logits, multiplied=False)
+
+    def _chunk(self, rows: slice, logits: Tensor, multiplied: bool) -> _Chunk:
         label_logit, label_slope = self.inputs.label_logit, self.inputs.label_slope
-        for rows, logits in self.head.logits():
-            slope = None
-            if label_logit is not None and label_slope is not None:
-                slope = torch.zeros_like(label_logit[rows]) if self.apart else label_slope[rows].to(label_logit.dtype)
-            target = self.inputs.target[rows]
-            yield _Chunk(rows, logits, target, None if label_logit is None else label_logit[rows], slope)
+        slope = None
+        if label_logit is not None and label_slope is not None:
+            slope = torch.zeros_like(label_logit[rows]) if self.apart else label_slope[rows].to(label_logit.dtype)
+        label_logit = None if label_logit is None else label_logit[rows]
+        return _Chunk(rows, logits, self.inputs.target[rows], label_logit, slope, multiplied)
 
     def logit_arguments(self, chunk: _Chunk) -> tuple:
         return chunk.logits, chunk.target, self.head.scale, self.inputs.bias, self.inputs.class_weight
@@ -90,7 +103,12 @@ class Walk:
     def take(self, chunk: _Chunk, gradients: list[Tensor]) -> list[Tensor]:
         """Gathers the chunk's gradients of logits, scale and bias; returns the rest."""
         if self.slopes_wanted:
-            self.sums.add(chunk.rows, gradients.pop(0))
+            slopes = gradients.pop(0)
+            if not chunk.multiplied:
+                self.sums.add(chunk.rows, slopes)
+            elif slopes is not chunk.logits:
+                # A backend that couldn't write in place.
+                chunk.logits.copy_(slopes)
         if self.columns_wanted:
             scale, bias = gradients.pop(0), gradients.pop(0)
             if self.scale is not None:
@@ -99,17 +117,20 @@ class Walk:
                 self.bias += bias
         return gradients
 
+    def _project_classes(self, classes: slice) -> None:
+        """What normalisation leaves of the gradient of these classes' rows."""
+        norm, gradient = self.inputs.class_norm, self.sums.weight
+        if norm is not None and gradient is not None:
+            rows = self.inputs.weight[classes]
+            self.kernels.project_rows(rows, norm[classes], gradient[classes], self.head.unit_weight)
+
     def finish(self, label_gradient: Tensor | None, ignore_index: int) -> list[Tensor]:
         """The gradients of input, weight, scale, bias and label_logit, those wanted."""
         inputs, sums = self.inputs, self.sums
-        if self.head.normalized:
-            for rows, norm, gradient, divide in (
-                (inputs.input, inputs.input_norm, sums.input, True),
-                (inputs.weight, inputs.class_norm, sums.weight, self.head.unit_weight),
-            ):
-                if gradient is not None:
-                    assert norm is not None
-                    self.kernels.project_rows(rows, norm, gradient, divide)
+        if inputs.input_norm is not None and sums.input is not None:
+            self.kernels.project_rows(inputs.input, inputs.input_norm, sums.input, True)
+        if not self.projected:
+            self._project_classes(slice(None))
         if self.apart and label_gradient is not None and self.slopes_wanted:
             assert inputs.label_slope is not None
             slope = label_gradient.double() * inputs.label_slope

@@ -92,6 +92,7 @@ def linear_cross_entropy(
         z_loss,
         margin_penalty,
         sample_weight,
+        elsewhere=group is not None,
     )
     if group is not None:
         return _sharded(problem, head, reduction, group, sample_rate is not None or return_stats)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedloss import ops
+from fusedloss.backends import CHECK_VALUES
 from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.functional.linear_head import LinearHead
 from fusedloss.functional.problem import Problem
@@ -69,7 +70,7 @@ def localized(problem: Problem, head: LinearHead, group: Any) -> tuple[Problem, 
     _check(problem)
     shard = Shard(head, group)
     target = problem.target
-    if readable(target):
+    if CHECK_VALUES or readable(target):
         check_labels(target, shard.num_classes, problem.ignore_index, "target")
     local = target - shard.offset
     here = (target != problem.ignore_index) & (local >= 0) & (local < problem.num_classes)

@@ -124,14 +124,18 @@ def checked(
     z_loss: float,
     margin_penalty: MarginPenalty | None,
     sample_weight: Tensor | None,
+    elsewhere: bool = False,
 ) -> Problem:
-    """The arguments of cross_entropy as a Problem; see there for what is raised."""
+    """The arguments of cross_entropy as a Problem; see there for what is raised.
+
+    With `elsewhere`, labels may name classes of which the logits hold nothing, and are not checked.
+    """
     logits = _check_logits(input)
     target, shape = _check_target(input, logits, target)
     if CHECK_VALUES and not torch.compiler.is_compiling():
         if target.is_floating_point():
             _check_probabilities(target)
-        else:
+        elif not elsewhere:
             check_labels(target, logits.shape[1], ignore_index, "target")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
