@@ -72,7 +72,8 @@ def main() -> int:
         folder = options.out or RESULTS
         folder.mkdir(parents=True, exist_ok=True)
         for operation in operations:
-            report.write_csv(folder / f"{operation}.csv", report.rows(cases[operation], measured))
+            lines = report.rows(cases[operation], measured)
+            report.write_csv(folder / f"{operation}.csv", lines, keep_others=bool(options.match))
         print(f"written: {folder}, {plot.draw(folder)}")
     wrong = [line for result in measured.values() for line in result["wrong"]]
     for line in wrong:

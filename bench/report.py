@@ -155,8 +155,17 @@ def rows(cases: Iterable[Case], measured: Mapping[str, Any]) -> list[dict[str, A
     return found
 
 
-def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, lines: list[dict[str, Any]], keep_others: bool = False) -> None:
+    """Writes the lines; with `keep_others` after those of the file's other cases, or else in place of the file."""
+    if keep_others and path.exists():
+        measured = {_case_of(line) for line in lines}
+        with path.open(newline="") as file:
+            lines = [line for line in csv.DictReader(file) if _case_of(line) not in measured] + lines
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def _case_of(line: dict[str, Any]) -> tuple[str, str, str]:
+    return line["title"], line["case"], line["allocator"]

@@ -137,3 +137,18 @@ def test_verdicts_and_tables():
     lines = report.rows([case], measured)
     assert [row["provider"] for row in lines] == ["fused", "eager", "compiled", "copy", "baseline"]
     assert set().union(*lines) <= set(report.COLUMNS)
+
+
+def test_cases_that_were_not_measured_keep_their_rows(tmp_path):
+    def line(case, median, allocator="retained"):
+        return {"title": "CE", "case": case, "provider": "fused", "median_ms": median, "allocator": allocator}
+
+    def written(**options):
+        report.write_csv(path, [line("b", 3), line("c", 4)], **options)
+        return [tuple(row.split(",")[i] for i in (2, 7, 8)) for row in path.read_text().splitlines()[1:]]
+
+    path = tmp_path / "softmax_ce.csv"
+    report.write_csv(path, [line("a", 1), line("b", 2), line("b", 9, "default")], keep_others=True)
+    new = [("b", "retained", "3"), ("c", "retained", "4")]
+    assert written(keep_others=True) == [("a", "retained", "1"), ("b", "default", "9"), *new]
+    assert written() == new
