@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusedloss import ops
 from fusedloss.backends import CHECK_VALUES
 from fusedloss.backends.reference.class_stats import check_labels
+from fusedloss.terms.term import readable
 
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -106,7 +107,7 @@ class ClassStatistics(nn.Module):
         """
         self._check(features, labels)
         features, labels = features.detach(), labels.to(torch.int64)
-        if group is None and self.num_classes >= _SPARSE_CLASSES * len(labels) and _readable(labels):
+        if group is None and self.num_classes >= _SPARSE_CLASSES * len(labels) and readable(labels):
             self._update_present(features, labels)
             return
         if self.mean.dtype == torch.float64:
@@ -330,7 +331,7 @@ class NormStatistics(nn.Module):
             tensor([3.])
         """
         dtype = ops.compute_dtype(features.dtype)
-        if self.norm == 1 and _readable(features) and not (features.requires_grad and torch.is_grad_enabled()):
+        if self.norm == 1 and readable(features) and not (features.requires_grad and torch.is_grad_enabled()):
             return _sums_of_magnitudes(features, dtype)
         return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=dtype)
 
@@ -369,7 +370,7 @@ class NormStatistics(nn.Module):
         """
         column = values.unsqueeze(1)
         _check_features(column, labels)
-        if group is None and _readable(values):
+        if group is None and readable(values):
             self._take_in(values, None if labels is None else labels != self.ignore_index)
             return
         one_class = torch.zeros(len(values), dtype=torch.int64, device=values.device)
@@ -402,11 +403,6 @@ class NormStatistics(nn.Module):
         state.scatter.fill_(max(variance + step, 0.0))
         state.mean.fill_(mean + weight * distance)
         state.count.fill_(seen + rows)
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether Python may look at values and sizes without waiting for a device or breaking a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _sums_of_magnitudes(features: Tensor, dtype: torch.dtype) -> Tensor:

@@ -75,15 +75,19 @@ def differentiable_once(backward: Callable) -> Callable:
     return run
 
 
-def scale_in_place(gradients: list[Tensor], upstream: Tensor, written: float = 1.0) -> None:
-    """Multiplies by the upstream gradient, but for the factor already `written`; on a GPU without asking the host."""
+def scale_in_place(gradients: list[Tensor], upstream: Tensor, written: float = 1.0) -> float | None:
+    """Multiplies by the upstream gradient, but for the factor already `written`, and returns it.
+
+    On a GPU the host is not asked, and nothing returned.
+    """
     if upstream.is_cuda:
         from fusedloss.backends.triton.softmax_ce import scale_in_place as scale_on_device
 
         for gradient in gradients:
             scale_on_device(gradient, upstream)
-        return
+        return None
     factor = upstream.item()
     if factor != written:
         for gradient in gradients:
             gradient.mul_(factor / written)
+    return factor

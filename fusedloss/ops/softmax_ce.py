@@ -168,9 +168,9 @@ class _SoftmaxCE(torch.autograd.Function):
             ctx.gradients = None
             if gradients is None:
                 gradients = call("softmax_ce", "softmax_ce", *ctx.saved_tensors, *ctx.numbers)[2]
-            scale_in_place(gradients, upstream, written)
-            if not upstream.is_cuda:
-                note_upstream(upstream.item())
+            factor = scale_in_place(gradients, upstream, written)
+            if factor is not None:
+                note_upstream(factor)
         need = ctx.needs_input_grad
         found = iter(gradients)
         logits, scale, bias = _of_logits(found, wanted, need)
