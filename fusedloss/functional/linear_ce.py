@@ -117,7 +117,7 @@ def _sharded(problem: Problem, head: LinearHead, reduction: str, group: object, 
     if not _capped_first(local, head):
         raise ValueError("group: a soft cap must be the first term, without bias and normalisation")
     found = ops.linear_stats(_inputs(local, head), statistics_options(local, False))
-    row_loss, weight, _ = linear_group.joined(found, problem, local, shard)
+    row_loss, weight = linear_group.joined(found, problem, local, shard)
     return linear_group.reduced(row_loss, weight, problem, reduction)
 
 

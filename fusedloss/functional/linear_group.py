@@ -78,8 +78,8 @@ def localized(problem: Problem, head: LinearHead, group: Any) -> tuple[Problem, 
     return smaller, replace(head, input=_SumOfGradients.apply(head.input, group)), shard
 
 
-def joined(found: ops.RowTensors, problem: Problem, local: Problem, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's loss over all ranks' classes, its label's class weight, and which rows count."""
+def joined(found: ops.RowTensors, problem: Problem, local: Problem, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Each row's loss over all ranks' classes, and its label's class weight."""
     here = local.target != _ELSEWHERE
     kept = problem.target != problem.ignore_index
     weight = here.to(problem.dtype)
@@ -90,7 +90,7 @@ def joined(found: ops.RowTensors, problem: Problem, local: Problem, shard: Shard
     distance = torch.where(kept, lse - label, torch.zeros_like(lse))
     statistics = Statistics(lse, label, weight * distance, None, -torch.expm1(-distance))
     row_loss = problem.row.loss(statistics, shard.num_classes)
-    return torch.where(kept, row_loss, torch.zeros_like(row_loss)), weight, kept
+    return torch.where(kept, row_loss, torch.zeros_like(row_loss)), weight
 
 
 def reduced(row_loss: Tensor, weight: Tensor, problem: Problem, reduction: str) -> Tensor:
