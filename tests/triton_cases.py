@@ -18,6 +18,7 @@ from triton_checks import (
     class_statistics,
     cross_entropy,
     empty,
+    flat_rows,
     scaling,
     sweep,
     through_the_operation,
@@ -62,6 +63,7 @@ def mutants(device: str) -> list[str]:
         "add_block": (softmax_kernels, cross_entropy()),
         "add_hinge": (softmax_kernels, cross_entropy(penalty=Penalty(), wanted="")),
         "hinge_at_label": (rows, cross_entropy(penalty=Penalty(), smoothing=0.1)),
+        "label_slope": (rows, flat_rows),
         "penalise": (rows, cross_entropy(penalty=Penalty(mix=True))),
         "with_label": (rows, cross_entropy(margin=True, special="far label")),
         "best_class": (statistics_rows, sweep(margin=True)),
@@ -242,6 +244,7 @@ for _upstream in ("log_sum_exp", "target_logit", "cross_entropy", "uniform", "re
         sweep(upstream=_upstream, margin=True, cap=2.5, wanted="label"),
         f"statistics stand-in, gradient of {_upstream}",
     )
+case(flat_rows, "ce equal logits, all smoothed")
 for _strength in (0.0, 1.0):
     case(cross_entropy(penalty=Penalty(strength=_strength, mix=True)), f"ce penalty mixed {_strength}")
 case(cross_entropy(penalty=Penalty(0.0, 0.3, 1.0)), "ce penalty without margin")

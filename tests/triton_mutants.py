@@ -121,6 +121,11 @@ def hinge_at_label(coefficient, hinge, label):
 
 
 @triton.jit
+def label_slope(softmax, counted, drift, p, rest):
+    return drift - softmax * rest
+
+
+@triton.jit
 def penalise(loss, hinge, rows, kept, scale, scalars, arguments, T: tl.constexpr):
     total, _, coefficient = _penalise(loss, hinge, rows, kept, scale, scalars, arguments, T)
     return total, 1.0, coefficient

@@ -123,6 +123,12 @@ def slopes_of(shift, softmax, uniform, at_target, kept, hinge, coefficient):
 
 
 @triton.jit
+def label_slope(softmax, counted, drift, p, rest):
+    """softmax * p - counted, where drift = softmax - counted: by whichever of p and 1 - p has all its digits."""
+    return tl.where(p < 0.5, softmax * p - counted, drift - softmax * rest)
+
+
+@triton.jit
 def hard_row(
     rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, FOCUS: tl.constexpr,
     STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
@@ -159,8 +165,9 @@ def hard_row(
         slope = tl.where(label.kept, scale * factor * (uniform / num_classes - hard), 0.0)
         tl.store(arguments.smoothing_slope + rows.index, slope, mask=rows.valid)
     drift = factor * share * sums.weight + 2.0 * z_loss * lse
-    softmax = factor * (1.0 - smoothing) * label.weight + factor_slope + drift
-    at_label = drift - softmax * rest - factor * share * label.weight
+    counted = factor * (1.0 - smoothing) * label.weight + factor_slope
+    softmax = counted + drift
+    at_label = label_slope(softmax, counted, drift, label_exp / total, rest) - factor * share * label.weight
     if hinge is not None:
         at_label += hinge_at_label(hinge_slope, hinge, label)
     if arguments.label_gradient is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import hinge_at_label, log_of_sum, slopes_of
+from .rows import hinge_at_label, label_slope, log_of_sum, slopes_of
 from .slopes import Slopes
 from .sums import best_class, shift_of, with_label
 
@@ -122,12 +122,11 @@ def sweep_row(
         # At p = 0 or 1 a power of 1 - p has no finite slope, and p (1 - p) is 0.
         rest = upstream(arguments.rest_slope, rows, kept, T)
         rest = tl.where(tl.abs(rest) < float("inf"), rest * p, 0.0)
-        drift = softmax + logit - uniform * label.weight
+        drift = softmax + logit
         own = label.weight * cross_entropy + rest
         softmax += own + tl.where(label.bad, float("nan"), 0.0)
         others = tl.load(arguments.rest + rows.index, mask=rows.valid, other=0.0)
-        # Two forms of one slope: the large terms cancel in the first near p = 1 and in the second near p = 0.
-        at_label = tl.where(p < 0.5, softmax * p - own + logit - uniform * label.weight, drift - softmax * others)
+        at_label = label_slope(softmax, own - logit, drift, p, others) - uniform * label.weight
         if hinge is not None:
             at_label += hinge_at_label(hinge_slope, hinge, label)
         if arguments.label_gradient is not None:
