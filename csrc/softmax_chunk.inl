@@ -1,10 +1,12 @@
 // Vector loops over the classes of one row, a chunk at a time: z, exp(z - max), sums, and the slopes written back.
 
-constexpr int64_t kChunk = 4096;                // classes whose z stay in the first-level cache
+constexpr int64_t kChunk = 2048;                // classes of which z, e and what is per class fit the first-level cache
 constexpr int64_t kKeepExponentials = 1 << 18;  // longer rows leave the second-level cache: recompute instead
-// Bytes of a row for which fetching the next one ahead pays: below, its lines are near; above, they would not stay.
-constexpr int64_t kLeastFetchedAhead = 1 << 10, kMostFetchedAhead = 1 << 17;
-constexpr int64_t kStagedRows = 16;  // rows gathered together where classes are not adjacent in memory
+// Bytes of a row for which fetching the next one ahead pays: below, its lines are near; above, they would not stay, and
+// what is fetched is the same row's, so far ahead.
+constexpr int64_t kLeastFetchedAhead = 1 << 10, kMostFetchedAhead = 1 << 17, kFetchedAhead = 1 << 14;
+constexpr int64_t kStagedRows = 16;           // rows gathered together where classes are not adjacent in memory
+constexpr int64_t kStreamedBytes = 32 << 20;  // gradients of so many would leave the caches: written past them
 
 // z = scale * x + bias for `count` classes, padded with -inf to whole vectors; returns the largest.
 template <class T, bool kScale, bool kBias, class In>
@@ -111,7 +113,7 @@ T largest_of_chunk(const T* z, int64_t count) {
     return largest_lane<T>(top);
 }
 
-// The row that comes next: its cache lines are asked for while this row's exponentials keep the processor busy.
+// What comes next: its cache lines are asked for while exponentials keep the processor busy.
 struct NextRow {
     const char* x = nullptr;
     const char* gradient = nullptr;
@@ -172,6 +174,8 @@ struct Slope {
     T uniform = 0, soft = 0;
     const T* class_weight = nullptr;
     const T* q = nullptr;
+    int64_t label = -1;  // where in the chunk `label_slope` is what is written; negative for nowhere
+    T label_slope = 0;
 };
 
 // Whole vectors, or the row's last partial one.
@@ -194,20 +198,57 @@ inline Vector<T> slope_at(const Slope<T>& slope, const T* e, int64_t j, int64_t 
     return value;
 }
 
-// gradient = scale * (k * e - subtracted). e may be the gradient itself.
-template <class T, Subtract kind, bool kScale, class Out>
-void write_slopes(const Slope<T>& slope, const T* e, const T* scale, int64_t count, Out* gradient) {
+// scale * (k * e - subtracted), with the label's own in its place.
+template <class T, Subtract kind, bool kScale, bool kWhole>
+inline Vector<T> written_slope(const Slope<T>& slope, const T* e, const T* scale, int64_t j, int64_t left) {
+    Vector<T> value = slope_at<T, kind, kWhole>(slope, e, j, left);
+    if (kScale) value *= load_lanes<kWhole>(scale + j, left);
+    return place<T>(value, slope.label - j, slope.label_slope);
+}
+
+// The classes before the first whole vector of a row that is streamed.
+template <class T, class Out>
+int64_t before_first_vector(const Out* gradient, int64_t count) {
+    constexpr uintptr_t bytes = Lanes<T>::count * sizeof(Out);
+    const uintptr_t past = reinterpret_cast<uintptr_t>(gradient) % bytes;
+    return past == 0 ? 0 : std::min<int64_t>(count, (bytes - past) / sizeof(Out));
+}
+
+// Whole vectors of slopes from class j on, as many as fit before `end`; returns the class after them.
+template <class T, Subtract kind, bool kScale, bool kStream, class Out>
+inline int64_t write_vectors(const Slope<T>& slope, const T* e, const T* scale, int64_t j, int64_t end, Out* gradient) {
     constexpr int W = Lanes<T>::count;
-    int64_t j = 0;
-    for (; j + W <= count; j += W) {
+    for (; j + W <= end; j += W) {
         Vector<T> value = slope_at<T, kind, true>(slope, e, j, W);
         if (kScale) value *= load(scale + j);
-        store(gradient + j, value);
+        if (kStream) stream(gradient + j, value);
+        else store(gradient + j, value);
     }
-    if (j == count) return;
-    Vector<T> value = slope_at<T, kind, false>(slope, e, j, count - j);
-    if (kScale) value *= load_first(scale + j, count - j);
-    store_first(gradient + j, value, count - j);
+    return j;
+}
+
+// gradient = scale * (k * e - subtracted), and label_slope at the label. e may be the gradient itself, unless that is
+// streamed.
+template <class T, Subtract kind, bool kScale, bool kStream, class Out>
+void write_slopes(const Slope<T>& slope, const T* e, const T* scale, int64_t count, Out* gradient) {
+    int64_t j = 0;
+    if constexpr (kStream) {
+        // The label's vector by itself: to write one number over what was streamed would fetch it again.
+        constexpr int W = Lanes<T>::count;
+        j = before_first_vector<T>(gradient, count);
+        if (j > 0) store_first(gradient, written_slope<T, kind, kScale, false>(slope, e, scale, 0, j), j);
+        if (slope.label >= j) {
+            j = write_vectors<T, kind, kScale, true>(slope, e, scale, j, slope.label, gradient);
+            if (j + W <= count) {
+                stream(gradient + j, written_slope<T, kind, kScale, true>(slope, e, scale, j, W));
+                j += W;
+            }
+        }
+    }
+    j = write_vectors<T, kind, kScale, kStream>(slope, e, scale, j, count, gradient);
+    if (j < count)
+        store_first(gradient + j, written_slope<T, kind, kScale, false>(slope, e, scale, j, count - j), count - j);
+    if (!kStream && slope.label >= 0) write_one(gradient + slope.label, slope.label_slope);
 }
 
 // Column sums: dL/dscale += slope * x, dL/dbias += slope. A slope of 0 contributes 0 even at x = -inf.

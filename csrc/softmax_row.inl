@@ -80,9 +80,13 @@ public:
             Slope<T> chunk_slope{T(slope.softmax * factor), T(slope.uniform), T(slope.soft),
                                  inputs_.class_weight ? inputs_.class_weight + start : nullptr};
             if (hinge) add_hinge_slopes(slope, *hinge, start, width, chunk_slope, chunk_e);
-            if (has_label) chunk_e[label] = 0;
+            if (has_label) {
+                chunk_e[label] = 0;
+                chunk_slope.label = label;
+                chunk_slope.label_slope = T(slope.label * label_x_slope(row, slope.label_index, label_x));
+            }
             finish_chunk(x + start, row, start, width, chunk_slope, chunk_e, gradient ? gradient + start : nullptr);
-            if (has_label) finish_label(row, label_x, slope, gradient);
+            if (has_label && scale_sum_) add_label(label_x, slope);
         }
     }
 
@@ -132,11 +136,14 @@ public:
         return weight;
     }
 
-    // The row that follows is fetched ahead while the others are swept.
+    // What is fetched ahead while the row is swept.
     void set_next(NextRow next) {
         next_ = next;
         soft_.fetch_ahead();
     }
+
+    // Gradients are written past the caches from now on.
+    void stream_gradients() { streams_ = true; }
 
 private:
     static int64_t padded(int64_t width) {
@@ -291,16 +298,19 @@ private:
     template <Subtract kind, class Out>
     void write_scaled(const Slope<T>& slope, const T* e, const T* scale, int64_t width, Out* gradient) {
         if (!gradient) return;
-        if (scale) write_slopes<T, kind, true>(slope, e, scale, width, gradient);
-        else write_slopes<T, kind, false>(slope, e, scale, width, gradient);
+        if (streams_) return write_scaled<kind, true>(slope, e, scale, width, gradient);
+        return write_scaled<kind, false>(slope, e, scale, width, gradient);
     }
 
-    template <class Out>
-    void finish_label(int64_t row, double label_x, const RowSlope& slope, Out* gradient) {
+    template <Subtract kind, bool kStream, class Out>
+    void write_scaled(const Slope<T>& slope, const T* e, const T* scale, int64_t width, Out* gradient) {
+        if (scale) write_slopes<T, kind, true, kStream>(slope, e, scale, width, gradient);
+        else write_slopes<T, kind, false, kStream>(slope, e, scale, width, gradient);
+    }
+
+    // The column pass saw e = 0 at the label and added only what is subtracted everywhere.
+    void add_label(double label_x, const RowSlope& slope) {
         const int64_t label = slope.label_index;
-        if (gradient) write_one(gradient + label, T(slope.label * label_x_slope(row, label, label_x)));
-        if (!scale_sum_) return;
-        // The column pass saw e = 0 at the label and added only what is subtracted everywhere.
         const double subtracted = slope.uniform * (inputs_.class_weight ? inputs_.class_weight[label] : T(1));
         const double missing = inputs_.label_logit ? subtracted : slope.label + subtracted;
         bias_sum_[label] += missing;
@@ -326,5 +336,6 @@ private:
     std::vector<double> chunk_weights_;
     SoftTargets<T> soft_;
     NextRow next_;
+    bool streams_ = false;
     double *scale_sum_ = nullptr, *bias_sum_ = nullptr;
 };

@@ -25,6 +25,24 @@ private:
     unsigned saved_ = 0;
 };
 
+// Whether the gradient would push everything else out of the caches, and itself too before anybody reads it.
+template <class In>
+bool is_streamed(const View& x, const View& g) {
+    const int64_t bytes = g.num_rows() * g.num_classes * static_cast<int64_t>(sizeof(In));
+    return g.data && g.data != x.data && bytes >= kStreamedBytes;
+}
+
+// What to fetch while the exponentials of a row are computed: the next row, or what comes next in a long one.
+template <class In>
+NextRow fetched_ahead(const View& x, const View& g, int64_t row, int64_t last) {
+    const int64_t bytes = x.num_classes * static_cast<int64_t>(sizeof(In));
+    const bool is_long = bytes > kMostFetchedAhead;
+    if (bytes < kLeastFetchedAhead || (!is_long && row + 1 == last)) return {};
+    const int64_t ahead = is_long ? row : row + 1, beyond = is_long ? kFetchedAhead : 0;
+    return {reinterpret_cast<const char*>(x.row<const In>(ahead)) + beyond,
+            g.data ? reinterpret_cast<const char*>(g.row<In>(ahead)) + beyond : nullptr};
+}
+
 // Runs `per_row` over rows [first, last): directly on the tensors where the classes of a row are adjacent in memory,
 // else on tiles gathered into buffers, neighbouring rows together so that each cache line is fetched once.
 template <class T, class In, class PerRow>
@@ -37,18 +55,18 @@ void sweep_rows(const SoftmaxInputs<T>& inputs, const SoftmaxGradients& gradient
     const FlushSubnormals flush(g.data && g.data == x.data);
     if (x.class_stride == 1 && (!g.data || g.class_stride == 1)) {
         RowSweep<T, In> sweep(inputs, gradients, thread);
-        const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T> || g.data == x.data);
+        const bool streams = is_streamed<In>(x, g);
+        if (streams) sweep.stream_gradients();
+        const bool own_buffer = keep && (!g.data || !std::is_same_v<In, T> || g.data == x.data || streams);
         std::vector<T> exponentials(own_buffer ? K : 0);
-        const int64_t row_bytes = K * static_cast<int64_t>(sizeof(In));
-        const bool fetch_ahead = row_bytes >= kLeastFetchedAhead && row_bytes <= kMostFetchedAhead;
         for (int64_t row = first; row < last; ++row) {
             In* gradient = g.data ? g.row<In>(row) : nullptr;
-            if (fetch_ahead && row + 1 < last)
-                sweep.set_next({reinterpret_cast<const char*>(x.row<const In>(row + 1)),
-                                g.data ? reinterpret_cast<const char*>(g.row<In>(row + 1)) : nullptr});
+            const NextRow next = fetched_ahead<In>(x, streams ? View() : g, row, last);
+            if (next.x) sweep.set_next(next);
             T* e = own_buffer ? exponentials.data() : keep ? reinterpret_cast<T*>(gradient) : nullptr;
             per_row(sweep, x.row<const In>(row), row, e, gradient);
         }
+        if (streams) stream_fence();
         return;
     }
     RowSweep<T, T> sweep(inputs, gradients, thread);

@@ -61,6 +61,14 @@ private:
         return g.data ? g.template row<In>(row) : nullptr;
     }
 
+    // The row in this one's place in the group to come.
+    NextRow next_row(int64_t row) const {
+        const View& x = call_.inputs.logits;
+        const int64_t ahead = std::min(row + kRowsTogether, x.num_rows() - 1);
+        return {reinterpret_cast<const char*>(x.template row<const In>(ahead)),
+                reinterpret_cast<const char*>(gradient_of(ahead))};
+    }
+
     // z of a row; returns its maximum.
     T read(int64_t row, V* e) const {
         const SoftmaxInputs<T>& inputs = call_.inputs;
@@ -96,7 +104,9 @@ private:
         const T shift = sums.max == kMinusInfinity<double> ? T(0) : T(sums.max);
         sums.label_z = one(e, label);
         V rest = {};
+        const NextRow next = next_row(row);
         for (int n = 0; n < N; ++n) {
+            next.fetch(n * W * static_cast<int64_t>(sizeof(In)));
             e[n] = exp_nonpositive(e[n] - shift);
             rest += is_label(row, n) ? V{} : e[n];
         }

@@ -69,19 +69,24 @@ public:
         return weight;
     }
 
-    // From now on the row after the one in hand is fetched while its sums are taken.
+    // From now on what comes next is fetched while sums are taken.
     void fetch_ahead() { fetches_ahead_ = in_place_; }
 
 private:
     void add_up(int64_t row, int64_t start, int64_t width, const T* z, T shift, double& weight, double& product) {
         const T* q = chunk(row, start, width);
-        const bool has_next = fetches_ahead_ && row + 1 < inputs_.probabilities.num_rows();
-        const T* next = has_next
-                            ? q + (inputs_.probabilities.row_offset(row + 1) - inputs_.probabilities.row_offset(row))
-                            : nullptr;
+        const T* next = fetches_ahead_ ? q + distance_ahead(row) : nullptr;
         const T* w = inputs_.class_weight ? inputs_.class_weight + start : nullptr;
         if (w) soft_sums<T, true>(q, w, z, shift, width, next, weight, product);
         else soft_sums<T, false>(q, w, z, shift, width, next, weight, product);
+    }
+
+    // From a row's q to what is fetched while it is summed; see fetched_ahead.
+    int64_t distance_ahead(int64_t row) const {
+        const View& view = inputs_.probabilities;
+        constexpr int64_t bytes = sizeof(T);
+        if (view.num_classes * bytes > kMostFetchedAhead) return kFetchedAhead / bytes;
+        return row + 1 < view.num_rows() ? view.row_offset(row + 1) - view.row_offset(row) : 0;
     }
 
     template <class Element>

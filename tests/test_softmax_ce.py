@@ -578,3 +578,44 @@ class TestOptions:
     @REDUCTIONS
     def test_only_some_learned(self, backend, learned, reduction):
         check(replace(everything(random_case(5, 9)), learned=learned, reduction=reduction), fused)
+
+
+def streamed_options(name, logits):
+    """What the loss is asked for, and the target."""
+    rows, num_classes = logits.shape
+    labels = torch.randint(num_classes, (rows,))
+    # In the vectors at both ends of a row, and in each of their lanes.
+    labels[:40], labels[40:80], labels[80:90] = torch.arange(40), num_classes - 1 - torch.arange(40), -100
+    weight = torch.rand(num_classes) + 0.5
+    if name == "plain":
+        return labels, {}
+    if name == "probabilities":
+        return torch.rand(logits.shape).to(logits.dtype), {"weight": weight, "label_smoothing": 0.1}
+    if name == "terms":
+        terms = [fusedloss.ClassTemperature(weight), fusedloss.AdditiveMargin(0.2)]
+        return labels, {"terms": terms, "focal_gamma": 2.0, "label_smoothing": 0.1}
+    return labels, {
+        "terms": [fusedloss.SoftCap(3.0)],
+        "weight": weight,
+        "margin_penalty": fusedloss.MarginPenalty(1.0, 0.1),
+    }
+
+
+@CPP_ONLY
+@pytest.mark.parametrize("name", ["plain", "probabilities", "terms", "penalty"])
+@pytest.mark.parametrize("num_classes, dtype", [(1003, dtype) for dtype in DTYPES] + [(70_001, torch.float32)])
+def test_gradients_beyond_the_caches(name, num_classes, dtype):
+    """They are written past the caches, by whole cache lines: the same bits as those of fewer rows."""
+    rows = (33 << 20) // (num_classes * dtype.itemsize)
+    logits = (3 * torch.randn(rows, num_classes)).to(dtype).requires_grad_()
+    target, options = streamed_options(name, logits)
+
+    def gradient(part):
+        return torch.autograd.grad(
+            fusedloss.cross_entropy(logits[part], target[part], reduction="sum", **options), logits
+        )[0][part]
+
+    everywhere = gradient(slice(0, rows))
+    for first in range(0, rows, rows // 3):
+        part = slice(first, first + rows // 3)
+        assert torch.equal(everywhere[part], gradient(part))
