@@ -16,6 +16,7 @@ CHECK_VALUES = os.environ.get("FUSEDLOSS_CHECK", "") not in ("", "0")
 
 _PREFERRED = {"cpu": "cpp", "cuda": "triton"}
 _forced: str | None = os.environ.get("FUSEDLOSS_BACKEND") or None
+# By function and device, until another backend is forced.
 _kernels: dict[tuple[str, str], Callable] = {}
 _absent: dict[tuple[str, str], str | None] = {}
 
@@ -51,12 +52,12 @@ def answering(device_type: str) -> str:
 
 def kernel(operation: str, function: str, device_type: str) -> Callable:
     """The function of the answering backend; `operation` is the file, `function` the name in it."""
-    name = answering(device_type)
-    key = (name, function)
-    if key not in _kernels:
-        module = importlib.import_module(f"fusedloss.backends.{name}.{operation}")
-        _kernels[key] = getattr(module, function)
-    return _kernels[key]
+    key = (function, device_type)
+    found = _kernels.get(key)
+    if found is None:
+        module = importlib.import_module(f"fusedloss.backends.{answering(device_type)}.{operation}")
+        found = _kernels[key] = getattr(module, function)
+    return found
 
 
 @contextlib.contextmanager
@@ -72,13 +73,19 @@ def backend(name: str) -> Iterator[None]:
     ...     fusedloss.cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
     tensor(0.6931)
     """
-    global _forced
     _check_name("backend", name)
-    previous, _forced = _forced, name
+    previous = _forced
+    _force(name)
     try:
         yield
     finally:
-        _forced = previous
+        _force(previous)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    _kernels.clear()
 
 
 def _check_name(source: str, name: str) -> None:

@@ -139,19 +139,22 @@ def checked(
             check_labels(target, logits.shape[1], ignore_index, "target")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
-    _check_number("focal_gamma", focal_gamma)
-    _check_number("z_loss", z_loss)
-    _check_focal(focal_gamma)
-    if not -math.inf < z_loss < math.inf:
-        raise ValueError(f"z_loss must be finite; got {z_loss}")
-    _check_ignore_index(ignore_index)
-    if target.is_floating_point() and ignore_index >= 0:
+    # What is plainly right is not looked at twice: each call takes a microsecond of a small loss.
+    if type(focal_gamma) is not float or focal_gamma != 0.0:
+        _check_focal(focal_gamma)
+    if type(z_loss) is not float or z_loss != 0.0:
+        _check_z_loss(z_loss)
+    if type(ignore_index) is not int or ignore_index != -100:
+        _check_ignore_index(ignore_index)
+    if ignore_index >= 0 and target.is_floating_point():
         raise ValueError(f"ignore_index is not supported for floating point target; got {ignore_index}")
     if sample_weight is not None:
         sample_weight = _check_per_row("sample_weight", sample_weight, logits, shape)
         if CHECK_VALUES:
             _check_range("sample_weight", sample_weight, 0.0)
-    smoothing = _check_smoothing(label_smoothing, logits, shape)
+    smoothing = label_smoothing
+    if type(smoothing) is not float or smoothing != 0.0:
+        smoothing = _check_smoothing(smoothing, logits, shape)
     if margin_penalty is not None:
         margin_penalty = _check_penalty(margin_penalty, logits, shape)
     if weight is not None:
@@ -247,7 +250,14 @@ def _check_penalty(penalty: MarginPenalty, logits: Tensor, shape: torch.Size) ->
     return replace(penalty, strength=strength)
 
 
+def _check_z_loss(z_loss: float) -> None:
+    _check_number("z_loss", z_loss)
+    if not -math.inf < z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite; got {z_loss}")
+
+
 def _check_focal(focal_gamma: float) -> None:
+    _check_number("focal_gamma", focal_gamma)
     if focal_gamma == 0:
         return
     if not 0.5 <= focal_gamma < math.inf:

@@ -150,12 +150,13 @@ def backend_of(problem: Problem, return_stats: bool) -> str:
     # torch.func transforms see through plain PyTorch only.
     if transformed():
         return "reference"
-    # Nor do the kernels give probability targets a gradient.
-    if problem.target.requires_grad and torch.is_grad_enabled():
-        return "reference"
-    # A focal factor for each class of a soft target needs two more sweeps.
-    if problem.soft and problem.row.focal_gamma != 0:
-        return "reference"
+    if problem.soft:
+        # Nor do the kernels give probability targets a gradient.
+        if problem.target.requires_grad and torch.is_grad_enabled():
+            return "reference"
+        # A focal factor for each class of a soft target needs two more sweeps.
+        if problem.row.focal_gamma != 0:
+            return "reference"
     # Predictions leave margins out, but not what a soft cap makes of them.
     if return_stats and problem.margins and any(isinstance(term, SoftCap) for term in problem.terms[1:]):
         return "reference"
@@ -177,18 +178,13 @@ def sweep_options(problem: Problem, mean: bool) -> tuple[ops.RowInputs, ops.Soft
     if row_scale is not None and mean:
         row_scale = row_scale / problem.denominator()
     smoothing, per_row_smoothing = _number_or_rows(row.smoothing)
-    penalty = row.penalty
-    strength, per_row_strength = _number_or_rows(0.0 if penalty is None else penalty.strength)
+    margin, strength, share, mix, per_row_strength = 0.0, 0.0, 1.0, False, None
+    if row.penalty is not None:
+        margin, share, mix = row.penalty.margin, row.penalty.share(problem.num_classes), row.penalty.mix
+        strength, per_row_strength = _number_or_rows(row.penalty.strength)
+    mean = mean and row_scale is None
     options = ops.SoftmaxOptions(
-        smoothing,
-        row.focal_gamma,
-        row.z_loss,
-        0.0 if penalty is None else penalty.margin,
-        strength,
-        1.0 if penalty is None else penalty.share(problem.num_classes),
-        penalty is not None and penalty.mix,
-        problem.ignore_index,
-        mean and row_scale is None,
+        smoothing, row.focal_gamma, row.z_loss, margin, strength, share, mix, problem.ignore_index, mean
     )
     return ops.RowInputs(per_row_smoothing, row_scale, per_row_strength), options
 

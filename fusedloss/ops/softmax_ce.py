@@ -136,6 +136,9 @@ def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: SoftmaxOptions) ->
     return call("softmax_ce", "softmax_ce", inputs.logits, *rest)[0]
 
 
+_LOGITS_ALONE = [True, False, False, False, False]
+
+
 class _SoftmaxCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
@@ -172,10 +175,12 @@ class _SoftmaxCE(torch.autograd.Function):
             if factor is not None:
                 note_upstream(factor)
         need = ctx.needs_input_grad
+        row_scale = row_loss * upstream if need[8] else None
+        if wanted == _LOGITS_ALONE:
+            return gradients[0], None, None, None, None, None, None, None, row_scale, None, None, None
         found = iter(gradients)
         logits, scale, bias = _of_logits(found, wanted, need)
         smoothing, label_logit, penalty = [next(found) if want else None for want in wanted[2:]]
-        row_scale = row_loss * upstream if need[8] else None
         return logits, None, scale, bias, None, label_logit, None, smoothing, row_scale, penalty, None, None
 
 

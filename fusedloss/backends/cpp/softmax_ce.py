@@ -23,15 +23,20 @@ def softmax_ce(
     loss = torch.empty((), dtype=dtype)
     row_loss = torch.empty(_rows_shape(logits), dtype=dtype)
     gradients, places = _gradients(logits, wanted, dtype, in_place)
-    per_row = [torch.empty_like(row_loss) if want else None for want in wanted[2:]]
-    smoothing_slope, label_gradient, penalty_slope = map(address, per_row)
+    per_row: list[Tensor | None] = [None, None, None]
+    if True in wanted[2:]:
+        per_row = [torch.empty_like(row_loss) if want else None for want in wanted[2:]]
+    smoothing_slope, label_gradient, penalty_slope = per_row
     extension.softmax_ce(
         inputs,
         (
             smoothing, address(row_smoothing), focal_gamma, z_loss, address(row_scale), mean,
             address(row_penalty), penalty, penalty_margin, penalty_share, penalty_mix, gradient_scale,
         ),
-        (loss.data_ptr(), row_loss.data_ptr(), smoothing_slope, label_gradient, penalty_slope),
+        (
+            loss.data_ptr(), row_loss.data_ptr(), address(smoothing_slope), address(label_gradient),
+            address(penalty_slope),
+        ),
         places,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -92,9 +97,10 @@ def _inputs(
     ignore_index: int, soft_cap: float, label_logit: Tensor | None, label_slope: Tensor | None,
 ) -> tuple[Tensor, tuple]:  # fmt: skip
     """The target as the kernels take it (keep it alive), and the tuple that bind_softmax_ce.cpp unpacks."""
-    for name, given in (("label_logit", label_logit), ("label_slope", label_slope)):
-        if given is not None and given.shape != _rows_shape(logits):
-            raise ValueError(f"{name} must have shape {_rows_shape(logits)}; got {tuple(given.shape)}")
+    if label_logit is not None:
+        _check_per_row("label_logit", label_logit, logits)
+    if label_slope is not None:
+        _check_per_row("label_slope", label_slope, logits)
     if target.is_floating_point():
         if target.dtype != logits.dtype and torch.float64 in (target.dtype, logits.dtype):
             target = target.to(logits.dtype)
@@ -106,6 +112,11 @@ def _inputs(
         rows_view(logits), where, address(scale), address(bias), address(class_weight),
         ignore_index, soft_cap, address(label_logit), address(label_slope),
     )  # fmt: skip
+
+
+def _check_per_row(name: str, given: Tensor, logits: Tensor) -> None:
+    if given.shape != _rows_shape(logits):
+        raise ValueError(f"{name} must have shape {_rows_shape(logits)}; got {tuple(given.shape)}")
 
 
 def _gradients(logits: Tensor, wanted: list[bool], dtype: torch.dtype, in_place: bool) -> tuple[list[Tensor], tuple]:
