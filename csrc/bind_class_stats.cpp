@@ -131,6 +131,38 @@ void class_stats(const py::object& features, const Labels& labels, int64_t num_c
     add_partials(call, plan);
 }
 
+template <class T>
+void row_magnitudes(const View& rows, uintptr_t sum, int threads) {
+    const RowMagnitudes<T> call{rows, pointer<T>(sum)};
+
+    py::gil_scoped_release release;
+    threads = useful_threads(rows.num_rows() * rows.num_classes, rows.num_rows(), threads);
+    parallel_ranges(rows.num_rows(), threads, [&](int64_t first, int64_t last, int) {
+        kernels().class_stats<T>().magnitudes(call, first, last);
+    });
+}
+
+// Writes (count, mean, mean squared deviation) of the values whose label is kept; labels may be null.
+template <class T>
+void moments(const T* values, const Labels& labels, double* found) {
+    py::gil_scoped_release release;
+    int64_t count = 0;
+    double sum = 0, square = 0;
+    for (int64_t row = 0; row < labels.rows; ++row) {
+        if (labels.data && labels.data[row] == labels.ignore_index) continue;
+        ++count;
+        sum += values[row];
+    }
+    const double mean = count == 0 ? 0 : sum / count;
+    for (int64_t row = 0; row < labels.rows; ++row) {
+        if (labels.data && labels.data[row] == labels.ignore_index) continue;
+        square += (values[row] - mean) * (values[row] - mean);
+    }
+    found[0] = double(count);
+    found[1] = mean;
+    found[2] = count == 0 ? 0 : square / count;
+}
+
 }  // namespace
 
 void bind_class_stats(py::module_& module) {
@@ -141,6 +173,17 @@ void bind_class_stats(py::module_& module) {
         const Labels given{data, view.outer_size, labels[1].cast<int64_t>()};
         const auto run = view.dtype == DType::float64 ? class_stats<double> : class_stats<float>;
         run(features, given, num_classes, per_feature, state, outputs, threads);
+    });
+    module.def("row_magnitudes", [](const py::object& rows, uintptr_t sum, int threads) {
+        const View view = view_of(rows);
+        (view.dtype == DType::float64 ? row_magnitudes<double> : row_magnitudes<float>)(view, sum, threads);
+    });
+    module.def("moments", [](uintptr_t values, bool is_double, const py::tuple& labels, uintptr_t found) {
+        const Labels given{pointer<const int64_t>(labels[0].cast<uintptr_t>()), labels[1].cast<int64_t>(),
+                           labels[2].cast<int64_t>()};
+        double* out = pointer<double>(found);
+        if (is_double) moments(pointer<const double>(values), given, out);
+        else moments(pointer<const float>(values), given, out);
     });
 }
 

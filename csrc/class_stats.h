@@ -32,4 +32,11 @@ struct ClassStats {
     int64_t slot_size() const { return width() + num_squares(); }
 };
 
+// Sum of |x| of each row.
+template <class T>
+struct RowMagnitudes {
+    View rows;
+    T* sum = nullptr;  // (rows,)
+};
+
 }  // namespace fusedloss

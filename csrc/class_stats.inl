@@ -127,3 +127,47 @@ void class_stats(const ClassStats<T>& call, int64_t first, int64_t last, int thr
         }
     }
 }
+
+// Sum of |x| over a row: few additions in T before each in double.
+template <class T, class Element>
+double magnitude_of(const Element* row, int64_t width) {
+    constexpr int W = Lanes<T>::count;
+    constexpr int64_t kBlock = 64 * W;
+    typedef Vector<T> V;
+    double total = 0;
+    for (int64_t start = 0; start < width; start += kBlock) {
+        const int64_t end = std::min(width, start + kBlock);
+        V sums[4] = {};
+        int64_t j = start;
+        for (; j + 4 * W <= end; j += 4 * W)
+            for (int u = 0; u < 4; ++u) {
+                const V value = load(row + j + u * W);
+                sums[u] += larger(-value, value);
+            }
+        for (; j < end; j += W) {
+            const V value = end - j >= W ? load(row + j) : load_partial<T>(row + j, end - j, T(0));
+            sums[0] += larger(-value, value);
+        }
+        total += sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    return total;
+}
+
+template <class T, class Element>
+void row_magnitudes_of(const RowMagnitudes<T>& call, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+        call.sum[row] = T(magnitude_of<T>(call.rows.template row<const Element>(row), call.rows.num_classes));
+}
+
+template <class T>
+void row_magnitudes(const RowMagnitudes<T>& call, int64_t first, int64_t last) {
+    if constexpr (std::is_same_v<T, double>) {
+        row_magnitudes_of<double, double>(call, first, last);
+    } else {
+        switch (call.rows.dtype) {
+            case DType::bfloat16: return row_magnitudes_of<float, BFloat16>(call, first, last);
+            case DType::float16: return row_magnitudes_of<float, Float16>(call, first, last);
+            default: row_magnitudes_of<float, float>(call, first, last);
+        }
+    }
+}

@@ -23,6 +23,7 @@ struct ClassStatsKernels {
     void (*widen)(const ClassStats<T>&, int64_t row, T* out);
     void (*sum)(const ClassStats<T>&, int64_t first, int64_t last, int thread);  // a range of segments
     void (*write)(const ClassStats<T>&, int64_t label, const double* slot);
+    void (*magnitudes)(const RowMagnitudes<T>&, int64_t first, int64_t last);
 };
 
 // Rows [begin, end) of a panel, counted like its columns.

@@ -18,7 +18,6 @@ _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 # With this many classes to a row of the batch, most classes are absent from it.
 _SPARSE_CLASSES = 3
 # Elements of a buffer that stays in the second-level cache.
-_ELEMENTS_AT_ONCE = 1 << 18
 
 
 class ClassStatistics(nn.Module):
@@ -331,8 +330,8 @@ class NormStatistics(nn.Module):
             tensor([3.])
         """
         dtype = ops.compute_dtype(features.dtype)
-        if self.norm == 1 and readable(features) and not (features.requires_grad and torch.is_grad_enabled()):
-            return _sums_of_magnitudes(features, dtype)
+        if self.norm == 1 and not (features.requires_grad and torch.is_grad_enabled()):
+            return ops.row_magnitudes(features)
         return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=dtype)
 
     @torch.no_grad()
@@ -371,7 +370,7 @@ class NormStatistics(nn.Module):
         column = values.unsqueeze(1)
         _check_features(column, labels)
         if group is None and readable(values):
-            self._take_in(values, None if labels is None else labels != self.ignore_index)
+            self._take_in(*ops.moments(values, labels, self.ignore_index).tolist())
             return
         one_class = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         if labels is not None:
@@ -386,33 +385,28 @@ class NormStatistics(nn.Module):
         """
         self.statistics.reset()
 
-    def _take_in(self, values: Tensor, kept: Tensor | None) -> None:
+    def numbers(self) -> tuple[float, float, float]:
+        """Count, mean and deviation as plain numbers; waits for the device.
+
+        Example:
+            >>> NormStatistics().numbers()
+            (0.0, 0.0, 0.0)
+        """
+        state = self.statistics
+        return state.count.item(), state.mean.item(), math.sqrt(state.scatter.item())
+
+    def _take_in(self, rows: float, batch_mean: float, batch_variance: float) -> None:
         """Moves the state as `ClassStatistics` does, in plain numbers: on tensors of one element it takes longer."""
-        if kept is not None and not bool(kept.all()):
-            values = values[kept]
-        rows, state = len(values), self.statistics
         if rows == 0:
             return
+        state = self.statistics
         seen, mean, variance = state.count.item(), state.mean.item(), state.scatter.item()
-        values = values.to(torch.float64)
-        new_mean = values.mean()
-        new_variance = (values - new_mean).square_().mean().item()
         weight = rows / (seen + rows) if seen == 0 or self.momentum is None else self.momentum
-        distance = new_mean.item() - mean
-        step = weight * (new_variance + (1 - weight) * distance * distance - variance)
+        distance = batch_mean - mean
+        step = weight * (batch_variance + (1 - weight) * distance * distance - variance)
         state.scatter.fill_(max(variance + step, 0.0))
         state.mean.fill_(mean + weight * distance)
-        state.count.fill_(seen + rows)
-
-
-def _sums_of_magnitudes(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sum_d |f_d|`` of each row: faster than vector_norm, and nearer to the exact sum."""
-    if features.numel() == 0:
-        return features.new_zeros(len(features), dtype=dtype)
-    rows = max(1, _ELEMENTS_AT_ONCE // features.shape[1])
-    buffer = features.new_empty(min(rows, len(features)), features.shape[1])
-    parts = features.split(rows)
-    return torch.cat([torch.abs(part, out=buffer[: len(part)]).sum(1, dtype=dtype) for part in parts])
+        state.count.fill_(int(seen + rows))
 
 
 def _all_reduced(

@@ -242,12 +242,53 @@ def test_any_shape(name, data):
         check_against_two_pass(features, labels, num_classes, shift, seen)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 300, 5000])
+def test_row_magnitudes_are_sums_of_magnitudes(name, dtype, width):
+    torch.manual_seed(width)
+    wide = (3 * torch.randn(7, 2 * width)).to(dtype)
+    for rows in (wide[:, :width], wide[:, ::2], wide[:0, :width], wide[:, :width].t().contiguous().t()):
+        with backends.backend(name):
+            found = ops.row_magnitudes(rows)
+        expected = rows.double().abs().sum(1)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-12 if dtype == torch.float64 else 3e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_row_magnitudes_of_nan_and_infinity_stay_in_their_rows(name):
+    rows = torch.ones(4, 33)
+    rows[1, 32], rows[2, 5] = float("nan"), -float("inf")
+    with backends.backend(name):
+        found = ops.row_magnitudes(rows)
+    torch.testing.assert_close(found, torch.tensor([33.0, float("nan"), float("inf"), 33.0]), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("label_dtype", [None, torch.int64, torch.uint8])
+def test_moments_of_the_values_kept(name, dtype, label_dtype):
+    values = (1000 + torch.randn(500)).to(dtype)[::2]
+    labels = None if label_dtype is None else (torch.arange(250) % 3).to(label_dtype)
+    kept = values if labels is None else values[labels != 2]
+    if labels is not None:
+        values[2] = float("nan")
+    with backends.backend(name):
+        count, mean, variance = ops.moments(values, labels, 2).tolist()
+        nothing = ops.moments(values[:0], None, 2).tolist()
+        assert ops.moments(values, torch.full((250,), 2), 2).tolist() == nothing == [0, 0, 0]
+    assert count == len(kept)
+    torch.testing.assert_close(mean, float(kept.double().mean()), rtol=1e-14, atol=0)
+    torch.testing.assert_close(variance, float(kept.double().var(correction=0)), rtol=1e-12, atol=0)
+
+
 HELD_TO_A_LEVEL = """
 import sys, torch
 from fusedloss import _C
 print(_C.level(), flush=True)
 import pytest
-selection = "cpp and (sums_give or length or spreads or long or wide)"
+selection = "cpp and (sums_give or length or spreads or long or wide or magnitudes)"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", selection, sys.argv[1]]))
 """
 
@@ -277,3 +318,5 @@ def test_the_op_is_well_formed():
         torch.library.opcheck(
             torch.ops.fusedloss.class_stats.default, (features, labels, shift, seen, -100, per_feature)
         )
+    torch.library.opcheck(torch.ops.fusedloss.row_magnitudes.default, (features,))
+    torch.library.opcheck(torch.ops.fusedloss.moments.default, (features[:, 0], labels, -100))

@@ -15,6 +15,7 @@ from fusedloss.modules.cross_entropy import CrossEntropyLoss
 from fusedloss.modules.features_tap import FeatureTap
 from fusedloss.rows import MarginPenalty
 from fusedloss.statistics import NormStatistics
+from fusedloss.terms.term import readable
 
 # Of the paper, for each base: strength (alpha or lambda) and beta.
 _PUBLISHED = {"smoothing": (0.05, 4.0), "margin": (0.05, 0.5)}
@@ -146,7 +147,8 @@ class FeDLaSLoss(CrossEntropyLoss):
         moves = self.training and torch.is_grad_enabled()
         indicator = self._indicator(logits.detach(), target, watched if features is None else features, moves)
         gate = self._psi(logits)
-        alpha = 2 * self.strength * torch.sigmoid(self.beta * gate * indicator)
+        signed = indicator if self.gate is None else gate * indicator
+        alpha = torch.sigmoid(signed * self.beta) * (2 * self.strength)
         self.last_gate, self.last_smoothing = gate.detach(), alpha.detach()
         margin = None if self.margin is None else MarginPenalty(self.margin, alpha, mix=True)
         return functional.cross_entropy(
@@ -183,6 +185,9 @@ class FeDLaSLoss(CrossEntropyLoss):
         if moves:
             labels = None if target.is_floating_point() else target
             self.statistics.update_values(values, labels, self.group)
+        if readable(values):
+            rows, mean, deviation = self.statistics.numbers()
+            return (values.to(dtype) - mean) / (deviation + _LEAST_DEVIATION) if rows > 0 else torch.zeros_like(values)
         mean, deviation = self.statistics.mean.to(dtype), self.statistics.deviation.to(dtype)
         distance = (values.to(dtype) - mean) / (deviation + _LEAST_DEVIATION)
         return torch.where(self.statistics.count > 0, distance, 0.0)

@@ -1,7 +1,7 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
 from fusedloss.backends.linear_chunks import LinearInputs
-from fusedloss.ops.class_stats import ClassTensors, class_stats
+from fusedloss.ops.class_stats import ClassTensors, class_stats, moments, row_magnitudes
 from fusedloss.ops.library import compute_dtype
 from fusedloss.ops.linear_ce import label_products, linear_ce, linear_stats, row_norms
 from fusedloss.ops.softmax_ce import (
@@ -29,6 +29,8 @@ __all__ = [
     "label_products",
     "linear_ce",
     "linear_stats",
+    "moments",
+    "row_magnitudes",
     "row_norms",
     "softmax_ce",
     "softmax_stats",

@@ -1,4 +1,8 @@
-"""Count, sum and square of the features of each class; no gradient."""
+"""Statistics of features, without gradients: those of each class, and those of the rows' norms.
+
+``class_stats``     count, sum and square of each class.
+``row_magnitudes``  the sum of |x| of each row; ``moments`` count, mean and squared deviation of one number per row.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.ops.library import answer, library
+from fusedloss.ops.library import answer, call, compute_dtype, library
 
 library.define(
     "class_stats(Tensor features, Tensor labels, Tensor(a!) shift, Tensor seen, int ignore_index,"
     " bool per_feature) -> (Tensor, Tensor, Tensor)"
 )
-answer("class_stats", "class_stats")
+library.define("row_magnitudes(Tensor rows) -> Tensor")
+library.define("moments(Tensor values, Tensor? labels, int ignore_index) -> Tensor")
+for _function in ("class_stats", "row_magnitudes", "moments"):
+    answer("class_stats", _function)
 
 
 @torch.library.register_fake("fusedloss::class_stats", lib=library)
 def _(features, labels, shift, seen, ignore_index, per_feature):
     square = torch.empty_like(shift) if per_feature else shift.new_empty(shift.shape[0])
     return torch.empty_like(seen), torch.empty_like(shift), square
+
+
+@torch.library.register_fake("fusedloss::row_magnitudes", lib=library)
+def _(rows):
+    return rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
+
+
+@torch.library.register_fake("fusedloss::moments", lib=library)
+def _(values, labels, ignore_index):
+    return values.new_empty(3, dtype=torch.float64)
 
 
 class ClassTensors(NamedTuple):
@@ -37,3 +54,13 @@ def class_stats(
     return ClassTensors(
         *torch.ops.fusedloss.class_stats.default(features, labels, shift, seen, ignore_index, per_feature)
     )
+
+
+def row_magnitudes(rows: Tensor) -> Tensor:
+    """``sum_d |x_id|`` of rows ``(B, D)``: ``(B,)`` in float32, float64 for float64 rows."""
+    return call("class_stats", "row_magnitudes", rows.detach())
+
+
+def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+    """``(3,)`` in float64: count, mean and mean squared deviation of the values ``(B,)`` whose label is kept."""
+    return call("class_stats", "moments", values.detach(), labels, ignore_index)

@@ -1,4 +1,4 @@
-"""class_stats on the CPU: outputs allocated here, filled by csrc/class_stats.inl."""
+"""class_stats, row_magnitudes and moments on the CPU: outputs allocated here, filled by csrc/class_stats.inl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.cpp import extension
-from fusedloss.backends.cpp.views import rows_view
+from fusedloss.backends.cpp.views import address, rows_view
 
 
 def class_stats(
@@ -29,3 +29,27 @@ def class_stats(
         torch.get_num_threads(),
     )
     return count, total, square
+
+
+def row_magnitudes(rows: Tensor) -> Tensor:
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        rows = rows.contiguous()
+    found = torch.empty(len(rows), dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    extension.row_magnitudes(rows_view(rows), found.data_ptr(), torch.get_num_threads())
+    return found
+
+
+def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.float()
+    values = values.contiguous()
+    if labels is not None:
+        labels = labels.to(torch.int64).contiguous()
+    found = torch.empty(3, dtype=torch.float64)
+    extension.moments(
+        values.data_ptr(),
+        values.dtype == torch.float64,
+        (address(labels), len(values), ignore_index),
+        found.data_ptr(),
+    )
+    return found

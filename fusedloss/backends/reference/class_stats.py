@@ -60,6 +60,25 @@ def class_stats(
     return count[:num_classes].clone(), total.contiguous(), square.contiguous()
 
 
+def row_magnitudes(rows: Tensor) -> Tensor:
+    """``sum_d |x_id|`` of rows ``(B, D)``, added in float64 and rounded once; see ``ops.compute_dtype``."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=torch.float64).to(dtype)
+
+
+def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+    """Count, mean and mean squared deviation, ``(3,)`` in float64, of the values ``(B,)`` whose label is kept.
+
+    Without any the last two are 0. What is left out does not count even where it is NaN.
+    """
+    kept = torch.ones_like(values, dtype=torch.bool) if labels is None else labels != ignore_index
+    count = kept.sum().double()
+    wide = torch.where(kept, values.double(), 0.0)
+    mean = wide.sum() / count.clamp(min=1)
+    square = torch.where(kept, wide - mean, 0.0).square().sum() / count.clamp(min=1)
+    return torch.stack([count, mean, square])
+
+
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:
     """IndexError naming the first row whose label is neither in [0, K) nor `ignore_index`; waits for the device."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedloss.backends.reference.class_stats import check_labels
+from fusedloss.backends.reference.class_stats import moments as moments  # a few small kernels, none worth a sweep
 
 from . import launch
 
@@ -173,3 +174,8 @@ def _chunks(labels: Tensor, num_classes: int, ignore_index: int, chunk: int) -> 
     most = min(len(labels), num_classes) + len(labels) // chunk
     class_of = torch.searchsorted(last_chunk, torch.arange(most, device=labels.device), right=True)
     return count, Chunks(order, first_row, first_chunk, class_of)
+
+
+def row_magnitudes(rows: Tensor) -> Tensor:
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=dtype)
