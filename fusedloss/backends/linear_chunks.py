@@ -11,6 +11,8 @@ from torch import Tensor
 # A chunk's logits: each chunk reads the weight and its gradient again, so the largest that leaves peak memory small.
 _CHUNK_BYTES = 56_000_000
 _CHUNK_BYTES_ON_DEVICE = 1 << 28
+# A weight that stays in the caches is read again for nothing: chunks as small as products of so many rows are efficient.
+_CACHED_BYTES, _CHUNK_BYTES_OF_CACHED, _LEAST_ROWS = 1 << 22, 1 << 21, 512
 _ADDED_AT_ONCE = 1 << 22
 
 
@@ -67,8 +69,13 @@ class ChunkedHead:
     @property
     def most_rows(self) -> int:
         """The largest chunk."""
-        size = _CHUNK_BYTES if self.inputs.input.device.type == "cpu" else _CHUNK_BYTES_ON_DEVICE
-        return max(1, size // (len(self.inputs.weight) * self.dtype.itemsize))
+        weight, of_row = self.inputs.weight, len(self.inputs.weight) * self.dtype.itemsize
+        if weight.device.type != "cpu":
+            return max(1, _CHUNK_BYTES_ON_DEVICE // of_row)
+        most = max(1, _CHUNK_BYTES // of_row)
+        if weight.numel() * self.dtype.itemsize > _CACHED_BYTES:
+            return most
+        return min(most, max(_LEAST_ROWS, _CHUNK_BYTES_OF_CACHED // of_row))
 
     def chunks(self) -> Iterator[slice]:
         """Ranges of rows, of nearly the same length."""
