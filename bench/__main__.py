@@ -45,6 +45,10 @@ def _options() -> argparse.Namespace:
         parser.error(f"operation: got {', '.join(unknown)}; allowed are {', '.join(OPERATIONS)}")
     if options.threads < 1:
         parser.error(f"--threads: got {options.threads}; at least 1 is needed")
+    chosen = options.operations or OPERATIONS
+    if not any(cases_of(operation, options.quick, options.match) for operation in chosen):
+        names = [case.name for operation in chosen for case in cases_of(operation, options.quick)]
+        parser.error(f"--match: no case's name holds {options.match!r}; names are such as {names[0]!r}")
     return options
 
 

@@ -152,3 +152,12 @@ def test_cases_that_were_not_measured_keep_their_rows(tmp_path):
     new = [("b", "retained", "3"), ("c", "retained", "4")]
     assert written(keep_others=True) == [("a", "retained", "1"), ("b", "default", "9"), *new]
     assert written() == new
+
+
+def test_a_match_without_a_case_is_an_error(monkeypatch, capsys):
+    import bench.__main__ as command
+
+    monkeypatch.setattr("sys.argv", ["bench", "softmax_ce", "--match", "no such case"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--match: no case's name holds 'no such case'" in capsys.readouterr().err
