@@ -276,7 +276,7 @@ class _Call:
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any
     ) -> None:
-        if self.extras:
+        if self.extras or self.inputs.label_logit is not None:
             # The assembler would spill a few values to fit in more programs.
             constants["maxnreg"] = launch.most_registers(tile.warps)
         dtype = launch.triton_dtype(self.dtype)
