@@ -131,6 +131,29 @@ void class_stats(const py::object& features, const Labels& labels, int64_t num_c
     add_partials(call, plan);
 }
 
+// state: addresses (count, mean, scatter, variance or 0); found: addresses (rows, shift, sum, square).
+template <class T>
+void advance(const py::tuple& state, const py::tuple& found, int64_t num_classes, int64_t width, double momentum,
+             int threads) {
+    ClassAdvance<T> call;
+    call.num_classes = num_classes;
+    call.width = width;
+    call.momentum = momentum;
+    call.count = pointer<int64_t>(state[0].cast<uintptr_t>());
+    call.mean = pointer<T>(state[1].cast<uintptr_t>());
+    call.scatter = pointer<double>(state[2].cast<uintptr_t>());
+    call.variance = pointer<T>(state[3].cast<uintptr_t>());
+    call.rows = pointer<const int64_t>(found[0].cast<uintptr_t>());
+    call.shift = pointer<const T>(found[1].cast<uintptr_t>());
+    call.sum = pointer<T>(found[2].cast<uintptr_t>());
+    call.square = pointer<T>(found[3].cast<uintptr_t>());
+
+    py::gil_scoped_release release;
+    threads = useful_threads(num_classes * width, num_classes, threads);
+    parallel_ranges(num_classes, threads,
+                    [&](int64_t first, int64_t last, int) { kernels().class_stats<T>().advance(call, first, last); });
+}
+
 template <class T>
 void row_magnitudes(const View& rows, uintptr_t sum, int threads) {
     const RowMagnitudes<T> call{rows, pointer<T>(sum)};
@@ -173,6 +196,10 @@ void bind_class_stats(py::module_& module) {
         const Labels given{data, view.outer_size, labels[1].cast<int64_t>()};
         const auto run = view.dtype == DType::float64 ? class_stats<double> : class_stats<float>;
         run(features, given, num_classes, per_feature, state, outputs, threads);
+    });
+    module.def("advance", [](bool is_double, const py::tuple& state, const py::tuple& found, int64_t num_classes,
+                             int64_t width, double momentum, int threads) {
+        (is_double ? advance<double> : advance<float>)(state, found, num_classes, width, momentum, threads);
     });
     module.def("row_magnitudes", [](const py::object& rows, uintptr_t sum, int threads) {
         const View view = view_of(rows);

@@ -32,6 +32,20 @@ struct ClassStats {
     int64_t slot_size() const { return width() + num_squares(); }
 };
 
+// Running statistics, and what class_stats found of a batch; see backends/reference/class_stats.py for the formulas.
+template <class T>
+struct ClassAdvance {
+    int64_t num_classes = 0, width = 0;
+    double momentum = 0;  // negative: every row counts the same
+    int64_t* count = nullptr;
+    T* mean = nullptr;          // (K, width)
+    double* scatter = nullptr;  // (K,)
+    T* variance = nullptr;      // (K, width) or null
+    const int64_t* rows = nullptr;
+    const T* shift = nullptr;             // (K, width); may be mean
+    T *sum = nullptr, *square = nullptr;  // of deviations; overwritten by their means
+};
+
 // Sum of |x| of each row.
 template <class T>
 struct RowMagnitudes {

@@ -128,6 +128,44 @@ void class_stats(const ClassStats<T>& call, int64_t first, int64_t last, int thr
     }
 }
 
+// Chan's step with weight w: scatter += w (square - w |deviation|^2 - scatter) subtracts nothing large.
+template <class T>
+void advance_class(const ClassAdvance<T>& call, int64_t label) {
+    const int64_t width = call.width, before = call.count[label], rows = call.rows[label];
+    const double weight = call.momentum < 0 ? double(rows) / (before + rows) : before == 0 ? 1.0 : call.momentum;
+    const T share = T(weight), count = T(rows);
+    T* deviation = call.sum + label * width;
+    for (int64_t j = 0; j < width; ++j) deviation[j] /= count;
+    double square = 0;
+    if (call.variance) {
+        T* squares = call.square + label * width;
+        T* variance = call.variance + label * width;
+        for (int64_t j = 0; j < width; ++j) {
+            squares[j] /= count;
+            const T moved = variance[j] + (squares[j] - deviation[j] * deviation[j] * share - variance[j]) * share;
+            variance[j] = moved < 0 ? T(0) : moved;
+        }
+        for (int64_t j = 0; j < width; ++j) square += squares[j];
+    } else {
+        square = call.square[label] / count;
+    }
+    const double distance = dot(static_cast<const T*>(deviation), static_cast<const T*>(deviation), width);
+    double& scatter = call.scatter[label];
+    const double moved = scatter + (square - weight * distance - scatter) * weight;
+    scatter = moved < 0 ? 0 : moved;
+    const T* shift = call.shift + label * width;
+    T* mean = call.mean + label * width;
+    for (int64_t j = 0; j < width; ++j) mean[j] = shift[j] + deviation[j] * share;
+    call.count[label] = before + rows;
+}
+
+// Classes that the batch does not hold stay as they are, to the bit.
+template <class T>
+void advance_classes(const ClassAdvance<T>& call, int64_t first, int64_t last) {
+    for (int64_t label = first; label < last; ++label)
+        if (call.rows[label] > 0) advance_class(call, label);
+}
+
 // Sum of |x| over a row: few additions in T before each in double.
 template <class T, class Element>
 double magnitude_of(const Element* row, int64_t width) {

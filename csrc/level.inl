@@ -16,14 +16,15 @@ namespace FUSEDLOSS_LEVEL {
 #include "supcon.inl"
 
 Kernels table() {
-    return {{softmax_ce<float>, softmax_stats<float>, softmax_sweep<float>},
-            {softmax_ce<double>, softmax_stats<double>, softmax_sweep<double>},
-            {widen_row<float>, class_stats<float>, write_class<float>, row_magnitudes<float>},
-            {widen_row<double>, class_stats<double>, write_class<double>, row_magnitudes<double>},
-            {supcon_maxima<float>, supcon_sums<float>, supcon_sweep<float>},
-            {supcon_maxima<double>, supcon_sums<double>, supcon_sweep<double>},
-            {row_norms, project_rows<float>, project_rows<double>, label_products, label_gradients<float>,
-             label_gradients<double>}};
+    return {
+        {softmax_ce<float>, softmax_stats<float>, softmax_sweep<float>},
+        {softmax_ce<double>, softmax_stats<double>, softmax_sweep<double>},
+        {widen_row<float>, class_stats<float>, write_class<float>, advance_classes<float>, row_magnitudes<float>},
+        {widen_row<double>, class_stats<double>, write_class<double>, advance_classes<double>, row_magnitudes<double>},
+        {supcon_maxima<float>, supcon_sums<float>, supcon_sweep<float>},
+        {supcon_maxima<double>, supcon_sums<double>, supcon_sweep<double>},
+        {row_norms, project_rows<float>, project_rows<double>, label_products, label_gradients<float>,
+         label_gradients<double>}};
 }
 
 }  // namespace FUSEDLOSS_LEVEL

@@ -1,19 +1,6 @@
 // Row lengths, the Jacobian of normalisation, and the label's pair of rows in double: exact where the rows are nearly
 // parallel and an angular margin is steep.
 
-template <class Element, class Other>
-double dot(const Element* a, const Other* b, int64_t count) {
-    typedef std::conditional_t<std::is_same_v<Element, double>, double, float> T;
-    constexpr int W = Lanes<T>::count;
-    alignas(64) double sums[W] = {};
-    int64_t j = 0;
-    for (; j + W <= count; j += W) add_product<T>(sums, load(a + j), load(b + j));
-    if (j < count) add_product<T>(sums, load_first(a + j, count - j), load_first(b + j, count - j));
-    double total = 0;
-    for (int lane = 0; lane < W; ++lane) total += sums[lane];
-    return total;
-}
-
 template <class Element>
 void row_norms_of(const RowNorms& call, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {

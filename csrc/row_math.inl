@@ -298,6 +298,20 @@ inline void add_product(double* sum, Vector<T> a, Vector<T> b) {
     std::memcpy(sum, &total, sizeof total);
 }
 
+// Added in double.
+template <class Element, class Other>
+double dot(const Element* a, const Other* b, int64_t count) {
+    typedef std::conditional_t<std::is_same_v<Element, double>, double, float> T;
+    constexpr int W = Lanes<T>::count;
+    alignas(64) double sums[W] = {};
+    int64_t j = 0;
+    for (; j + W <= count; j += W) add_product<T>(sums, load(a + j), load(b + j));
+    if (j < count) add_product<T>(sums, load_first(a + j, count - j), load_first(b + j, count - j));
+    double total = 0;
+    for (int lane = 0; lane < W; ++lane) total += sums[lane];
+    return total;
+}
+
 // exp(x) for x <= 0, to about one unit in the last place; 0 below the normal range, NaN where x is NaN.
 // x = n ln 2 + r; adding 1.5 * 2^23 + 127 leaves n + 127 in the low bits, which are the exponent of 2^n.
 inline FloatVector exp_nonpositive(FloatVector x) {

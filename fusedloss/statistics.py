@@ -113,16 +113,15 @@ class ClassStatistics(nn.Module):
             features = features.to(torch.float64)
         shift = self.mean.to(ops.compute_dtype(features.dtype))
         found = ops.class_stats(features, labels, shift, self.count, self.ignore_index, self.per_feature)
-        rows = found.count.clamp(min=1)
-        deviation = found.sum.div_(rows.unsqueeze(1))
-        square = found.square.div_(rows.unsqueeze(1) if self.per_feature else rows)
         if group is None:
-            self._advance(found.count, shift, deviation, square)
+            ops.advance(self._state(), found, shift, self.momentum)
             return
-        distance = deviation.double().square()
-        spread = square.double() - (distance if self.per_feature else distance.sum(1))
-        moments = found.count, shift.double() + deviation, spread.clamp_(min=0)
-        self._take_in(*_all_reduced(*moments, group))
+        rows = found.count.clamp(min=1)
+        deviation = found.sum.div_(rows.unsqueeze(1)).double()
+        square = found.square.div_(rows.unsqueeze(1) if self.per_feature else rows).double()
+        distance = deviation.square()
+        spread = square - (distance if self.per_feature else distance.sum(1))
+        self._take_in(*_all_reduced(found.count, shift.double() + deviation, spread.clamp_(min=0), group))
 
     def _update_present(self, features: Tensor, labels: Tensor) -> None:
         """The same for few rows of many classes: only the classes that the batch holds are read and written."""
@@ -210,34 +209,12 @@ class ClassStatistics(nn.Module):
         deviation = torch.where((count > 0).unsqueeze(1), mean - shift, 0.0)
         distance = deviation.square()
         square = spread + (distance if self.per_feature else distance.sum(1))
-        self._advance(count, shift, deviation, square)
+        column = count.unsqueeze(1)
+        found = ops.ClassTensors(count, deviation * column, square * (column if self.per_feature else count))
+        ops.advance(self._state(), found, shift, self.momentum)
 
-    def _advance(self, count: Tensor, shift: Tensor, deviation: Tensor, square: Tensor) -> None:
-        """Moves the state by rows of mean ``shift + deviation`` and mean square `square` about `shift`.
-
-        `shift` is `mean`, but for rows of new classes; Chan's step is then
-        ``scatter += w (square - w |deviation|² - scatter)``, which subtracts nothing large.
-        """
-        total = self.count + count
-        if self.momentum is None:
-            weight = count / total.clamp(min=1).double()
-        else:
-            weight = torch.full_like(self.scatter, self.momentum).masked_fill_(self.count == 0, 1.0)
-            weight.mul_(count > 0)
-        column = weight.to(deviation.dtype).unsqueeze(1)
-        if self.variance is None:
-            distance = torch.linalg.vector_norm(deviation, dim=1).double().square()
-        else:
-            distances = deviation.square()
-            distance = distances.sum(1, dtype=torch.float64)
-            step = (square - distances.mul_(column)).sub_(self.variance).mul_(column)
-            self.variance.add_(step).clamp_(min=0)
-            square = square.sum(1, dtype=torch.float64)
-        self.scatter.add_((square - weight * distance - self.scatter).mul_(weight)).clamp_(min=0)
-        shift = shift.addcmul_(deviation, column)
-        if shift is not self.mean:
-            self.mean.copy_(shift)
-        self.count.copy_(total)
+    def _state(self) -> ops.ClassState:
+        return ops.ClassState(self.count, self.mean, self.scatter, self.variance)
 
     def _apply(self, fn, recurse=True):
         before = dict(self.named_buffers(recurse=False))

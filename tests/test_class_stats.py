@@ -242,6 +242,63 @@ def test_any_shape(name, data):
         check_against_two_pass(features, labels, num_classes, shift, seen)
 
 
+def advanced_in_double(before, batch, momentum):
+    """Count, mean, scatter and variance of each class after a batch, from the rows' own moments."""
+    (features, labels), (count, mean, scatter, variance) = batch, (part.clone() for part in before)
+    mean, variance = mean.double(), variance.double()
+    for label in labels.unique():
+        rows = features[labels == label].double()
+        new = int(count[label]) == 0
+        weight = len(rows) / (int(count[label]) + len(rows)) if momentum is None else 1.0 if new else momentum
+        center = rows.mean(0)
+        distance = torch.zeros_like(center) if new else (center - mean[label]).square()
+        spread = (rows - center).square().mean(0)
+        variance[label] += weight * (spread + (1 - weight) * distance - variance[label])
+        scatter[label] += weight * (spread.sum() + (1 - weight) * distance.sum() - scatter[label])
+        mean[label] = center if new else mean[label] + weight * (center - mean[label])
+        count[label] += len(rows)
+    return count, mean, scatter, variance
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [None, 0.3, 0.0, 1.0])
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("width", [1, 17, 300])
+def test_advance_is_the_moments_of_all_rows(name, dtype, momentum, per_feature, width):
+    num_classes = 7
+    count = torch.tensor([0, 4, 0, 9, 1, 0, 3])
+    mean = 1000 + torch.randn(num_classes, width, dtype=dtype)
+    variance = torch.rand(num_classes, width, dtype=dtype)
+    scatter = variance.double().sum(1)
+    batch = 1000 + torch.randn(60, width).to(dtype), torch.randint(num_classes - 2, (60,))
+    expected = advanced_in_double((count, mean, scatter, variance), batch, momentum)
+    state = ops.ClassState(count.clone(), mean.clone(), scatter.clone(), variance.clone() if per_feature else None)
+    with backends.backend(name):
+        shift = state.mean if per_feature else state.mean.clone()
+        found = ops.class_stats(*batch, shift, state.count, -100, per_feature)
+        ops.advance(state, found, shift, momentum)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    for got, wanted in zip(state, expected, strict=True):
+        if got is not None:
+            torch.testing.assert_close(got.double(), wanted.double(), **tolerance)
+    absent = torch.bincount(batch[1], minlength=num_classes) == 0
+    assert torch.equal(state.mean[absent], mean[absent])
+    assert torch.equal(state.scatter[absent], scatter[absent])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_advance_of_a_float32_state_by_float64_features(name):
+    state = ops.ClassState(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(2).double(), None)
+    features = torch.randn(10, 3, dtype=torch.float64)
+    with backends.backend(name):
+        shift = state.mean.double()
+        found = ops.class_stats(features, torch.zeros(10, dtype=torch.int64), shift, state.count, -100, False)
+        ops.advance(state, found, shift, None)
+    torch.testing.assert_close(state.mean[0], features.mean(0).float())
+    torch.testing.assert_close(state.scatter[0], features.var(0, correction=0).sum())
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 300, 5000])
@@ -288,7 +345,7 @@ import sys, torch
 from fusedloss import _C
 print(_C.level(), flush=True)
 import pytest
-selection = "cpp and (sums_give or length or spreads or long or wide or magnitudes)"
+selection = "cpp and (sums_give or length or spreads or long or wide or magnitudes or advance)"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", selection, sys.argv[1]]))
 """
 

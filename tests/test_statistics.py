@@ -281,7 +281,10 @@ def test_update_compiles_to_one_graph():
     for batch in batches:
         plain.update(*batch)
         step(*batch)
-    assert same_state(state(plain), state(compiled))
+    assert torch.equal(plain.count, compiled.count)
+    # The kernel adds in another order than what is traced.
+    torch.testing.assert_close(plain.mean, compiled.mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(plain.scatter, compiled.scatter, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 # A chunk's logits: each chunk reads the weight and its gradient again, so the largest that leaves peak memory small.
 _CHUNK_BYTES = 56_000_000
 _CHUNK_BYTES_ON_DEVICE = 1 << 28
-# A weight that stays in the caches is read again for nothing: chunks as small as products of so many rows are efficient.
+# A weight that stays in the caches is read again for nothing: chunks go down to so many rows, or they were inefficient.
 _CACHED_BYTES, _CHUNK_BYTES_OF_CACHED, _LEAST_ROWS = 1 << 22, 1 << 21, 512
 _ADDED_AT_ONCE = 1 << 22
 

@@ -1,7 +1,7 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
 from fusedloss.backends.linear_chunks import LinearInputs
-from fusedloss.ops.class_stats import ClassTensors, class_stats, moments, row_magnitudes
+from fusedloss.ops.class_stats import ClassState, ClassTensors, advance, class_stats, moments, row_magnitudes
 from fusedloss.ops.library import compute_dtype
 from fusedloss.ops.linear_ce import label_products, linear_ce, linear_stats, row_norms
 from fusedloss.ops.softmax_ce import (
@@ -17,6 +17,7 @@ from fusedloss.ops.supcon import AnchorSums, supcon
 
 __all__ = [
     "AnchorSums",
+    "ClassState",
     "ClassTensors",
     "LinearInputs",
     "LogitInputs",
@@ -24,6 +25,7 @@ __all__ = [
     "RowTensors",
     "SoftmaxOptions",
     "StatisticsOptions",
+    "advance",
     "class_stats",
     "compute_dtype",
     "label_products",

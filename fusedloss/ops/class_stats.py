@@ -1,6 +1,6 @@
 """Statistics of features, without gradients: those of each class, and those of the rows' norms.
 
-``class_stats``     count, sum and square of each class.
+``class_stats``     count, sum and square of each class; ``advance`` moves running statistics by them.
 ``row_magnitudes``  the sum of |x| of each row; ``moments`` count, mean and squared deviation of one number per row.
 """
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedloss import backends
+from fusedloss.backends.reference import class_stats as reference
 from fusedloss.ops.library import answer, call, compute_dtype, library
 
 library.define(
@@ -54,6 +56,24 @@ def class_stats(
     return ClassTensors(
         *torch.ops.fusedloss.class_stats.default(features, labels, shift, seen, ignore_index, per_feature)
     )
+
+
+class ClassState(NamedTuple):
+    """Running statistics: count int64 (K,), mean (K, D), scatter float64 (K,), and perhaps variance (K, D)."""
+
+    count: Tensor  # type: ignore[assignment]
+    mean: Tensor
+    scatter: Tensor
+    variance: Tensor | None
+
+
+def advance(state: ClassState, found: ClassTensors, shift: Tensor, momentum: float | None) -> None:
+    """Moves the state in place by what class_stats `found` about `shift`; see the reference for the formulas."""
+    if torch.compiler.is_compiling():
+        reference.advance(state, found.count, shift, found.sum, found.square, momentum)
+    else:
+        move = backends.kernel("class_stats", "advance", state.mean.device.type)
+        move(state, found.count, shift, found.sum, found.square, momentum)
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""class_stats, row_magnitudes and moments on the CPU: outputs allocated here, filled by csrc/class_stats.inl."""
+"""Statistics of features on the CPU: outputs allocated here, filled by csrc/class_stats.inl."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedloss.backends.cpp import extension
 from fusedloss.backends.cpp.views import address, rows_view
+from fusedloss.backends.reference import class_stats as reference
 
 
 def class_stats(
@@ -29,6 +30,23 @@ def class_stats(
         torch.get_num_threads(),
     )
     return count, total, square
+
+
+def advance(
+    state: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: Tensor, shift: Tensor, sums: Tensor, squares: Tensor,
+    momentum: float | None,
+) -> None:  # fmt: skip
+    count, mean, scatter, variance = state
+    if not sums.dtype == mean.dtype == shift.dtype or not all(part.is_contiguous() for part in (sums, mean, shift)):
+        return reference.advance(state, rows, shift, sums, squares, momentum)
+    extension.advance(
+        mean.dtype == torch.float64,
+        (count.data_ptr(), mean.data_ptr(), scatter.data_ptr(), address(variance)),
+        (rows.data_ptr(), shift.data_ptr(), sums.data_ptr(), squares.data_ptr()),
+        *mean.shape,
+        -1.0 if momentum is None else momentum,
+        torch.get_num_threads(),
+    )
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:

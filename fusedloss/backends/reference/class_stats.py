@@ -60,6 +60,49 @@ def class_stats(
     return count[:num_classes].clone(), total.contiguous(), square.contiguous()
 
 
+def advance(
+    state: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: Tensor, shift: Tensor, sums: Tensor, squares: Tensor,
+    momentum: float | None,
+) -> None:  # fmt: skip
+    """Moves running statistics, in place, by what ``class_stats`` found of a batch.
+
+    `shift` is the mean but for rows of new classes; with n rows of a class, ``deviation = sum / n``,
+    ``square = squares / n`` and weight w (n over all rows seen, or `momentum`, 1 for a new class, 0 for an absent
+    one) this is Chan's step ``mean = shift + w deviation`` and
+    ``scatter += w (square - w |deviation|² - scatter)``, which subtracts nothing large.
+
+    Args:
+        state: count int64 ``(K,)``, mean ``(K, D)``, scatter float64 ``(K,)``, variance ``(K, D)`` or None.
+        rows, sums, squares: what class_stats returned; may be overwritten.
+        shift: ``(K, D)`` as class_stats left it; may be the mean itself.
+        momentum: weight of the batch; None where every row counts the same.
+    """
+    count, mean, scatter, variance = state
+    divisor = rows.clamp(min=1)
+    deviation = sums.div_(divisor.unsqueeze(1))
+    square = squares.div_(divisor if variance is None else divisor.unsqueeze(1))
+    total = count + rows
+    if momentum is None:
+        weight = rows / total.clamp(min=1).double()
+    else:
+        weight = torch.full_like(scatter, momentum).masked_fill_(count == 0, 1.0)
+        weight.mul_(rows > 0)
+    column = weight.to(deviation.dtype).unsqueeze(1)
+    if variance is None:
+        distance = torch.linalg.vector_norm(deviation, dim=1).double().square()
+    else:
+        distances = deviation.square()
+        distance = distances.sum(1, dtype=torch.float64)
+        step = (square - distances.mul_(column)).sub_(variance).mul_(column)
+        variance.add_(step).clamp_(min=0)
+        square = square.sum(1, dtype=torch.float64)
+    scatter.add_((square - weight * distance - scatter).mul_(weight)).clamp_(min=0)
+    moved = shift.addcmul_(deviation, column)
+    if moved is not mean:
+        mean.copy_(moved)
+    count.copy_(total)
+
+
 def row_magnitudes(rows: Tensor) -> Tensor:
     """``sum_d |x_id|`` of rows ``(B, D)``, added in float64 and rounded once; see ``ops.compute_dtype``."""
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
