@@ -362,15 +362,15 @@ class NormStatistics(nn.Module):
         """
         self.statistics.reset()
 
-    def numbers(self) -> tuple[float, float, float]:
+    def numbers(self) -> tuple[int, float, float]:
         """Count, mean and deviation as plain numbers; waits for the device.
 
         Example:
             >>> NormStatistics().numbers()
-            (0.0, 0.0, 0.0)
+            (0, 0.0, 0.0)
         """
         state = self.statistics
-        return state.count.item(), state.mean.item(), math.sqrt(state.scatter.item())
+        return int(state.count.item()), state.mean.item(), math.sqrt(state.scatter.item())
 
     def _take_in(self, rows: float, batch_mean: float, batch_variance: float) -> None:
         """Moves the state as `ClassStatistics` does, in plain numbers: on tensors of one element it takes longer."""

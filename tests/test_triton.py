@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,16 @@ def kernels_of_the_backend():
 
 @pytest.fixture(scope="module")
 def interpreted():
+    names = [*triton_cases.CASES, *triton_cases.INTERPRETED]
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(interpret, (names[::2], names[1::2])))
+    return halves[0] | halves[1]
+
+
+def interpret(names):
     # NumPy, which interprets, warns of the infinities that the cases are about.
-    return json.loads(run("-W", "ignore", "tests/triton_cases.py", allowed=(0, 1), TRITON_INTERPRET="1"))
+    options = {"allowed": (0, 1), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return json.loads(run("-W", "ignore", "tests/triton_cases.py", *names, **options))
 
 
 @pytest.mark.parametrize("name", [*triton_cases.CASES, *triton_cases.INTERPRETED])
