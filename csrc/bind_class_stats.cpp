@@ -136,7 +136,6 @@ template <class T>
 void advance(const py::tuple& state, const py::tuple& found, int64_t num_classes, int64_t width, double momentum,
              int threads) {
     ClassAdvance<T> call;
-    call.num_classes = num_classes;
     call.width = width;
     call.momentum = momentum;
     call.count = pointer<int64_t>(state[0].cast<uintptr_t>());

@@ -35,7 +35,7 @@ struct ClassStats {
 // Running statistics, and what class_stats found of a batch; see backends/reference/class_stats.py for the formulas.
 template <class T>
 struct ClassAdvance {
-    int64_t num_classes = 0, width = 0;
+    int64_t width = 0;
     double momentum = 0;  // negative: every row counts the same
     int64_t* count = nullptr;
     T* mean = nullptr;          // (K, width)

@@ -185,16 +185,12 @@ class FeDLaSLoss(CrossEntropyLoss):
         if moves:
             labels = None if target.is_floating_point() else target
             self.statistics.update_values(values, labels, self.group)
-        mean: Tensor | float
-        deviation: Tensor | float
+        values = values.to(dtype)
         if readable(values):
-            rows, mean, deviation = self.statistics.numbers()
-            if rows == 0:
-                return torch.zeros_like(values, dtype=dtype)
-        else:
-            mean, deviation = self.statistics.mean.to(dtype), self.statistics.deviation.to(dtype)
-        distance = (values.to(dtype) - mean) / (deviation + _LEAST_DEVIATION)
-        return distance if readable(values) else torch.where(self.statistics.count > 0, distance, 0.0)
+            rows, center, spread = self.statistics.numbers()
+            return (values - center) / (spread + _LEAST_DEVIATION) if rows > 0 else torch.zeros_like(values)
+        mean, deviation = self.statistics.mean.to(dtype), self.statistics.deviation.to(dtype)
+        return torch.where(self.statistics.count > 0, (values - mean) / (deviation + _LEAST_DEVIATION), 0.0)
 
     def _psi(self, logits: Tensor) -> Tensor:
         """The gate of each row, exactly +1 or -1, with the gradient of p_0 - p_1."""

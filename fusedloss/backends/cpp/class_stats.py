@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.cpp import extension
-from fusedloss.backends.cpp.views import address, rows_view
+from fusedloss.backends.cpp.views import address, adjacent, compute_dtype, rows_view
 from fusedloss.backends.reference import class_stats as reference
 
 
 def class_stats(
     features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if features.stride(1) != 1 and features.shape[1] > 1:
-        features = features.contiguous()
-    labels = labels.contiguous()
+    features, labels = adjacent(features), labels.contiguous()
     num_classes = len(shift)
     count = torch.empty_like(seen)
     total = torch.empty_like(shift)
@@ -50,9 +48,8 @@ def advance(
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        rows = rows.contiguous()
-    found = torch.empty(len(rows), dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    rows = adjacent(rows)
+    found = torch.empty(len(rows), dtype=compute_dtype(rows))
     extension.row_magnitudes(rows_view(rows), found.data_ptr(), torch.get_num_threads())
     return found
 

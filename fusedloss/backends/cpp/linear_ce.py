@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedloss.backends import linear_sweeps
 from fusedloss.backends.cpp import extension, softmax_ce
-from fusedloss.backends.cpp.views import address, rows_view
+from fusedloss.backends.cpp.views import address, adjacent, rows_view
 from fusedloss.backends.linear_chunks import LinearInputs
 from fusedloss.backends.linear_sweeps import LinearWanted
 from fusedloss.backends.reference.class_stats import check_labels
@@ -32,7 +32,7 @@ def linear_sweep(*arguments) -> list[Tensor]:
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    rows = _adjacent(rows)
+    rows = adjacent(rows)
     norm = torch.empty(len(rows), dtype=torch.float64)
     extension.row_norms(rows_view(rows), norm.data_ptr(), torch.get_num_threads())
     return norm
@@ -51,7 +51,7 @@ def label_products(
 
 def _project_rows(rows: Tensor, norm: Tensor, gradient: Tensor, divide: bool) -> None:
     is_double = gradient.dtype == torch.float64
-    rows = _adjacent(rows.double() if is_double else rows)
+    rows = adjacent(rows.double() if is_double else rows)
     place = (gradient.data_ptr(), is_double)
     extension.project_rows(rows_view(rows), norm.data_ptr(), place, divide, torch.get_num_threads())
 
@@ -79,17 +79,13 @@ def _check_labels(inputs: LinearInputs, ignore_index: int) -> None:
         check_labels(inputs.target, len(inputs.weight), ignore_index, "target")
 
 
-def _adjacent(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
-
-
 def _pairs(
     input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, input_norm: Tensor | None,
     class_norm: Tensor | None, product: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple]:  # fmt: skip
     """Tensors to keep alive, and the tuple that bind_linear_ce.cpp unpacks."""
     dtype = torch.promote_types(input.dtype, weight.dtype)
-    input, weight, target = _adjacent(input.to(dtype)), _adjacent(weight.to(dtype)), target.contiguous()
+    input, weight, target = adjacent(input.to(dtype)), adjacent(weight.to(dtype)), target.contiguous()
     return (input, weight, target), (
         rows_view(input), rows_view(weight), target.data_ptr(), ignore_index, address(input_norm),
         address(class_norm), address(product),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.cpp import extension
-from fusedloss.backends.cpp.views import address, rows_view
+from fusedloss.backends.cpp.views import address, compute_dtype, rows_view
 
 
 def softmax_ce(
@@ -16,7 +16,7 @@ def softmax_ce(
     penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool, ignore_index: int, mean: bool,
     wanted: list[bool], gradient_scale: float = 1.0, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    dtype = _compute_dtype(logits)
+    dtype = compute_dtype(logits)
     target, inputs = _inputs(
         logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, label_slope
     )
@@ -51,7 +51,7 @@ def softmax_stats(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, None)
     shape = _rows_shape(logits)
-    dtype = _compute_dtype(logits)
+    dtype = compute_dtype(logits)
     wanted = (True, True, True, True, True, want_uniform, True, want_hinge, want_prediction)
     rows = [torch.empty(shape if want else 0, dtype=dtype) for want in wanted]
     prediction = torch.empty(shape if want_prediction else 0, dtype=torch.int64)
@@ -70,7 +70,7 @@ def softmax_sweep(
     grad_rest: Tensor | None, grad_hinge: Tensor | None, wanted: list[bool], in_place: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, label_slope)
-    gradients, places = _gradients(logits, wanted, _compute_dtype(logits), in_place)
+    gradients, places = _gradients(logits, wanted, compute_dtype(logits), in_place)
     label_gradient = torch.empty_like(row_max) if wanted[2] else None
     upstream = (grad_log_sum_exp, grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest, grad_hinge)
     extension.softmax_sweep(
@@ -82,10 +82,6 @@ def softmax_sweep(
         torch.get_num_threads(),
     )
     return gradients if label_gradient is None else [*gradients, label_gradient]
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _rows_shape(logits: Tensor) -> tuple[int, ...]:

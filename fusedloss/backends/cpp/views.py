@@ -25,3 +25,13 @@ def rows_view(tensor: Tensor | None) -> tuple | None:
 def address(tensor: Tensor | None) -> int:
     """Where a contiguous tensor's data start; 0 where there is none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def adjacent(rows: Tensor) -> Tensor:
+    """The rows ``(B, D)`` with the numbers of each next to each other: a copy only where they are not."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What the kernels compute in: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -178,5 +178,4 @@ def _chunks(labels: Tensor, num_classes: int, ignore_index: int, chunk: int) -> 
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=dtype)
+    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=launch.compute_dtype(rows))
