@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import roofline
 from bench.cases import Case, Contest, Mismatch, compiled
-from fusedloss.statistics import ClassStatistics
+from fusedloss.losses.class_statistics import ClassStatistics
 
 
 @dataclass(frozen=True)

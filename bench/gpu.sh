@@ -63,7 +63,7 @@ build() {
 cases() {
     local file failed=0
     # Every file of cases that is a program of its own.
-    for file in $(grep -l '^if __name__' tests/triton*_cases.py); do limited "$@" "$PYTHON" "$file" --device "$device" --few || failed=1; done
+    for file in $(grep -l '^if __name__' tests/cases/triton*_cases.py); do limited "$@" "$PYTHON" "$file" --device "$device" --few || failed=1; done
     return $failed
 }
 

@@ -50,13 +50,13 @@ LabelPairs pairs_of(const py::tuple& t) {
     return pairs;
 }
 
-void label_products(const py::tuple& inputs, int threads) {
+void target_products(const py::tuple& inputs, int threads) {
     const LabelPairs pairs = pairs_of(inputs);
 
     py::gil_scoped_release release;
     const int64_t count = pairs.input.num_rows();
     parallel_ranges(count, threads_for(count, pairs.input.num_classes, threads),
-                    [&](int64_t first, int64_t last, int) { kernels().linear.label_products(pairs, first, last); });
+                    [&](int64_t first, int64_t last, int) { kernels().linear.target_products(pairs, first, last); });
 }
 
 // gradients: (address of the input's, of the weight's), 0 where not wanted.
@@ -83,7 +83,7 @@ void label_gradients(const py::tuple& inputs, uintptr_t slope, const py::tuple& 
 void bind_linear_ce(py::module_& module) {
     module.def("row_norms", row_norms);
     module.def("project_rows", project_rows);
-    module.def("label_products", label_products);
+    module.def("target_products", target_products);
     module.def("label_gradients",
                [](const py::tuple& inputs, uintptr_t slope, const py::tuple& gradients, bool is_double, int threads) {
                    (is_double ? label_gradients<double> : label_gradients<float>)(inputs, slope, gradients, threads);

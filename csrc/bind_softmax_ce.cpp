@@ -1,4 +1,4 @@
-// softmax_ce, softmax_stats and softmax_sweep for Python: checks labels, runs the rows over threads, reduces.
+// softmax_ce, softmax_stats and softmax_stats_backward for Python: checks labels, runs the rows over threads, reduces.
 #include <cmath>
 #include <limits>
 #include <string>
@@ -14,7 +14,7 @@ namespace fusedloss {
 namespace {
 
 // What Python passes for the inputs of every softmax operation: (logits, target, scale, bias, class_weight,
-// ignore_index, soft_cap, label_logit, label_slope) where target is the address of int64 labels or a view of
+// ignore_index, soft_cap, target_override, target_override_grad) where target is the address of int64 labels or a view of
 // probabilities.
 template <class T>
 SoftmaxInputs<T> inputs_of(const py::tuple& t) {
@@ -27,8 +27,8 @@ SoftmaxInputs<T> inputs_of(const py::tuple& t) {
     inputs.class_weight = pointer<const T>(t[4].cast<uintptr_t>());
     inputs.ignore_index = t[5].cast<int64_t>();
     inputs.soft_cap = t[6].cast<double>();
-    inputs.label_logit = pointer<const T>(t[7].cast<uintptr_t>());
-    inputs.label_slope = pointer<const T>(t[8].cast<uintptr_t>());
+    inputs.target_override = pointer<const T>(t[7].cast<uintptr_t>());
+    inputs.target_override_grad = pointer<const T>(t[8].cast<uintptr_t>());
     inputs.weight_sum = double(inputs.logits.num_classes);
     if (inputs.class_weight) {
         inputs.weight_sum = 0;
@@ -165,9 +165,9 @@ void softmax_stats(const py::tuple& inputs, double penalty_margin, const py::tup
 // saved: (row_max, row_sum, rest); upstream: (log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge), 0 where
 // absent; gradients as above, then the address of dL/dlabel_logit.
 template <class T>
-void softmax_sweep(const py::tuple& inputs, double penalty_margin, const py::tuple& saved, const py::tuple& upstream,
+void softmax_stats_backward(const py::tuple& inputs, double penalty_margin, const py::tuple& saved, const py::tuple& upstream,
                    const py::tuple& gradients, int threads) {
-    SoftmaxSweep<T> call;
+    SoftmaxStatisticsBackward<T> call;
     call.inputs = inputs_of<T>(inputs);
     const T** const fields[] = {&call.row_max,      &call.row_sum,       &call.rest_of_row,           &call.log_sum_exp,
                                 &call.target_logit, &call.cross_entropy, &call.uniform_cross_entropy, &call.rest,
@@ -207,9 +207,9 @@ void bind_softmax_ce(py::module_& module) {
                    return (is_double(inputs) ? softmax_stats<double> : softmax_stats<float>)(inputs, penalty_margin,
                                                                                              outputs, threads);
                });
-    module.def("softmax_sweep", [](const py::tuple& inputs, double penalty_margin, const py::tuple& saved,
+    module.def("softmax_stats_backward", [](const py::tuple& inputs, double penalty_margin, const py::tuple& saved,
                                    const py::tuple& upstream, const py::tuple& gradients, int threads) {
-        return (is_double(inputs) ? softmax_sweep<double> : softmax_sweep<float>)(inputs, penalty_margin, saved,
+        return (is_double(inputs) ? softmax_stats_backward<double> : softmax_stats_backward<float>)(inputs, penalty_margin, saved,
                                                                                   upstream, gradients, threads);
     });
 }

@@ -86,7 +86,7 @@ void supcon_sums(const py::tuple& tuple, int64_t anchors, const py::tuple& sums,
 
 // slopes: addresses of (softmax, mean), T (columns of all panels,). Returns the sum of slope * (s - shift).
 template <class T>
-double supcon_sweep(const py::tuple& tuple, const py::tuple& slopes, int threads) {
+double supcon_backward(const py::tuple& tuple, const py::tuple& slopes, int threads) {
     const SupConPanel<T> panel = panel_of<T>(tuple);
     const SupConSlopes<T> given{pointer<const T>(slopes[0].cast<uintptr_t>()),
                                 pointer<const T>(slopes[1].cast<uintptr_t>())};
@@ -112,8 +112,8 @@ void bind_supcon(py::module_& module) {
                [](const py::tuple& panel, bool is_double, int64_t anchors, const py::tuple& sums, int threads) {
                    (is_double ? supcon_sums<double> : supcon_sums<float>)(panel, anchors, sums, threads);
                });
-    module.def("supcon_sweep", [](const py::tuple& panel, bool is_double, const py::tuple& slopes, int threads) {
-        return (is_double ? supcon_sweep<double> : supcon_sweep<float>)(panel, slopes, threads);
+    module.def("supcon_backward", [](const py::tuple& panel, bool is_double, const py::tuple& slopes, int threads) {
+        return (is_double ? supcon_backward<double> : supcon_backward<float>)(panel, slopes, threads);
     });
 }
 

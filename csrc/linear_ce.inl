@@ -118,7 +118,7 @@ void project_rows(const Projection<T>& call, int64_t first, int64_t last) {
     }
 }
 
-inline void label_products(const LabelPairs& call, int64_t first, int64_t last) {
+inline void target_products(const LabelPairs& call, int64_t first, int64_t last) {
     switch (call.input.dtype) {
         case DType::float64: return label_products_of<double>(call, first, last);
         case DType::bfloat16: return label_products_of<BFloat16>(call, first, last);

@@ -1,5 +1,5 @@
 // What becomes of a row once its sums are known: its loss and the slope that a second sweep writes, in double.
-// Twin of fusedloss/rows.py.
+// Twin of fusedloss/core/row_loss.py.
 
 struct RowSums {
     double max = -std::numeric_limits<double>::infinity();

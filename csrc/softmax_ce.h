@@ -20,8 +20,8 @@ struct SoftmaxInputs {
     const T* class_weight = nullptr;  // (K,) or null
     double weight_sum = 0;            // sum of class_weight, K without
     double soft_cap = 0;              // 0 for none
-    const T* label_logit = nullptr;   // (rows,) in place of z at the label, or null
-    const T* label_slope = nullptr;   // (rows,) d label_logit / dx of the label, with label_logit
+    const T* target_override = nullptr;   // (rows,) in place of z at the label, or null
+    const T* target_override_grad = nullptr;   // (rows,) d target_override / dx of the label, with target_override
 };
 
 // What pulls a row's logits within `margin` of its largest: share * sum_k relu(max z - z_k - margin).
@@ -65,12 +65,12 @@ struct SoftmaxStatistics {
     T* rest = nullptr;                                             // 1 - p of the label
     double penalty_margin = 0;
     T* hinge = nullptr;             // sum_k relu(max z - z_k - penalty_margin), may be null
-    int64_t* prediction = nullptr;  // of z without label_logit, may be null
-    T* confidence = nullptr;        // softmax of z without label_logit at the prediction; goes with prediction
+    int64_t* prediction = nullptr;  // of z without target_override, may be null
+    T* confidence = nullptr;        // softmax of z without target_override at the prediction; goes with prediction
 };
 
 template <class T>
-struct SoftmaxSweep {
+struct SoftmaxStatisticsBackward {
     SoftmaxInputs<T> inputs;
     const T *row_max = nullptr, *row_sum = nullptr, *rest_of_row = nullptr;
     // Upstream gradients of the statistics, each (rows,) or null.

@@ -1,4 +1,4 @@
-// softmax_ce, softmax_stats and softmax_sweep: what each does with a row. Twin of
+// softmax_ce, softmax_stats and softmax_stats_backward: what each does with a row. Twin of
 // fusedloss/backends/reference/softmax_ce.py.
 
 template <class Out>
@@ -117,7 +117,7 @@ struct StatisticsRow {
 
 template <class T>
 struct SweepRow {
-    const SoftmaxSweep<T>& call;
+    const SoftmaxStatisticsBackward<T>& call;
 
     template <class Sweep, class In>
     void operator()(Sweep& sweep, const In* x, int64_t row, T*, In* gradient) const {
@@ -172,7 +172,7 @@ void softmax_stats(const SoftmaxStatistics<T>& call, int64_t first, int64_t last
 }
 
 template <class T>
-void softmax_sweep(const SoftmaxSweep<T>& call, int64_t first, int64_t last, int thread) {
+void softmax_stats_backward(const SoftmaxStatisticsBackward<T>& call, int64_t first, int64_t last, int thread) {
     const SweepRow<T> per_row{call};
     dispatch_logits<T>(call.inputs, call.gradients, per_row, first, last, thread);
 }

@@ -95,12 +95,12 @@ public:
         double confidence = 0;
     };
 
-    // The first largest class of z, or the first NaN, and its probability; without label_logit. Follows read().
+    // The first largest class of z, or the first NaN, and its probability; without target_override. Follows read().
     Top prediction(const In* x, int64_t row, const RowSums& sums) {
         Top top;
         double max = sums.max, sum = sums.sum();
         const int64_t label = inputs_.labels ? inputs_.labels[row] : -1;
-        if (inputs_.label_logit && label >= 0 && label < count_) {
+        if (inputs_.target_override && label >= 0 && label < count_) {
             const double label_z = plain(x, label);
             for (int64_t start = 0; start < count_; start += kChunk)
                 set_chunk_max(start, load_chunk(x, start, std::min(kChunk, count_ - start)));
@@ -125,7 +125,7 @@ public:
 
     // p of the label, from the row's maximum and sum.
     double probability(const In* x, int64_t row, int64_t label, double max, double sum) const {
-        const double z = inputs_.label_logit ? double(inputs_.label_logit[row]) : plain(x, label);
+        const double z = inputs_.target_override ? double(inputs_.target_override[row]) : plain(x, label);
         return std::exp(z - (max == -HUGE_VAL ? 0.0 : max)) / sum;
     }
 
@@ -151,19 +151,19 @@ private:
         return (width + W - 1) / W * W;
     }
 
-    // z of the row's chunk, with label_logit in its place; returns the largest.
+    // z of the row's chunk, with target_override in its place; returns the largest.
     T load_z(const In* x, int64_t row, int64_t start, int64_t width) {
         const T chunk_max = load_chunk(x, start, width);
         held_row_ = row;
         held_start_ = start;
-        return inputs_.label_logit ? place_label(row, start, width, chunk_max) : chunk_max;
+        return inputs_.target_override ? place_label(row, start, width, chunk_max) : chunk_max;
     }
 
     void hold_z(const In* x, int64_t row, int64_t start, int64_t width) {
         if (held_row_ != row || held_start_ != start) load_z(x, row, start, width);
     }
 
-    // Of x alone, without label_logit.
+    // Of x alone, without target_override.
     T load_chunk(const In* x, int64_t start, int64_t width) {
         held_row_ = -1;
         const T* scale = inputs_.scale ? inputs_.scale + start : nullptr;
@@ -183,12 +183,12 @@ private:
         return affine<T, false, false>(x, scale, bias, width, z_);
     }
 
-    // Puts label_logit in its place in z_; returns the maximum that the chunk has then.
+    // Puts target_override in its place in z_; returns the maximum that the chunk has then.
     T place_label(int64_t row, int64_t start, int64_t width, T chunk_max) {
         const int64_t label = inputs_.labels[row] - start;
         if (inputs_.labels[row] == inputs_.ignore_index || label < 0 || label >= width) return chunk_max;
         const T before = z_[label];
-        z_[label] = inputs_.label_logit[row];
+        z_[label] = inputs_.target_override[row];
         return before == chunk_max ? largest_of_chunk(z_, width) : larger(z_[label], chunk_max);
     }
 
@@ -312,14 +312,14 @@ private:
     void add_label(double label_x, const RowSlope& slope) {
         const int64_t label = slope.label_index;
         const double subtracted = slope.uniform * (inputs_.class_weight ? inputs_.class_weight[label] : T(1));
-        const double missing = inputs_.label_logit ? subtracted : slope.label + subtracted;
+        const double missing = inputs_.target_override ? subtracted : slope.label + subtracted;
         bias_sum_[label] += missing;
         scale_sum_[label] += missing == 0 ? 0.0 : missing * label_x;
     }
 
     // dz/dx at the label.
     double label_x_slope(int64_t row, int64_t label, double label_x) const {
-        if (inputs_.label_logit) return inputs_.label_slope[row];
+        if (inputs_.target_override) return inputs_.target_override_grad[row];
         const double scale = inputs_.scale ? inputs_.scale[label] : T(1);
         if (inputs_.soft_cap == 0) return scale;
         const double tanh = label_x / inputs_.soft_cap;

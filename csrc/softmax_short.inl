@@ -72,7 +72,7 @@ private:
     // z of a row; returns its maximum.
     T read(int64_t row, V* e) const {
         const SoftmaxInputs<T>& inputs = call_.inputs;
-        if (inputs.bias || inputs.label_logit) return read<true, true>(row, e);
+        if (inputs.bias || inputs.target_override) return read<true, true>(row, e);
         return inputs.scale ? read<true, false>(row, e) : read<false, false>(row, e);
     }
 
@@ -85,7 +85,7 @@ private:
             V z = lanes(x, n);
             if (kScale && (!kMore || inputs.scale)) z *= lanes(inputs.scale, n);
             if (kMore && inputs.bias) z += lanes(inputs.bias, n);
-            if (kMore && inputs.label_logit) z = is_label(row, n) ? V{} + inputs.label_logit[row] : z;
+            if (kMore && inputs.target_override) z = is_label(row, n) ? V{} + inputs.target_override[row] : z;
             e[n] = n < N - 1 ? z : first_lanes<T>(z, last_, kMinusInfinity<T>);
             top = larger(e[n], top);
         }
@@ -136,8 +136,8 @@ private:
             else store_first(gradient + n * W, value, last_);
         }
         const int64_t label = inputs.labels[row];
-        const T label_slope = inputs.label_logit ? inputs.label_slope[row] : scale ? scale[label] : T(1);
-        write_one(gradient + label, slopes.label * label_slope);
+        const T target_override_grad = inputs.target_override ? inputs.target_override_grad[row] : scale ? scale[label] : T(1);
+        write_one(gradient + label, slopes.label * target_override_grad);
     }
 
     static T one(const V* e, int64_t class_index) {

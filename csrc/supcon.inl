@@ -218,7 +218,7 @@ void supcon_sums(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupCon
 
 // Overwrites rows [begin, end) with slopes, zero up to the diagonal; returns the sum of slope * (s - shift).
 template <class T>
-double supcon_sweep(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSlopes<T> slopes) {
+double supcon_backward(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSlopes<T> slopes) {
     const bool common = panel.row_shift == nullptr, weighted = panel.negative_weight != nullptr;
     if (panel.mask)
         return common ? sweep_rows_of<T, MaskMatch<T>, true, false>(panel, begin, end, slopes)

@@ -2,8 +2,9 @@
 
 from fusedloss import functional, terms
 from fusedloss.backends import backend
+from fusedloss.core.row_loss import MarginPenalty
 from fusedloss.functional import RowStatistics, cross_entropy, linear_cross_entropy, margin_logits, supcon
-from fusedloss.modules import (
+from fusedloss.losses import (
     ACLSLoss,
     AdaFaceLoss,
     ArcFaceHead,
@@ -27,8 +28,7 @@ from fusedloss.modules import (
     SupConLoss,
     VACELoss,
 )
-from fusedloss.rows import MarginPenalty
-from fusedloss.statistics import ClassStatistics, NormStatistics
+from fusedloss.losses.class_statistics import ClassStatistics, NormStatistics
 from fusedloss.terms import AdditiveMargin, AngularMargin, ClassTemperature, CombinedMargin, Prior, Scale, SoftCap
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.cases import compiled
 from bench.gpu import Case, Contest, agree
-from fusedloss.statistics import ClassStatistics
+from fusedloss.losses.class_statistics import ClassStatistics
 
 
 def eager_two_pass(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

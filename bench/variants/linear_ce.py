@@ -55,7 +55,7 @@ def linear_rows(dtype: str, width: int, *, cosines: bool = False) -> None:
     x, w = torch.empty(ROWS, width, dtype=stored), torch.empty(_CLASSES, width, dtype=stored)
     x_norm, w_norm = (double, torch.empty(_CLASSES, dtype=torch.float64)) if cosines else (None, None)
     pairs = linear_rows.Pairs(x, w, torch.zeros(ROWS, dtype=torch.int64), width, x_norm, w_norm, double)
-    linear_rows.label_products(pairs, ROWS)
+    linear_rows.target_products(pairs, ROWS)
     linear_rows.add_label_gradients(pairs, double, x.to(gradient), w.to(gradient))
     if cosines:
         linear_rows.project_rows(x, double, x.to(gradient), True)
@@ -104,7 +104,7 @@ def _heads(
     device: torch.device, rows: int, classes: int, widths: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Loss and gradients of heads of several widths in turn: the sum is least where each goes the faster way."""
-    from fusedloss.backends.linear_chunks import LinearInputs
+    from fusedloss.backends.chunked.head import LinearInputs
     from fusedloss.backends.triton.linear_ce import linear_ce
 
     heads = []

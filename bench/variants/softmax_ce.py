@@ -63,14 +63,14 @@ def softmax_stats(dtype: str, num_classes: int, *, target: str = "labels", extra
     softmax_stats(made.logits, made.target, *made.classes, stand_in, cap, 1.0, -100, True, penalty is not None, True)
 
 
-def softmax_sweep(
+def softmax_stats_backward(
     dtype: str, num_classes: int, *, target: str = "labels", columns: bool = True, extras: str = ""
 ) -> None:  # fmt: skip
-    from fusedloss.backends.triton.softmax_ce import softmax_sweep
+    from fusedloss.backends.triton.softmax_ce import softmax_stats_backward
 
     made = _Tensors(dtype, num_classes, target)
     cap, stand_in, penalty = _extras(made, extras)
-    softmax_sweep(made.logits, made.target, *made.classes, stand_in, stand_in, *(made.row,) * 3, cap, 1.0, -100,
+    softmax_stats_backward(made.logits, made.target, *made.classes, stand_in, stand_in, *(made.row,) * 3, cap, 1.0, -100,
                   *(made.row,) * 5, penalty, [True, columns, stand_in is not None])  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def _quick() -> list[Variant]:
             variant(softmax_ce, "bf16", 1000, target=target),
             variant(softmax_ce, "bf16", 1000, target=target, extras=extras),
             variant(softmax_stats, "f32", 1000, target=target, extras=extras),
-            variant(softmax_sweep, "f32", 100000, target=target, extras=extras),
+            variant(softmax_stats_backward, "f32", 100000, target=target, extras=extras),
         ]
     return [
         *found,
@@ -122,7 +122,7 @@ def _plain() -> list[Variant]:
         for target in ("labels", "probabilities"):
             for classes in _LONG:
                 found.append(variant(softmax_stats, dtype, classes, target=target))
-                found.append(variant(softmax_sweep, dtype, classes, target=target))
+                found.append(variant(softmax_stats_backward, dtype, classes, target=target))
         found += [variant(softmax_ce, dtype, classes, target="probabilities") for classes in (1000, 4000, 8000, 100000)]
         found.append(variant(softmax_ce, dtype, 8000, target="probabilities", columns=False))
     return found
@@ -148,7 +148,7 @@ def _with_extras() -> list[Variant]:
                 found.append(variant(softmax_ce, dtype, classes, options=False, columns=False, extras=extras))
             for columns in (False, True):
                 found.append(variant(softmax_ce, dtype, classes, columns=columns, extras=every))
-                found.append(variant(softmax_sweep, dtype, classes, columns=columns, extras=every))
+                found.append(variant(softmax_stats_backward, dtype, classes, columns=columns, extras=every))
             found.append(variant(softmax_ce, dtype, classes, target="probabilities", extras="cap penalty"))
             found.append(variant(softmax_stats, dtype, classes, extras=every))
     return [*found, *(variant(softmax_ce, "f32", 1000, layout=layout, extras=every) for layout in _LAYOUTS)]

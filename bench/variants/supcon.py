@@ -50,20 +50,20 @@ def supcon_stats(dtype: str, width: int, *, mask: bool = False, weights: bool = 
     supcon_stats(*_Tensors(dtype, width, mask, weights).inputs(), _ANCHORS, unit)
 
 
-def supcon_sweep(
+def supcon_backward(
     dtype: str, width: int, *, mask: bool = False, weights: bool = False, unit: bool = True, temperature: bool = True
 ) -> None:
-    from fusedloss.backends.triton.supcon import supcon_sweep
+    from fusedloss.backends.triton.supcon import supcon_backward
 
     made = _Tensors(dtype, width, mask, weights)
-    supcon_sweep(*made.inputs(), *(made.row,) * 3, _ANCHORS, _LEARNED, unit, [True, temperature])
+    supcon_backward(*made.inputs(), *(made.row,) * 3, _ANCHORS, _LEARNED, unit, [True, temperature])
 
 
 def variants(quick: bool) -> list[Variant]:
     if quick:
         return [
             variant(function, dtype, 128, weights=True, unit=unit)
-            for function in (supcon_stats, supcon_sweep)
+            for function in (supcon_stats, supcon_backward)
             for dtype, unit in (("f32", True), ("f32", False), ("f64", True))
         ]
     found = []
@@ -71,9 +71,9 @@ def variants(quick: bool) -> list[Variant]:
         for unit in (True, False):
             for options in ({}, {"weights": True}, {"mask": True}):
                 found.append(variant(supcon_stats, dtype, 128, unit=unit, **options))
-                found.append(variant(supcon_sweep, dtype, 128, unit=unit, **options))
+                found.append(variant(supcon_backward, dtype, 128, unit=unit, **options))
         for width in _WIDTHS:
-            found += [variant(supcon_stats, dtype, width), variant(supcon_sweep, dtype, width, temperature=False)]
+            found += [variant(supcon_stats, dtype, width), variant(supcon_backward, dtype, width, temperature=False)]
     return found
 
 
@@ -81,7 +81,7 @@ def _call(
     device: torch.device, kernel: str, rows: int, width: int, dtype: torch.dtype
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
     """One kernel over rows of length 1, or both over rows of any."""
-    from fusedloss.backends.triton.supcon import supcon_stats, supcon_sweep
+    from fusedloss.backends.triton.supcon import supcon_backward, supcon_stats
 
     unit = kernel != "any length"
     features = torch.nn.functional.normalize(torch.randn(rows, width, device=device, dtype=dtype))
@@ -96,7 +96,7 @@ def _call(
         return supcon_stats(*given, rows, unit)
 
     def gradient() -> tuple[torch.Tensor, ...]:
-        return tuple(supcon_sweep(*given, shift, total, upstream, rows, rows, unit, [True, False]))
+        return tuple(supcon_backward(*given, shift, total, upstream, rows, rows, unit, [True, False]))
 
     return {"sums": sums, "gradient": gradient, "any length": lambda: (*sums(), *gradient())}[kernel]
 

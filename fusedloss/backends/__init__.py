@@ -21,29 +21,29 @@ _kernels: dict[tuple[str, str], Callable] = {}
 _absent: dict[tuple[str, str], str | None] = {}
 
 
-def absent(name: str, device_type: str) -> str | None:
+def unavailable_reason(name: str, device_type: str) -> str | None:
     """Why backend `name` can't answer on `device_type`, or None when it can."""
     key = (name, device_type)
     if key not in _absent:
-        _absent[key] = None if name == "reference" else _module(name).absent(device_type)
+        _absent[key] = None if name == "reference" else _module(name).unavailable_reason(device_type)
     return _absent[key]
 
 
 # torch.compiler.assume_constant_result does this and imports the compiler, which takes as long as torch itself.
-absent._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def answering(device_type: str) -> str:
+def resolve_backend(device_type: str) -> str:
     """The backend that answers on `device_type`; an asked-for backend that can't is an error that says why."""
     if _forced:
-        reason = absent(_forced, device_type)
+        reason = unavailable_reason(_forced, device_type)
         if reason:
             raise RuntimeError(f"backend '{_forced}' can't answer on device '{device_type}': {reason}")
         return _forced
     preferred = _PREFERRED.get(device_type)
     if preferred is None:
         return "reference"
-    reason = absent(preferred, device_type)
+    reason = unavailable_reason(preferred, device_type)
     if reason is None:
         return preferred
     _say_once(f"fusedloss: the {preferred} backend is absent on '{device_type}' ({reason}); PyTorch formulas answer.")
@@ -51,11 +51,11 @@ def answering(device_type: str) -> str:
 
 
 def kernel(operation: str, function: str, device_type: str) -> Callable:
-    """The function of the answering backend; `operation` is the file, `function` the name in it."""
+    """The function of the resolve_backend backend; `operation` is the file, `function` the name in it."""
     key = (function, device_type)
     found = _kernels.get(key)
     if found is None:
-        module = importlib.import_module(f"fusedloss.backends.{answering(device_type)}.{operation}")
+        module = importlib.import_module(f"fusedloss.backends.{resolve_backend(device_type)}.{operation}")
         found = _kernels[key] = getattr(module, function)
     return found
 

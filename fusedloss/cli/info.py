@@ -59,11 +59,11 @@ def _answers() -> list[str]:
                 lines.append(f"{operation:<12} {device:<6} nothing (no GPU is visible to torch)")
                 continue
             try:
-                lines.append(f"{operation:<12} {device:<6} {backends.answering(device)}")
+                lines.append(f"{operation:<12} {device:<6} {backends.resolve_backend(device)}")
             except RuntimeError as error:
                 lines.append(f"{operation:<12} {device:<6} error: {error}")
             for name in backends.NAMES:
-                reason = backends.absent(name, device)
+                reason = backends.unavailable_reason(name, device)
                 if reason:
                     absences[f"not on {device}: {name} - {reason}"] = None
     return [*lines, *absences]

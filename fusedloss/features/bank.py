@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fusedloss.atomic_io import disk_full_explained, sha256_of_file, sync_folder
 from fusedloss.features import checks
-from fusedloss.features.durable import disk_full_explained, sha256_of_file, sync_folder
 from fusedloss.features.manifest import (
     DTYPES,
     MANIFEST_FILE,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusedloss.atomic_io import disk_full_explained, sha256_of_file, write_all, write_bytes
 from fusedloss.features import checks
-from fusedloss.features.durable import disk_full_explained, sha256_of_file, write_all, write_bytes
 from fusedloss.features.manifest import MANIFEST_FILE, BankError, Manifest
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from torch import Tensor
 from fusedloss import ops
 from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.backends.reference.linear_ce import unit_rows
+from fusedloss.functional.arguments import check_terms
+from fusedloss.functional.cross_entropy import transformed
 from fusedloss.functional.linear_head import LinearHead, checked_head
-from fusedloss.functional.problem import check_terms
-from fusedloss.functional.softmax_ce import transformed
 from fusedloss.terms import AngularMargin, MarginTerm, Scale, label_chain
 from fusedloss.terms.term import readable
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedloss import backends, distributed, ops
 from fusedloss.backends.reference import supcon as reference
 from fusedloss.backends.reference.class_stats import check_labels
-from fusedloss.functional.contrast import (
+from fusedloss.functional.supcon_arguments import (
     Contrast,
     Extra,
     assembled,
@@ -129,7 +129,7 @@ def supcon(
 def _row_loss(problem: Contrast) -> Tensor:
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     inputs = (problem.features, problem.codes, problem.mask, problem.weights, problem.per_positive)
-    if transformed or backends.answering(problem.features.device.type) == "reference":
+    if transformed or backends.resolve_backend(problem.features.device.type) == "reference":
         return reference.row_loss(*inputs, problem.temperature, problem.anchors)
     return ops.supcon(*inputs, problem.temperature, problem.anchors, problem.learned, problem.unit).loss
 

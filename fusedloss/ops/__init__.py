@@ -1,9 +1,9 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
-from fusedloss.backends.linear_chunks import LinearInputs
+from fusedloss.backends.chunked.head import LinearInputs
 from fusedloss.ops.class_stats import ClassState, ClassTensors, advance, class_stats, moments, row_magnitudes
 from fusedloss.ops.library import compute_dtype
-from fusedloss.ops.linear_ce import label_products, linear_ce, linear_stats, row_norms
+from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
 from fusedloss.ops.softmax_ce import (
     LogitInputs,
     RowInputs,
@@ -28,7 +28,6 @@ __all__ = [
     "advance",
     "class_stats",
     "compute_dtype",
-    "label_products",
     "linear_ce",
     "linear_stats",
     "moments",
@@ -37,4 +36,5 @@ __all__ = [
     "softmax_ce",
     "softmax_stats",
     "supcon",
+    "target_products",
 ]

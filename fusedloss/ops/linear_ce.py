@@ -1,12 +1,12 @@
 """Softmax cross-entropy of a linear layer whose logits are never stored whole.
 
 ``linear_ce``      loss and its gradients in one walk over chunks or tiles of logits.
-``linear_stats``   statistics of each row; ``linear_sweep`` forms the logits again and carries their gradients back.
-``row_norms``      exact lengths (float64, infinite for a row of zeros); ``label_products`` each row's product with its
+``linear_stats``   statistics of each row; ``linear_stats_backward`` forms the logits again and carries their gradients back.
+``row_norms``      exact lengths (float64, infinite for a row of zeros); ``target_products`` each row's product with its
                    label's row, or their cosine, in float64. Neither has a gradient: linear_ce's holds it.
 
 All work on ``z = scale * c(x . w) + bias``, where x and w are divided by ``input_norm`` and ``class_norm`` if given and
-c is a soft cap or nothing; ``label_logit`` stands in for z at the label, ``label_slope`` is its slope in the product.
+c is a soft cap or nothing; ``target_override`` stands in for z at the label, ``target_override_grad`` is its slope in the product.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.backends.linear_chunks import LinearInputs
-from fusedloss.backends.linear_sweeps import LinearWanted
+from fusedloss.backends.chunked.head import LinearInputs
+from fusedloss.backends.chunked.linear_ce import LinearWanted
 from fusedloss.ops.library import answer, call, differentiable_once, library, scale_in_place
 from fusedloss.ops.softmax_ce import RowInputs, RowTensors, SoftmaxOptions, StatisticsOptions
 
 _INPUTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? input_norm, Tensor? class_norm, Tensor? scale, Tensor? bias,"
-    " Tensor? class_weight, Tensor? label_logit, Tensor? label_slope, Tensor? label_product, float soft_cap"
+    " Tensor? class_weight, Tensor? target_override, Tensor? target_override_grad, Tensor? target_product, float soft_cap"
 )
 library.define(
     f"linear_ce({_INPUTS}, Tensor? row_smoothing, Tensor? row_scale, Tensor? row_penalty, float smoothing,"
@@ -36,16 +36,16 @@ library.define(
     f" bool want_prediction) -> ({', '.join(['Tensor'] * 10)})"
 )
 library.define(
-    f"linear_sweep({_INPUTS}, Tensor row_max, Tensor row_sum, Tensor rest, float penalty_margin, int ignore_index,"
+    f"linear_stats_backward({_INPUTS}, Tensor row_max, Tensor row_sum, Tensor rest, float penalty_margin, int ignore_index,"
     " Tensor? grad_log_sum_exp, Tensor? grad_target_logit, Tensor? grad_cross_entropy, Tensor? grad_uniform,"
     " Tensor? grad_rest, Tensor? grad_hinge, bool[] wanted) -> Tensor[]"
 )
 library.define("row_norms(Tensor rows) -> Tensor")
 library.define(
-    "label_products(Tensor input, Tensor weight, Tensor target, Tensor? input_norm, Tensor? class_norm,"
+    "target_products(Tensor input, Tensor weight, Tensor target, Tensor? input_norm, Tensor? class_norm,"
     " int ignore_index) -> Tensor"
 )
-for _function in ("linear_ce", "linear_stats", "linear_sweep", "row_norms", "label_products"):
+for _function in ("linear_ce", "linear_stats", "linear_stats_backward", "row_norms", "target_products"):
     answer("linear_ce", _function)
 
 
@@ -78,7 +78,7 @@ def _(*arguments):
     return *statistics, prediction, confidence
 
 
-@torch.library.register_fake("fusedloss::linear_sweep", lib=library)
+@torch.library.register_fake("fusedloss::linear_stats_backward", lib=library)
 def _(*arguments):
     inputs, (*_, wanted) = LinearInputs.first_of(arguments)
     return _gradient_shapes(inputs, wanted)
@@ -89,7 +89,7 @@ def _(rows):
     return rows.new_empty(len(rows), dtype=torch.float64)
 
 
-@torch.library.register_fake("fusedloss::label_products", lib=library)
+@torch.library.register_fake("fusedloss::target_products", lib=library)
 def _(input, weight, target, input_norm, class_norm, ignore_index):
     return input.new_empty(len(input), dtype=torch.float64)
 
@@ -99,7 +99,7 @@ def row_norms(rows: Tensor) -> Tensor:
     return call("linear_ce", "row_norms", rows.detach())
 
 
-def label_products(
+def target_products(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -109,7 +109,7 @@ def label_products(
 ) -> Tensor:
     """Each row's product with the row of its label (the cosine, with norms) in float64, 0 if ignored; detached."""
     arguments = (input.detach(), weight.detach(), target, input_norm, class_norm, ignore_index)
-    return call("linear_ce", "label_products", *arguments)
+    return call("linear_ce", "target_products", *arguments)
 
 
 def linear_ce(inputs: LinearInputs, rows: RowInputs, options: SoftmaxOptions) -> Tensor:
@@ -188,7 +188,7 @@ class _LinearStatistics(torch.autograd.Function):
         numbers = (ctx.options.penalty_margin, ctx.options.ignore_index)
         saved = (row_max, row_sum, rest_of_row)
         arguments = (*tensors, ctx.soft_cap, *saved, *numbers, *upstream, ctx.wanted)
-        found = _by_name(call("linear_ce", "linear_sweep", *arguments), ctx.wanted)
+        found = _by_name(call("linear_ce", "linear_stats_backward", *arguments), ctx.wanted)
         return *_of_inputs(found), None
 
 
@@ -199,7 +199,7 @@ class _Found(NamedTuple):
     weight: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
-    label_logit: Tensor | None
+    target_override: Tensor | None
     row_smoothing: Tensor | None
     row_penalty: Tensor | None
 
@@ -211,11 +211,22 @@ def _by_name(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> _Found:
 
 def _of_inputs(found: _Found) -> tuple[Tensor | None, ...]:
     """One per field of LinearInputs."""
-    return found.input, found.weight, None, None, None, found.scale, found.bias, None, found.label_logit, *(None,) * 3
+    return (
+        found.input,
+        found.weight,
+        None,
+        None,
+        None,
+        found.scale,
+        found.bias,
+        None,
+        found.target_override,
+        *(None,) * 3,
+    )
 
 
 def _wanted(inputs: LinearInputs, rows: RowInputs) -> LinearWanted:
-    of_inputs = (inputs.input, inputs.weight, inputs.scale, inputs.bias, inputs.label_logit)
+    of_inputs = (inputs.input, inputs.weight, inputs.scale, inputs.bias, inputs.target_override)
     return LinearWanted(*map(_requires_grad, (*of_inputs, rows.smoothing, rows.penalty)))
 
 

@@ -1,10 +1,10 @@
 """Softmax cross-entropy with its gradients, row statistics, and the sweep that carries their gradients back.
 
 ``softmax_ce``     loss and its gradients in one read of the logits: what trainers run.
-``softmax_stats``  statistics of each row; ``softmax_sweep`` carries any upstream gradient of them back.
+``softmax_stats``  statistics of each row; ``softmax_stats_backward`` carries any upstream gradient of them back.
 
-All work on ``z = scale * c(x) + bias``, where c(x) is x or ``soft_cap * tanh(x / soft_cap)``; ``label_logit`` stands in
-for z at the label, and ``label_slope`` is its slope in x.
+All work on ``z = scale * c(x) + bias``, where c(x) is x or ``soft_cap * tanh(x / soft_cap)``; ``target_override`` stands in
+for z at the label, and ``target_override_grad`` is its slope in x.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from fusedloss.ops.upstream import expected_upstream, note_upstream
 
 library.define(
     "softmax_ce(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor? label_logit, Tensor? label_slope, Tensor? row_smoothing, Tensor? row_scale, Tensor? row_penalty,"
+    " Tensor? target_override, Tensor? target_override_grad, Tensor? row_smoothing, Tensor? row_scale, Tensor? row_penalty,"
     " float soft_cap, float smoothing, float focal_gamma, float z_loss, float penalty_margin, float penalty,"
     " float penalty_share, bool penalty_mix, int ignore_index, bool mean, bool[] wanted, float gradient_scale=1.0)"
     " -> (Tensor, Tensor, Tensor[])"
 )
 library.define(
     "softmax_stats(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor? label_logit, float soft_cap, float penalty_margin, int ignore_index, bool want_uniform,"
+    " Tensor? target_override, float soft_cap, float penalty_margin, int ignore_index, bool want_uniform,"
     " bool want_hinge, bool want_prediction)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "softmax_sweep(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor? label_logit, Tensor? label_slope, Tensor row_max, Tensor row_sum, Tensor rest, float soft_cap,"
+    "softmax_stats_backward(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
+    " Tensor? target_override, Tensor? target_override_grad, Tensor row_max, Tensor row_sum, Tensor rest, float soft_cap,"
     " float penalty_margin, int ignore_index, Tensor? grad_log_sum_exp, Tensor? grad_target_logit,"
     " Tensor? grad_cross_entropy, Tensor? grad_uniform, Tensor? grad_rest, Tensor? grad_hinge, bool[] wanted)"
     " -> Tensor[]"
 )
-for _function in ("softmax_ce", "softmax_stats", "softmax_sweep"):
+for _function in ("softmax_ce", "softmax_stats", "softmax_stats_backward"):
     answer("softmax_ce", _function)
 
 
 class LogitInputs(NamedTuple):
-    """What every softmax operation reads; tensors that require a gradient get one, class_weight and label_slope not."""
+    """What every softmax operation reads; tensors that require a gradient get one, class_weight and target_override_grad not."""
 
     logits: Tensor
     target: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
     class_weight: Tensor | None = None
-    label_logit: Tensor | None = None
-    label_slope: Tensor | None = None
+    target_override: Tensor | None = None
+    target_override_grad: Tensor | None = None
     soft_cap: float = 0.0
 
 
@@ -63,8 +63,8 @@ def _tensors(inputs: LogitInputs) -> tuple[Tensor | None, ...]:
         inputs.scale,
         inputs.bias,
         inputs.class_weight,
-        inputs.label_logit,
-        inputs.label_slope,
+        inputs.target_override,
+        inputs.target_override_grad,
     )
 
 
@@ -103,7 +103,7 @@ def _gradient_shapes(logits: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
 
 
 @torch.library.register_fake("fusedloss::softmax_ce", lib=library)
-def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale, row_penalty,
+def _(logits, target, scale, bias, class_weight, target_override, target_override_grad, row_smoothing, row_scale, row_penalty,
       soft_cap, smoothing, focal_gamma, z_loss, penalty_margin, penalty, penalty_share, penalty_mix, ignore_index,
       mean, wanted, gradient_scale=1.0):  # fmt: skip
     loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
@@ -111,7 +111,7 @@ def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_s
 
 
 @torch.library.register_fake("fusedloss::softmax_stats", lib=library)
-def _(logits, target, scale, bias, class_weight, label_logit, soft_cap, penalty_margin, ignore_index, want_uniform,
+def _(logits, target, scale, bias, class_weight, target_override, soft_cap, penalty_margin, ignore_index, want_uniform,
       want_hinge, want_prediction):  # fmt: skip
     empty = logits.new_empty(0, dtype=compute_dtype(logits.dtype))
     prediction = _rows(logits, torch.int64) if want_prediction else empty.to(torch.int64)
@@ -120,8 +120,8 @@ def _(logits, target, scale, bias, class_weight, label_logit, soft_cap, penalty_
     return *statistics, prediction, confidence
 
 
-@torch.library.register_fake("fusedloss::softmax_sweep", lib=library)
-def _(logits, target, scale, bias, class_weight, label_logit, label_slope, row_max, row_sum, rest, soft_cap,
+@torch.library.register_fake("fusedloss::softmax_stats_backward", lib=library)
+def _(logits, target, scale, bias, class_weight, target_override, target_override_grad, row_max, row_sum, rest, soft_cap,
       penalty_margin, ignore_index, grad_log_sum_exp, grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest,
       grad_hinge, wanted):  # fmt: skip
     return _gradient_shapes(logits, wanted)
@@ -143,11 +143,11 @@ class _SoftmaxCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
     @staticmethod
-    def forward(ctx, logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale,
+    def forward(ctx, logits, target, scale, bias, class_weight, target_override, target_override_grad, row_smoothing, row_scale,
                 row_penalty, soft_cap, options):  # fmt: skip
-        tensors = (logits, target, scale, bias, class_weight, label_logit, label_slope, row_smoothing, row_scale,
+        tensors = (logits, target, scale, bias, class_weight, target_override, target_override_grad, row_smoothing, row_scale,
                    row_penalty)  # fmt: skip
-        wanted = _wanted(logits, scale, bias, row_smoothing, label_logit, row_penalty)
+        wanted = _wanted(logits, scale, bias, row_smoothing, target_override, row_penalty)
         ctx.compiling = compiling = torch.compiler.is_compiling()
         written = 1.0 if compiling or logits.is_cuda else expected_upstream()
         ctx.numbers = numbers = (soft_cap, *options, wanted, written)
@@ -180,8 +180,8 @@ class _SoftmaxCE(torch.autograd.Function):
             return gradients[0], None, None, None, None, None, None, None, row_scale, None, None, None
         found = iter(gradients)
         logits, scale, bias = _of_logits(found, wanted, need)
-        smoothing, label_logit, penalty = [next(found) if want else None for want in wanted[2:]]
-        return logits, None, scale, bias, None, label_logit, None, smoothing, row_scale, penalty, None, None
+        smoothing, target_override, penalty = [next(found) if want else None for want in wanted[2:]]
+        return logits, None, scale, bias, None, target_override, None, smoothing, row_scale, penalty, None, None
 
 
 class RowTensors(NamedTuple):
@@ -226,13 +226,15 @@ class _SoftmaxStatistics(torch.autograd.Function):
     """Saves two numbers per row; the backward sweeps the saved logits once."""
 
     @staticmethod
-    def forward(ctx, logits, target, scale, bias, class_weight, label_logit, label_slope, soft_cap, options):
-        inputs = LogitInputs(logits, target, scale, bias, class_weight, label_logit, label_slope, soft_cap)
+    def forward(
+        ctx, logits, target, scale, bias, class_weight, target_override, target_override_grad, soft_cap, options
+    ):
+        inputs = LogitInputs(logits, target, scale, bias, class_weight, target_override, target_override_grad, soft_cap)
         found = _statistics(inputs, options)
         ctx.mark_non_differentiable(found.row_max, found.row_sum, found.prediction, found.confidence)
         ctx.set_materialize_grads(False)
         ctx.soft_cap, ctx.options = soft_cap, options
-        ctx.wanted = _wanted(logits, scale, bias, label_logit)
+        ctx.wanted = _wanted(logits, scale, bias, target_override)
         ctx.save_for_backward(*_tensors(inputs), found.row_max, found.row_sum, found.rest)
         return tuple(found)
 
@@ -244,7 +246,7 @@ class _SoftmaxStatistics(torch.autograd.Function):
         statistics = (log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge)
         upstream = [None if gradient is None else gradient.contiguous() for gradient in statistics]
         numbers = (ctx.soft_cap, ctx.options.penalty_margin, ctx.options.ignore_index)
-        found = iter(call("softmax_ce", "softmax_sweep", *saved, *numbers, *upstream, ctx.wanted))
+        found = iter(call("softmax_ce", "softmax_stats_backward", *saved, *numbers, *upstream, ctx.wanted))
         grad_logits, grad_scale, grad_bias = _of_logits(found, ctx.wanted, ctx.needs_input_grad)
         grad_label = next(found) if ctx.wanted[2] else None
         return grad_logits, None, grad_scale, grad_bias, None, grad_label, None, None, None

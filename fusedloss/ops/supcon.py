@@ -1,6 +1,6 @@
 """Supervised contrast of rows with each other, forward and backward without the matrix of similarities.
 
-``supcon_stats``  the loss of each anchor; ``supcon_sweep`` carries any upstream gradient of it back.
+``supcon_stats``  the loss of each anchor; ``supcon_backward`` carries any upstream gradient of it back.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ library.define(
     " Tensor temperature, int anchors, bool unit) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "supcon_sweep(Tensor features, Tensor codes, Tensor? mask, Tensor? weights, Tensor per_positive,"
+    "supcon_backward(Tensor features, Tensor codes, Tensor? mask, Tensor? weights, Tensor per_positive,"
     " Tensor temperature, Tensor row_shift, Tensor row_sum, Tensor upstream, int anchors, int learned, bool unit,"
     " bool[] wanted) -> Tensor[]"
 )
-for _function in ("supcon_stats", "supcon_sweep"):
+for _function in ("supcon_stats", "supcon_backward"):
     answer("supcon", _function)
 
 
@@ -30,7 +30,7 @@ def _(features, codes, mask, weights, per_positive, temperature, anchors, unit):
     return tuple(features.new_empty(anchors) for _ in range(3))
 
 
-@torch.library.register_fake("fusedloss::supcon_sweep", lib=library)
+@torch.library.register_fake("fusedloss::supcon_backward", lib=library)
 def _(features, codes, mask, weights, per_positive, temperature, row_shift, row_sum, upstream, anchors, learned, unit,
       wanted):  # fmt: skip
     gradients = [torch.empty_like(features)] if wanted[0] else []
@@ -85,7 +85,7 @@ class _SupCon(torch.autograd.Function):
     def backward(ctx, upstream, _shift, _sum):
         need = ctx.needs_input_grad
         wanted = [need[0], need[5]]
-        found = iter(call("supcon", "supcon_sweep", *ctx.saved_tensors, upstream.contiguous(), *ctx.options, wanted))
+        found = iter(call("supcon", "supcon_backward", *ctx.saved_tensors, upstream.contiguous(), *ctx.options, wanted))
         gradients: list[Tensor | None] = [None] * 9
         for place in (0, 5):
             if need[place]:

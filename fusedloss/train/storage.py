@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss.features.durable import write_bytes
+from fusedloss.atomic_io import write_bytes
 
 
 class StorageError(OSError):

@@ -16,7 +16,7 @@ except ImportError as error:
     extension, load_error = None, str(error)
 
 
-def absent(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why these kernels can't answer on `device_type`, or None."""
     if device_type != "cpu":
         return "the C++ kernels take CPU tensors only"

@@ -5,30 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedloss.backends import linear_sweeps
+from fusedloss.backends.chunked import linear_ce as chunked
+from fusedloss.backends.chunked.head import LinearInputs
+from fusedloss.backends.chunked.linear_ce import LinearWanted
 from fusedloss.backends.cpp import extension, softmax_ce
 from fusedloss.backends.cpp.views import address, adjacent, rows_view
-from fusedloss.backends.linear_chunks import LinearInputs
-from fusedloss.backends.linear_sweeps import LinearWanted
 from fusedloss.backends.reference.class_stats import check_labels
 
 
 def linear_ce(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
     inputs, (*rest, wanted) = LinearInputs.first_of(arguments)
     _check_labels(inputs, rest[-2])
-    return linear_sweeps.linear_ce(_KERNELS, inputs, tuple(rest[:3]), tuple(rest[3:]), LinearWanted(*wanted))
+    return chunked.linear_ce(_KERNELS, inputs, tuple(rest[:3]), tuple(rest[3:]), LinearWanted(*wanted))
 
 
 def linear_stats(*arguments) -> tuple[Tensor, ...]:
     inputs, options = LinearInputs.first_of(arguments)
     _check_labels(inputs, options[1])
-    return linear_sweeps.linear_stats(_KERNELS, inputs, options)
+    return chunked.linear_stats(_KERNELS, inputs, options)
 
 
-def linear_sweep(*arguments) -> list[Tensor]:
+def linear_stats_backward(*arguments) -> list[Tensor]:
     inputs, rest = LinearInputs.first_of(arguments)
     saved, numbers, upstream, wanted = rest[:3], rest[3:5], rest[5:11], rest[11]
-    return linear_sweeps.linear_sweep(_KERNELS, inputs, saved, numbers, upstream, LinearWanted(*wanted))
+    return chunked.linear_stats_backward(_KERNELS, inputs, saved, numbers, upstream, LinearWanted(*wanted))
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -38,14 +38,14 @@ def row_norms(rows: Tensor) -> Tensor:
     return norm
 
 
-def label_products(
+def target_products(
     input: Tensor, weight: Tensor, target: Tensor, input_norm: Tensor | None, class_norm: Tensor | None,
     ignore_index: int,
 ) -> Tensor:  # fmt: skip
     check_labels(target, len(weight), ignore_index, "target")
     product = torch.empty(len(input), dtype=torch.float64)
     _, pairs = _pairs(input, weight, target, ignore_index, input_norm, class_norm, product)
-    extension.label_products(pairs, torch.get_num_threads())
+    extension.target_products(pairs, torch.get_num_threads())
     return product
 
 
@@ -60,7 +60,7 @@ def _label_gradients(
     inputs: LinearInputs, ignore_index: int, slope: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> None:
     norms = (inputs.input_norm, inputs.class_norm)
-    _kept, pairs = _pairs(inputs.input, inputs.weight, inputs.target, ignore_index, *norms, inputs.label_product)
+    _kept, pairs = _pairs(inputs.input, inputs.weight, inputs.target, ignore_index, *norms, inputs.target_product)
     is_double = inputs.compute_dtype == torch.float64
     places = (address(input), address(weight))
     extension.label_gradients(pairs, slope.data_ptr(), places, is_double, torch.get_num_threads())
@@ -71,7 +71,7 @@ def _prepared(fresh: Tensor) -> Tensor:
     return fresh
 
 
-_KERNELS = linear_sweeps.Kernels(softmax_ce, _project_rows, _label_gradients, _prepared)
+_KERNELS = chunked.Kernels(softmax_ce, _project_rows, _label_gradients, _prepared)
 
 
 def _check_labels(inputs: LinearInputs, ignore_index: int) -> None:

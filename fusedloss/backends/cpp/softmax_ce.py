@@ -1,4 +1,4 @@
-"""softmax_ce, softmax_stats and softmax_sweep on the CPU: outputs allocated here, filled by csrc/softmax_ce.inl."""
+"""softmax_ce, softmax_stats and softmax_stats_backward on the CPU: outputs allocated here, filled by csrc/softmax_ce.inl."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fusedloss.backends.cpp.views import address, compute_dtype, rows_view
 
 def softmax_ce(
     logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    label_logit: Tensor | None, label_slope: Tensor | None, row_smoothing: Tensor | None, row_scale: Tensor | None,
+    target_override: Tensor | None, target_override_grad: Tensor | None, row_smoothing: Tensor | None, row_scale: Tensor | None,
     row_penalty: Tensor | None, soft_cap: float, smoothing: float, focal_gamma: float, z_loss: float,
     penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool, ignore_index: int, mean: bool,
     wanted: list[bool], gradient_scale: float = 1.0, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     dtype = compute_dtype(logits)
     target, inputs = _inputs(
-        logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, label_slope
+        logits, target, scale, bias, class_weight, ignore_index, soft_cap, target_override, target_override_grad
     )
     loss = torch.empty((), dtype=dtype)
     row_loss = torch.empty(_rows_shape(logits), dtype=dtype)
@@ -46,10 +46,10 @@ def softmax_ce(
 
 def softmax_stats(
     logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    label_logit: Tensor | None, soft_cap: float, penalty_margin: float, ignore_index: int, want_uniform: bool,
+    target_override: Tensor | None, soft_cap: float, penalty_margin: float, ignore_index: int, want_uniform: bool,
     want_hinge: bool, want_prediction: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, None)
+    _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index, soft_cap, target_override, None)
     shape = _rows_shape(logits)
     dtype = compute_dtype(logits)
     wanted = (True, True, True, True, True, want_uniform, True, want_hinge, want_prediction)
@@ -62,18 +62,20 @@ def softmax_stats(
     return *statistics, prediction, confidence
 
 
-def softmax_sweep(
+def softmax_stats_backward(
     logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    label_logit: Tensor | None, label_slope: Tensor | None, row_max: Tensor, row_sum: Tensor, rest: Tensor,
+    target_override: Tensor | None, target_override_grad: Tensor | None, row_max: Tensor, row_sum: Tensor, rest: Tensor,
     soft_cap: float, penalty_margin: float, ignore_index: int, grad_log_sum_exp: Tensor | None,
     grad_target_logit: Tensor | None, grad_cross_entropy: Tensor | None, grad_uniform: Tensor | None,
     grad_rest: Tensor | None, grad_hinge: Tensor | None, wanted: list[bool], in_place: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    _, inputs = _inputs(logits, target, scale, bias, class_weight, ignore_index, soft_cap, label_logit, label_slope)
+    _, inputs = _inputs(
+        logits, target, scale, bias, class_weight, ignore_index, soft_cap, target_override, target_override_grad
+    )
     gradients, places = _gradients(logits, wanted, compute_dtype(logits), in_place)
     label_gradient = torch.empty_like(row_max) if wanted[2] else None
     upstream = (grad_log_sum_exp, grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest, grad_hinge)
-    extension.softmax_sweep(
+    extension.softmax_stats_backward(
         inputs,
         penalty_margin,
         (row_max.data_ptr(), row_sum.data_ptr(), rest.data_ptr()),
@@ -90,13 +92,13 @@ def _rows_shape(logits: Tensor) -> tuple[int, ...]:
 
 def _inputs(
     logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    ignore_index: int, soft_cap: float, label_logit: Tensor | None, label_slope: Tensor | None,
+    ignore_index: int, soft_cap: float, target_override: Tensor | None, target_override_grad: Tensor | None,
 ) -> tuple[Tensor, tuple]:  # fmt: skip
     """The target as the kernels take it (keep it alive), and the tuple that bind_softmax_ce.cpp unpacks."""
-    if label_logit is not None:
-        _check_per_row("label_logit", label_logit, logits)
-    if label_slope is not None:
-        _check_per_row("label_slope", label_slope, logits)
+    if target_override is not None:
+        _check_per_row("target_override", target_override, logits)
+    if target_override_grad is not None:
+        _check_per_row("target_override_grad", target_override_grad, logits)
     if target.is_floating_point():
         if target.dtype != logits.dtype and torch.float64 in (target.dtype, logits.dtype):
             target = target.to(logits.dtype)
@@ -106,7 +108,7 @@ def _inputs(
         where = target.data_ptr()
     return target, (
         rows_view(logits), where, address(scale), address(bias), address(class_weight),
-        ignore_index, soft_cap, address(label_logit), address(label_slope),
+        ignore_index, soft_cap, address(target_override), address(target_override_grad),
     )  # fmt: skip
 
 

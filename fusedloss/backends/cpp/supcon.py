@@ -46,7 +46,7 @@ def supcon_stats(
     return loss.to(features.dtype), shift[:anchors].clone(), sums[0].to(features.dtype)
 
 
-def supcon_sweep(
+def supcon_backward(
     features: Tensor,
     codes: Tensor,
     mask: Tensor | None,
@@ -75,7 +75,7 @@ def supcon_sweep(
     gradient = torch.zeros_like(features)
     moment = 0.0
     for panel, similarity in panels:
-        moment += extension.supcon_sweep(panel, panels.is_double, places, torch.get_num_threads())
+        moment += extension.supcon_backward(panel, panels.is_double, places, torch.get_num_threads())
         if not wanted[0]:
             continue
         rows, columns = panel[1], min(learned - panel[1], similarity.shape[1])
@@ -180,7 +180,7 @@ def _sweep_of_kept(kept, features, codes, weights, per_positive, temperature, ro
     weights = None if weights is None else weights[:, kept].contiguous()
     rows = (per_positive[of_anchors], temperature, row_shift[of_anchors], row_sum[of_anchors], upstream[of_anchors])
     counts = (len(of_anchors), int((kept < learned).sum()))
-    found = supcon_sweep(features[kept], codes[kept], None, weights, *rows, *counts, unit, wanted)
+    found = supcon_backward(features[kept], codes[kept], None, weights, *rows, *counts, unit, wanted)
     if wanted[0]:
         found[0] = torch.zeros_like(features).index_copy_(0, kept, found[0])
     return found

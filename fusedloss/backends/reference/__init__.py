@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def absent(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """None: the formulas run on every device."""
     return None

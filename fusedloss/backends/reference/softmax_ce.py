@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedloss.rows import Statistics
+from fusedloss.core.row_loss import Statistics
 from fusedloss.terms import MarginTerm, Term, per_class, widened
 
 

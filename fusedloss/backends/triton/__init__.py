@@ -8,7 +8,7 @@ import os
 import torch
 
 
-def absent(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why these kernels can't answer on `device_type`, or None when they can; Triton is not imported."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"

@@ -28,8 +28,8 @@ class Inputs(NamedTuple):
     scale: Any
     bias: Any
     class_weight: Any
-    label_logit: Any  # one value per row, in place of z at the label
-    label_slope: Any  # d label_logit / dx of the label
+    target_override: Any  # one value per row, in place of z at the label
+    target_override_grad: Any  # d target_override / dx of the label
 
 
 class Rows(NamedTuple):
@@ -141,7 +141,7 @@ def read_block(
     if CAP is not None:
         x = CAP(x, soft_cap, T)
     z = tl.where(inside, affine(x, inputs.scale, inputs.bias, classes[None, :], inside), float("-inf"))
-    if inputs.label_logit is not None:
+    if inputs.target_override is not None:
         z = tl.where(is_label(classes, label), label.logit[:, None], z)
     weight = inside.to(T)
     if inputs.class_weight is not None:
@@ -176,12 +176,12 @@ def read_label(
         if inputs.class_weight is not None:
             weight = tl.load(inputs.class_weight + label, mask=inside, other=0.0)
         plain = logit
-        if inputs.label_logit is not None:
+        if inputs.target_override is not None:
             # A row without a label has nothing apart from the rest.
             plain = tl.where(inside, logit, float("-inf"))
-            logit = tl.load(inputs.label_logit + rows.index, mask=inside, other=float("-inf"))
+            logit = tl.load(inputs.target_override + rows.index, mask=inside, other=float("-inf"))
         slope = logit
-        if inputs.label_slope is not None:
-            slope = tl.load(inputs.label_slope + rows.index, mask=inside, other=0.0)
+        if inputs.target_override_grad is not None:
+            slope = tl.load(inputs.target_override_grad + rows.index, mask=inside, other=0.0)
         index = tl.where(inside, label, -1).to(tl.int32)
         return Label(index, logit, weight, kept, kept & (inside == 0), plain, slope)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss.backends import linear_sweeps
-from fusedloss.backends.linear_chunks import ChunkedHead, LinearInputs
-from fusedloss.backends.linear_sweeps import LinearWanted
-from fusedloss.rows import Row, Statistics
+from fusedloss.backends.chunked import linear_ce as chunked
+from fusedloss.backends.chunked.head import ChunkedHead, LinearInputs
+from fusedloss.backends.chunked.linear_ce import LinearWanted
+from fusedloss.core.row_loss import Row, Statistics
 
 from . import launch, linear_rows, linear_tiles, softmax_ce
 from .linear_tiles import Head, RowCoefficients
@@ -22,7 +22,7 @@ def linear_ce(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
     penalised = options[4] != 0 or per_row[2] is not None
     if _tiled(inputs) and not penalised:
         return _tiled_loss(inputs, per_row, options, flags)
-    return linear_sweeps.linear_ce(_KERNELS, inputs, per_row, options, flags)
+    return chunked.linear_ce(_KERNELS, inputs, per_row, options, flags)
 
 
 def linear_stats(*arguments) -> tuple[Tensor, ...]:
@@ -30,15 +30,15 @@ def linear_stats(*arguments) -> tuple[Tensor, ...]:
     _, ignore_index, want_uniform, want_hinge, want_prediction = options
     if _tiled(inputs) and not want_hinge and not want_prediction:
         return _TiledRows(inputs, ignore_index).statistics(want_uniform)
-    return linear_sweeps.linear_stats(_KERNELS, inputs, options)
+    return chunked.linear_stats(_KERNELS, inputs, options)
 
 
-def linear_sweep(*arguments) -> list[Tensor]:
+def linear_stats_backward(*arguments) -> list[Tensor]:
     inputs, rest = LinearInputs.first_of(arguments)
     saved, numbers, upstream, flags = rest[:3], rest[3:5], rest[5:11], LinearWanted(*rest[11])
     if _tiled(inputs) and upstream[5] is None:
         return _TiledRows(inputs, numbers[1]).sweep(saved, upstream[:5], flags)
-    return linear_sweeps.linear_sweep(_KERNELS, inputs, saved, numbers, upstream, flags)
+    return chunked.linear_stats_backward(_KERNELS, inputs, saved, numbers, upstream, flags)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -46,12 +46,14 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.where(norm == 0, torch.inf, norm)
 
 
-def label_products(
+def target_products(
     input: Tensor, weight: Tensor, target: Tensor, input_norm: Tensor | None, class_norm: Tensor | None,
     ignore_index: int,
 ) -> Tensor:  # fmt: skip
     product = torch.empty(len(input), dtype=torch.float64, device=input.device)
-    linear_rows.label_products(_pairs(input, weight, target, ignore_index, input_norm, class_norm, product), len(input))
+    linear_rows.target_products(
+        _pairs(input, weight, target, ignore_index, input_norm, class_norm, product), len(input)
+    )
     return product
 
 
@@ -59,7 +61,7 @@ def _label_gradients(
     inputs: LinearInputs, ignore_index: int, slope: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> None:
     norms = (inputs.input_norm, inputs.class_norm)
-    pairs = _pairs(inputs.input, inputs.weight, inputs.target, ignore_index, *norms, inputs.label_product)
+    pairs = _pairs(inputs.input, inputs.weight, inputs.target, ignore_index, *norms, inputs.target_product)
     linear_rows.add_label_gradients(pairs, slope.contiguous(), input, weight)
 
 
@@ -78,7 +80,7 @@ def _labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.where(named, target, -1).contiguous()
 
 
-_KERNELS = linear_sweeps.Kernels(softmax_ce, linear_rows.project_rows, _label_gradients, lambda fresh: fresh)
+_KERNELS = chunked.Kernels(softmax_ce, linear_rows.project_rows, _label_gradients, lambda fresh: fresh)
 
 
 def _tiled(inputs: LinearInputs) -> bool:
@@ -93,23 +95,23 @@ class _TiledRows:
 
     def __init__(self, inputs: LinearInputs, ignore_index: int) -> None:
         self.inputs, self.ignore_index = inputs, ignore_index
-        self.chunked = ChunkedHead(inputs, lambda fresh: fresh)
+        self.head_chunks = ChunkedHead(inputs, lambda fresh: fresh)
         self.kept = inputs.target != ignore_index
         everything = slice(0, len(inputs.input))
         num_classes, width = inputs.weight.shape
         self.label = torch.where(self.kept, inputs.target, 0).clamp(0, num_classes - 1)
         _check_labels(inputs, ignore_index)
         self.head = Head(
-            self.chunked.rows(everything).contiguous(),
-            self.chunked.operand.contiguous(),
+            self.head_chunks.rows(everything).contiguous(),
+            self.head_chunks.operand.contiguous(),
             len(inputs.input),
             num_classes,
             width,
             _labels(inputs.target, num_classes, ignore_index),
-            self.chunked.scale,
+            self.head_chunks.scale,
             inputs.bias,
             inputs.class_weight,
-            inputs.label_logit,
+            inputs.target_override,
         )
         class_weight = inputs.class_weight
         self.label_weight = torch.ones_like(self.kept, dtype=torch.float32) if class_weight is None else (
@@ -119,8 +121,8 @@ class _TiledRows:
         """In the order of softmax_stats; hinge, prediction and confidence are empty."""
         inputs, kept = self.inputs, self.kept
         top, rest_sum, uniform_z, label_z = linear_tiles.tile_sums(self.head, want_uniform).double()
-        if inputs.label_logit is not None:
-            label_z = inputs.label_logit.double()
+        if inputs.target_override is not None:
+            label_z = inputs.target_override.double()
         label_z = torch.where(kept, label_z, -torch.inf)
         row_max = torch.maximum(top, label_z)
         shift = torch.where(row_max == -torch.inf, 0.0, row_max)
@@ -151,10 +153,10 @@ class _TiledRows:
     def sweep(
         self, saved: tuple[Tensor, ...], upstream: tuple[Tensor | None, ...], wanted: LinearWanted
     ) -> list[Tensor]:
-        """The wanted gradients of input, weight, scale, bias and label_logit."""
+        """The wanted gradients of input, weight, scale, bias and target_override."""
         inputs, head = self.inputs, self.head
         coefficients, label_gradient = self._coefficients(saved, upstream)
-        walk = linear_sweeps.Walk(_KERNELS, inputs, wanted, self.chunked)
+        walk = chunked.Walk(_KERNELS, inputs, wanted, self.head_chunks)
         uniform = upstream[3] is not None
         if wanted.input:
             walk.sums.input = linear_tiles.input_gradient(head, coefficients, uniform)
@@ -196,9 +198,9 @@ class _TiledRows:
     def _label_slope(self, at_label: Tensor) -> Tensor:
         """dL/dproduct of the label as the tiles take it: 0 where it goes beside them."""
         inputs = self.inputs
-        if inputs.label_slope is not None:
-            return torch.zeros_like(at_label) if self.chunked.normalized else at_label * inputs.label_slope
-        return at_label if self.chunked.scale is None else at_label * self.chunked.scale[self.label]
+        if inputs.target_override_grad is not None:
+            return torch.zeros_like(at_label) if self.head_chunks.normalized else at_label * inputs.target_override_grad
+        return at_label if self.head_chunks.scale is None else at_label * self.head_chunks.scale[self.label]
 
 
 def _tiled_loss(
@@ -212,7 +214,7 @@ def _tiled_loss(
     found = [value.detach() for value in rows.statistics(row.smooths)]
     scale = row_scale
     if mean:
-        share = linear_sweeps.denominator(inputs, ignore_index).reciprocal().float()
+        share = chunked.denominator(inputs, ignore_index).reciprocal().float()
         scale = share.expand(len(inputs.input)) if scale is None else scale * share
     with torch.enable_grad():
         fields: dict[str, Any] = dict(zip(("log_sum_exp", "target_logit", "cross_entropy", "uniform", "rest"),
@@ -243,7 +245,7 @@ def _mean_or_sum(
     row_loss: Tensor, row_scale: Tensor | None, inputs: LinearInputs, ignore_index: int, mean: bool
 ) -> Tensor:
     total = (row_loss if row_scale is None else row_loss * row_scale).double().sum()
-    return (total / linear_sweeps.denominator(inputs, ignore_index) if mean else total).float()
+    return (total / chunked.denominator(inputs, ignore_index) if mean else total).float()
 
 
 def _check_labels(inputs: LinearInputs, ignore_index: int) -> None:

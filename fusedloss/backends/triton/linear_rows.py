@@ -129,7 +129,7 @@ def project_rows(rows: Tensor, norm: Tensor, gradient: Tensor, divide: bool) -> 
     _start(project_kernel, len(rows), (rows, norm, gradient, rows.shape[1]), rows, DIVIDE=divide)
 
 
-def label_products(pairs: Pairs, rows: int) -> None:
+def target_products(pairs: Pairs, rows: int) -> None:
     """Fills ``pairs.product``."""
     _start(product_kernel, rows, (pairs,), pairs.input)
 

@@ -33,7 +33,7 @@ class Head(NamedTuple):
     scale: Any
     bias: Any
     class_weight: Any
-    label_logit: Any
+    target_override: Any
 
 
 class RowCoefficients(NamedTuple):
@@ -97,7 +97,7 @@ def tile_sums_kernel(head, found, blocks_per_share, UNIFORM: tl.constexpr, DOT: 
         right = block * COLUMNS + tl.arange(0, COLUMNS)
         z = logits_of(head, products(head, left, right, DOT, ROWS, COLUMNS, STEP), right)
         is_label = right[None, :] == label[:, None]
-        if head.label_logit is None:
+        if head.target_override is None:
             label_z += tl.sum(tl.where(is_label, z, 0.0), 1)
         if UNIFORM:
             weight = class_weights(head, right)[None, :]
@@ -132,7 +132,7 @@ def slopes_of(head, rows, left, right, product, UNIFORM: tl.constexpr):
     is_label = right[None, :] == label[:, None]
     at_label = tl.load(rows.label + left, mask=valid, other=0.0)
     of_z = 0.0 * at_label
-    if head.label_logit is None:
+    if head.target_override is None:
         of_z = tl.load(rows.label_z + left, mask=valid, other=0.0)
     return tl.where(is_label, of_z[:, None], slope), tl.where(is_label, at_label[:, None], scaled)
 

@@ -1,6 +1,6 @@
 """What becomes of a row once its sums are known: its loss, and the slopes that are written over its classes.
 
-Twin of fusedloss/rows.py. A row function takes the rows' sums, the hinge's or None, labels, the scalars and its
+Twin of fusedloss/core/row_loss.py. A row function takes the rows' sums, the hinge's or None, labels, the scalars and its
 own arguments, stores what it computes and returns the rows' Slopes; a kernel gets it as a constant.
 """
 

@@ -119,7 +119,7 @@ def write_gradient(
         slope = slope * ((1.0 - ratio) * (1.0 + ratio))
     if inputs.scale is not None:
         slope = slope * tl.load(inputs.scale + classes[None, :], mask=inside, other=0.0)
-    if inputs.label_slope is not None:
+    if inputs.target_override_grad is not None:
         slope = tl.where(is_label(classes, label), (slopes.at_target * label.slope)[:, None], slope)
     place = addresses(
         outputs.gradient, outputs.outer_step, outputs.inner_step, outputs.class_step, rows, classes, ALIGN

@@ -25,7 +25,7 @@ _NOT_SAVED = Saved(None, None, None)
 
 def softmax_ce(
     logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    label_logit: Tensor | None, label_slope: Tensor | None, row_smoothing: Tensor | None,
+    target_override: Tensor | None, target_override_grad: Tensor | None, row_smoothing: Tensor | None,
     row_scale: Tensor | None, row_penalty: Tensor | None, soft_cap: float, smoothing: float, focal_gamma: float,
     z_loss: float, penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool,
     ignore_index: int, mean: bool, wanted: Sequence[bool], gradient_scale: float = 1.0, in_place: bool = False,
@@ -33,7 +33,7 @@ def softmax_ce(
     """The scalar loss, the loss of each row, and the gradients that are wanted of the scalar one."""
     want_logits, want_columns, *want_rows = wanted
     call = _Call(
-        _Problem(logits, target, scale, bias, class_weight, label_logit, label_slope), ignore_index, want_logits,
+        _Problem(logits, target, scale, bias, class_weight, target_override, target_override_grad), ignore_index, want_logits,
         # Programs that own classes read logits which others have written over.
         in_place and not want_columns,
     )  # fmt: skip
@@ -66,11 +66,11 @@ def softmax_ce(
 
 def softmax_stats(
     logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    label_logit: Tensor | None, soft_cap: float, penalty_margin: float, ignore_index: int, want_uniform: bool,
+    target_override: Tensor | None, soft_cap: float, penalty_margin: float, ignore_index: int, want_uniform: bool,
     want_hinge: bool, want_prediction: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The statistics of each row, in the order of the schema."""
-    call = _Call(_Problem(logits, target, scale, bias, class_weight, label_logit), ignore_index, want_logits=False)
+    call = _Call(_Problem(logits, target, scale, bias, class_weight, target_override), ignore_index, want_logits=False)
     call.check_labels()
     found = StatisticsArguments(
         row_max=call.new_rows(),
@@ -93,9 +93,9 @@ def softmax_stats(
     return tuple(found._replace(**absent))
 
 
-def softmax_sweep(
+def softmax_stats_backward(
     logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    label_logit: Tensor | None, label_slope: Tensor | None, row_max: Tensor, row_sum: Tensor, rest: Tensor,
+    target_override: Tensor | None, target_override_grad: Tensor | None, row_max: Tensor, row_sum: Tensor, rest: Tensor,
     soft_cap: float, penalty_margin: float, ignore_index: int, grad_log_sum_exp: Tensor | None,
     grad_target_logit: Tensor | None, grad_cross_entropy: Tensor | None, grad_uniform: Tensor | None,
     grad_rest: Tensor | None, grad_hinge: Tensor | None, wanted: Sequence[bool], in_place: bool = False,
@@ -103,7 +103,7 @@ def softmax_sweep(
     """Gradients under any upstream gradients; long rows are read once from the saved sums, twice with a hinge."""
     want_logits, want_columns, want_label = wanted
     call = _Call(
-        _Problem(logits, target, scale, bias, class_weight, label_logit, label_slope), ignore_index, want_logits,
+        _Problem(logits, target, scale, bias, class_weight, target_override, target_override_grad), ignore_index, want_logits,
         # Programs that own classes read logits which others have written over.
         in_place and not want_columns,
     )  # fmt: skip
@@ -138,8 +138,8 @@ class _Problem(NamedTuple):
     scale: Tensor | None
     bias: Tensor | None
     class_weight: Tensor | None
-    label_logit: Tensor | None = None
-    label_slope: Tensor | None = None
+    target_override: Tensor | None = None
+    target_override_grad: Tensor | None = None
 
 
 class _Call:
@@ -276,7 +276,7 @@ class _Call:
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any
     ) -> None:
-        if self.extras or self.inputs.label_logit is not None:
+        if self.extras or self.inputs.target_override is not None:
             # The assembler would spill a few values to fit in more programs.
             constants["maxnreg"] = launch.most_registers(tile.warps)
         dtype = launch.triton_dtype(self.dtype)

@@ -45,7 +45,7 @@ def tile_in_registers(
     """Rows of one block: sums, hinge, row function and gradient from one read of the logits."""
     num_classes = sizes.class_units * ALIGN
     SOFT: tl.constexpr = inputs.labels is None
-    STAND_IN: tl.constexpr = inputs.label_logit is not None
+    STAND_IN: tl.constexpr = inputs.target_override is not None
     rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
     label = read_label(inputs, rows, num_classes, ignore_index, scalars.soft_cap, CAP, T, ALIGN)
     classes = tl.arange(0, BLOCK)
@@ -78,7 +78,7 @@ def tile_in_steps(
     """Longer rows, block by block: a pass for the sums, one for a hinge, and another for the gradient."""
     num_classes = sizes.class_units * ALIGN
     SOFT: tl.constexpr = inputs.labels is None
-    STAND_IN: tl.constexpr = inputs.label_logit is not None
+    STAND_IN: tl.constexpr = inputs.target_override is not None
     rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
     label = read_label(inputs, rows, num_classes, ignore_index, scalars.soft_cap, CAP, T, ALIGN)
     sums = no_sums(rows, T)
@@ -155,7 +155,7 @@ def column_kernel(
     """Gradient and column sums of a block of classes over a run of tiles, from the slopes of row_kernel."""
     num_classes = sizes.class_units * ALIGN
     SOFT: tl.constexpr = inputs.labels is None
-    STAND_IN: tl.constexpr = inputs.label_logit is not None
+    STAND_IN: tl.constexpr = inputs.target_override is not None
     classes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scale_sum = tl.zeros([ROWS, BLOCK], T)
     bias_sum = tl.zeros([ROWS, BLOCK], T)

@@ -1,4 +1,4 @@
-"""Row functions of softmax_stats and softmax_sweep; see ``rows``."""
+"""Row functions of softmax_stats and softmax_stats_backward; see ``rows``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StatisticsArguments(NamedTuple):
 
 
 class SweepArguments(NamedTuple):
-    """Saved statistics and upstream gradients of softmax_sweep, dL/dlabel_logit; absent ones are None."""
+    """Saved statistics and upstream gradients of softmax_stats_backward, dL/dlabel_logit; absent ones are None."""
 
     row_max: Any
     row_sum: Any

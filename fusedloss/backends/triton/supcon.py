@@ -210,7 +210,7 @@ def supcon_stats(
     return loss, shift, total
 
 
-def supcon_sweep(
+def supcon_backward(
     features: Tensor,
     codes: Tensor,
     mask: Tensor | None,

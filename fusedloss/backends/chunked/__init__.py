@@ -1,0 +1,1 @@
+"""Linear heads over any softmax backend: chunks of logits between PyTorch's matrix products."""

@@ -1,0 +1,1 @@
+"""What every other layer builds on: the row's loss, checks, reductions."""

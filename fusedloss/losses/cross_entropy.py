@@ -1,0 +1,136 @@
+"""Cross-entropy as a module: it keeps class weights and the tensors of its terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedloss import functional
+from fusedloss.core.row_loss import MarginPenalty
+from fusedloss.functional import RowStatistics
+from fusedloss.losses.folding import check_linear, folded
+from fusedloss.losses.registered_terms import StepWatch, current, registered
+from fusedloss.terms import AffineTerm, Prior, Term
+
+
+class CrossEntropyLoss(nn.Module):
+    """``torch.nn.CrossEntropyLoss`` with terms, focal, z-loss and sample weights: ``fusedloss.cross_entropy`` kept.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in ``torch.nn.CrossEntropyLoss``;
+            `size_average` and `reduce` were retired there and must stay None.
+        terms: what changes the logit (``fusedloss.terms``). Their tensors are registered here: a Parameter as a
+            parameter, another tensor as a buffer, under ``terms.0.log_prior``.
+        focal_gamma, z_loss, margin_penalty, return_stats: as in ``fusedloss.cross_entropy``.
+
+    Shape:
+        input ``(K,)``, ``(B, K)`` or ``(B, K, d1, ...)``; target as in ``fusedloss.cross_entropy``; sample_weight the
+        target's shape or ``(B,)``. Returns a scalar, or the target's shape with ``reduction="none"``.
+
+    Example:
+        >>> import torch, fusedloss
+        >>> loss = fusedloss.CrossEntropyLoss(terms=[fusedloss.Prior(torch.tensor([0.9, 0.1]).log())])
+        >>> loss(torch.zeros(1, 2), torch.tensor([0]))
+        tensor(0.1054)
+        >>> list(loss.state_dict())
+        ['terms.0.log_prior']
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: None = None,
+        ignore_index: int = -100,
+        reduce: None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        terms: Sequence[Term] = (),
+        focal_gamma: float = 0.0,
+        z_loss: float = 0.0,
+        margin_penalty: MarginPenalty | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        if size_average is not None or reduce is not None:
+            raise ValueError("size_average and reduce were retired by torch; use reduction='mean', 'sum' or 'none'")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
+        if weight is not None and weight.device.type != "meta" and not bool((weight.detach() >= 0).all()):
+            raise ValueError("weight must be at least 0 for every class; got a negative value or NaN")
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.focal_gamma = focal_gamma
+        self.z_loss = z_loss
+        self.margin_penalty = margin_penalty
+        self.return_stats = return_stats
+        self.terms = registered(terms)
+        self._step_watch = StepWatch()
+
+    def forward(
+        self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
+        """The loss of logits `input` against `target`; see the class for shapes."""
+        if not torch.compiler.is_compiling():
+            self._step_watch.look(self)
+        return functional.cross_entropy(input, target, **self._options(sample_weight))
+
+    def fold_into(self, linear: nn.Linear, *, prior: bool = True) -> nn.Linear:
+        """A new ``nn.Linear`` whose outputs are this loss's logits, terms included: inference needs no fusedloss.
+
+        Args:
+            linear: the classification layer, ``(in_features, K)``; unchanged.
+            prior: False leaves ``Prior`` terms out. A model trained with one predicts the training frequencies with
+                it, and treats the classes alike without it.
+
+        Raises:
+            TypeError: `linear` is no ``nn.Linear``, or a term is not affine.
+
+        Example:
+            >>> import torch, fusedloss
+            >>> loss = fusedloss.CrossEntropyLoss(terms=[fusedloss.Scale(2.0)])
+            >>> layer = torch.nn.Linear(3, 4)
+            >>> x = torch.ones(1, 3)
+            >>> torch.allclose(loss.fold_into(layer)(x), 2 * layer(x))
+            True
+        """
+        check_linear("fold_into", linear)
+        terms = []
+        for term in self._terms():
+            if not isinstance(term, AffineTerm):
+                raise TypeError(f"fold_into: {type(term).__name__} is not affine and can't be folded into a layer")
+            term.check(linear.out_features)
+            if prior or not isinstance(term, Prior):
+                terms.append(term)
+        return folded(linear, tuple(terms))
+
+    def extra_repr(self) -> str:
+        shown = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "focal_gamma": 0.0, "z_loss": 0.0}
+        return ", ".join(
+            f"{name}={getattr(self, name)}" for name, usual in shown.items() if getattr(self, name) != usual
+        )
+
+    def _terms(self) -> tuple[Term, ...]:
+        return current(self.terms)
+
+    def _options(self, sample_weight: Tensor | None) -> dict[str, Any]:
+        """What this loss gives to the function that it keeps arguments of, beside inputs and target."""
+        return {
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "terms": self._terms(),
+            "focal_gamma": self.focal_gamma,
+            "z_loss": self.z_loss,
+            "margin_penalty": self.margin_penalty,
+            "sample_weight": sample_weight,
+            "return_stats": self.return_stats,
+        }

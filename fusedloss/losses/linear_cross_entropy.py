@@ -1,0 +1,102 @@
+"""A linear layer and its cross-entropy in one module, whose logits are never stored whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedloss import functional
+from fusedloss.functional import RowStatistics
+from fusedloss.losses.cross_entropy import CrossEntropyLoss
+
+
+class LinearCrossEntropyLoss(CrossEntropyLoss):
+    """``torch.nn.LinearCrossEntropyLoss`` with smoothing, terms, focal and more in the same memory.
+
+    Checkpoints interchange: parameters are ``linear.weight`` ``(K, D)`` and ``linear.bias``.
+
+    Args:
+        in_features: width D of the features.
+        num_classes: number of classes K.
+        out_features: further dimensions ``(d1, ...)`` of the logits ``(B, K, d1, ...)``; these logits are stored.
+        bias: whether the layer has one.
+        device, dtype: of the layer.
+        reduction, weight, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+        options: taken for torch's signature; chunks are chosen here.
+        normalize, sample_rate: as in ``fusedloss.linear_cross_entropy``.
+        keywords: those of ``CrossEntropyLoss``: terms, focal_gamma, z_loss, margin_penalty, return_stats.
+
+    Shape:
+        input ``(B, D)`` or ``(D,)``; target ``(B, d1, ...)``, ``()``, or probabilities of the logits' shape.
+
+    Example:
+        >>> import torch, fusedloss
+        >>> loss = fusedloss.LinearCrossEntropyLoss(8, 3, bias=True, label_smoothing=0.1)
+        >>> loss(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).backward()
+        >>> loss.logits(torch.randn(4, 8)).shape, list(loss.state_dict())
+        (torch.Size([4, 3]), ['linear.weight', 'linear.bias'])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: Sequence[int] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object = None,
+        normalize: bool = False,
+        sample_rate: float | None = None,
+        **keywords: Any,
+    ) -> None:
+        ignore_index = -100 if ignore_index is None else ignore_index
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, **keywords
+        )
+        self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
+        self.normalize, self.sample_rate = normalize, sample_rate
+        if self.out_features and (normalize or sample_rate is not None):
+            raise ValueError("out_features: normalize and sample_rate need logits (B, K); got further dimensions")
+        rows = num_classes * math.prod(self.out_features)
+        self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
+        """The loss of features `input` against `target`; see the class for shapes."""
+        if self.out_features:
+            return super().forward(self.logits(input), target, sample_weight)
+        if not torch.compiler.is_compiling():
+            self._step_watch.look(self)
+        return functional.linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            normalize=self.normalize,
+            sample_rate=self.sample_rate if self.training else None,
+            **self._options(sample_weight),
+        )
+
+    def logits(self, input: Tensor) -> Tensor:
+        """The layer's logits ``(B, K, d1, ...)`` before terms; cosines, plus bias, with `normalize`."""
+        if self.normalize:
+            cosine = functional.margin_logits(input, self.linear.weight, scale=1.0)
+            return cosine if self.linear.bias is None else cosine + self.linear.bias
+        logits = self.linear(input)
+        return logits.unflatten(-1, (self.num_classes, *self.out_features)) if self.out_features else logits
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, num_classes={self.num_classes}"
+        more = super().extra_repr()
+        return f"{sizes}, {more}" if more else sizes

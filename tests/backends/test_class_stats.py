@@ -1,0 +1,379 @@
+"""class_stats, every CPU backend and SIMD level, against the two-pass formula in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedloss import backends, ops
+from fusedloss.backends.cpp import extension, unavailable_reason
+
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="no compiled module"))
+BACKENDS = ["reference", CPP]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with backends.backend(request.param):
+        yield request.param
+
+
+def compute_dtype(features):
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def random_batch(rows, width, num_classes, dtype=torch.float32, offset=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(num_classes, width, generator=generator) + offset
+    labels = torch.randint(num_classes, (rows,), generator=generator)
+    features = centers[labels] + torch.randn(rows, width, generator=generator)
+    return features.to(dtype), labels
+
+
+def start(features, num_classes, seen=False):
+    """(shift, seen) of classes without a mean, or with one that is a little off."""
+    shift = torch.zeros(num_classes, features.shape[1], dtype=compute_dtype(features))
+    if seen:
+        shift += torch.randn(shift.shape, generator=torch.Generator().manual_seed(7), dtype=shift.dtype)
+    return shift, torch.full((num_classes,), int(seen))
+
+
+def two_pass(features, labels, num_classes):
+    """{class: (count, mean, scatter, variance)} in float64."""
+    found = {}
+    for label in labels.unique().tolist():
+        if 0 <= label < num_classes:
+            rows = features[labels == label].double()
+            variance = (rows - rows.mean(0)).square().mean(0)
+            found[label] = len(rows), rows.mean(0), variance.sum(), variance
+    return found
+
+
+def check_against_two_pass(features, labels, num_classes, shift, seen, ignore_index=-100, rtol=None):
+    """Mean and scatter that follow from the sums, for both kinds of squares; absent classes have zeros."""
+    kept = labels != ignore_index
+    expected = two_pass(features[kept], labels[kept], num_classes)
+    rtol = rtol or (1e-12 if features.dtype == torch.float64 else 1e-6)
+    for per_feature in (False, True):
+        used = shift.clone()
+        count, total, square = ops.class_stats(features, labels, used, seen, ignore_index, per_feature)
+        assert count.dtype == torch.int64 and total.dtype == square.dtype == shift.dtype
+        assert square.shape == (total.shape if per_feature else total.shape[:1])
+        present = torch.zeros(num_classes, dtype=torch.bool)
+        present[list(expected)] = True
+        assert not total[~present].any() and not square[~present].any() and not count[~present].any()
+        assert torch.equal(used[~present], shift[~present])
+        for label, (rows, mean, scatter, variance) in expected.items():
+            first = features[(labels == label).nonzero()[0, 0]].to(shift.dtype)
+            assert torch.equal(used[label], shift[label] if seen[label] else first)
+            deviation = total[label].double() / rows
+            found = square[label].double() / rows - (deviation.square() if per_feature else deviation.square().sum())
+            scale = (square[label].double() / rows).clamp(min=1e-300)
+            torch.testing.assert_close(used[label] + deviation, mean, rtol=1e-6, atol=1e-9 + rtol * 10)
+            assert ((found - (variance if per_feature else scatter)).abs() <= rtol * scale).all()
+            assert count[label] == rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "width", "num_classes"),
+    [(0, 3, 2), (1, 1, 1), (1, 40, 3), (7, 5, 7), (50, 67, 5), (900, 130, 1), (3000, 9, 4), (300, 64, 290)],
+)
+def test_sums_give_mean_and_scatter(backend, dtype, seen, rows, width, num_classes):
+    features, labels = random_batch(rows, width, num_classes, dtype)
+    check_against_two_pass(features, labels, num_classes, *start(features, num_classes, seen))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 63, 64, 65, 129, 700])
+def test_every_length_of_a_class(backend, rows):
+    features, labels = random_batch(rows + 3, 33, 1)
+    labels[rows:] = 1
+    check_against_two_pass(features, labels, 2, *start(features, 2))
+
+
+def test_all_labels_distinct(backend):
+    features, _ = random_batch(60, 17, 3)
+    labels = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    shift, seen = start(features, 60)
+    count, total, square = ops.class_stats(features, labels, shift, seen, -100, False)
+    assert (count == 1).all() and not total.any() and not square.any()
+    assert torch.equal(shift[labels], features)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_thousand_spreads_from_zero(backend, seen):
+    features, labels = random_batch(6000, 48, 10, offset=1000.0)
+    shift, count = start(features, 10, seen)
+    shift += 1000.0
+    check_against_two_pass(features, labels, 10, shift, count)
+
+
+@pytest.mark.parametrize("arrangement", ["sorted", "skewed", "reversed"])
+def test_order_of_the_rows_does_not_matter(backend, arrangement):
+    features, labels = random_batch(5000, 24, 20, offset=30.0)
+    if arrangement == "skewed":
+        labels[torch.rand(5000, generator=torch.Generator().manual_seed(3)) < 0.9] = 4
+    else:
+        order = labels.sort(descending=arrangement == "reversed").indices
+        features, labels = features[order], labels[order]
+    check_against_two_pass(features, labels, 20, *start(features, 20))
+
+
+def test_a_long_class_is_summed_to_half_a_unit_in_the_last_place(backend):
+    features = torch.rand(150_000, 40, generator=torch.Generator().manual_seed(0)) + 3.0
+    labels = torch.zeros(150_000, dtype=torch.int64)
+    shift, seen = torch.zeros(1, 40), torch.ones(1, dtype=torch.int64)
+    _, total, square = ops.class_stats(features, labels, shift, seen, -100, True)
+    torch.testing.assert_close(total[0].double(), features.double().sum(0), rtol=6.5e-8, atol=0)
+    torch.testing.assert_close(square[0].double(), features.double().square().sum(0), rtol=6.5e-8, atol=0)
+
+
+def test_a_wide_row_is_summed_without_drift(backend):
+    features = torch.rand(3, 70_001, generator=torch.Generator().manual_seed(0)) + 3.0
+    shift, seen = torch.zeros(1, 70_001), torch.ones(1, dtype=torch.int64)
+    _, _, square = ops.class_stats(features, torch.zeros(3, dtype=torch.int64), shift, seen, -100, False)
+    torch.testing.assert_close(square[0].double(), features.double().square().sum(), rtol=8e-8, atol=0)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 2, 77])
+def test_ignored_rows_are_left_out(backend, ignore_index):
+    features, labels = random_batch(80, 6, 5)
+    labels[::3] = ignore_index
+    features[::3] = float("nan")
+    check_against_two_pass(features, labels, 5, *start(features, 5), ignore_index=ignore_index)
+
+
+def test_all_rows_ignored(backend):
+    features, labels = random_batch(9, 6, 5)
+    shift, seen = start(features, 5)
+    found = ops.class_stats(features, torch.full_like(labels, -100), shift, seen, -100, False)
+    assert not any(part.any() for part in (*found, shift))
+
+
+@pytest.mark.parametrize("label", [-1, 5, -101, 2**40])
+def test_a_bad_label_names_its_row_and_changes_nothing(backend, label):
+    features, labels = random_batch(20, 6, 5)
+    labels[2], labels[11] = -100, label
+    shift, seen = start(features, 5)
+    with pytest.raises(IndexError, match=rf"labels: got label {label} at row 11; .* 0 to 4 and ignore_index=-100"):
+        ops.class_stats(features, labels, shift, seen, -100, False)
+    assert not shift.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_nan_stays_in_its_class(backend, value):
+    features, labels = random_batch(200, 19, 5)
+    clean = ops.class_stats(features, labels, *start(features, 5, True), -100, False)
+    features[50, 7] = value
+    found = ops.class_stats(features, labels, *start(features, 5, True), -100, False)
+    others = torch.arange(5) != labels[50]
+    assert torch.equal(found.sum[others], clean.sum[others])
+    assert torch.equal(found.square[others], clean.square[others])
+    assert not found.square[labels[50]].isfinite()
+    assert found.sum[labels[50]].isfinite().sum() == 18
+
+
+def strided(features, layout):
+    rows, width = features.shape
+    if layout == "transposed":
+        return features.t().contiguous().t()
+    if layout == "every other row":
+        return torch.stack([features, torch.full_like(features, float("nan"))], 1).flatten(0, 1)[::2]
+    if layout == "columns of a wider tensor":
+        return torch.nn.functional.pad(features, (3, 5), value=float("nan"))[:, 3 : 3 + width]
+    if layout == "every other column":
+        return torch.stack([features, torch.full_like(features, float("nan"))], 2).flatten(1)[:, ::2]
+    return features[:1].expand(rows, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "every other row", "columns of a wider tensor", "every other column", "expanded"]
+)
+def test_strides(backend, dtype, layout):
+    features, labels = random_batch(70, 37, 6, dtype)
+    features = strided(features, layout)
+    labels = torch.stack([labels, torch.full_like(labels, 99)], 1)[:, 0]
+    expected = ops.class_stats(features.clone(memory_format=torch.contiguous_format), labels.contiguous(),
+                               *start(features, 6, True), -100, True)  # fmt: skip
+    found = ops.class_stats(features, labels, *start(features, 6, True), -100, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_column_of_any_stride(backend):
+    features, labels = random_batch(40, 5, 3)
+    check_against_two_pass(features[:, 2:3], labels, 3, *start(features[:, :1], 3))
+
+
+def test_reruns_and_thread_counts_give_the_same_bits(backend):
+    features, labels = random_batch(6000, 50, 9)
+    labels[:4000] = 3
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (threads, threads, 1, 3, 7):
+            torch.set_num_threads(count)
+            shift, seen = start(features, 9)
+            results.append((shift, *ops.class_stats(features, labels, shift, seen, -100, False)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_any_shape(name, data):
+    rows, width, num_classes = (data.draw(st.integers(low, high)) for low, high in ((0, 300), (1, 90), (1, 30)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    features, labels = random_batch(rows, width, num_classes, dtype, seed=data.draw(st.integers(0, 9)))
+    ignored = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    labels[torch.rand(rows, generator=torch.Generator().manual_seed(rows)) < ignored] = -100
+    shift, seen = start(features, num_classes, data.draw(st.booleans()))
+    seen[data.draw(st.integers(0, num_classes - 1))] = data.draw(st.integers(0, 1))
+    with backends.backend(name):
+        check_against_two_pass(features, labels, num_classes, shift, seen)
+
+
+def advanced_in_double(before, batch, momentum):
+    """Count, mean, scatter and variance of each class after a batch, from the rows' own moments."""
+    (features, labels), (count, mean, scatter, variance) = batch, (part.clone() for part in before)
+    mean, variance = mean.double(), variance.double()
+    for label in labels.unique():
+        rows = features[labels == label].double()
+        new = int(count[label]) == 0
+        weight = len(rows) / (int(count[label]) + len(rows)) if momentum is None else 1.0 if new else momentum
+        center = rows.mean(0)
+        distance = torch.zeros_like(center) if new else (center - mean[label]).square()
+        spread = (rows - center).square().mean(0)
+        variance[label] += weight * (spread + (1 - weight) * distance - variance[label])
+        scatter[label] += weight * (spread.sum() + (1 - weight) * distance.sum() - scatter[label])
+        mean[label] = center if new else mean[label] + weight * (center - mean[label])
+        count[label] += len(rows)
+    return count, mean, scatter, variance
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [None, 0.3, 0.0, 1.0])
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("width", [1, 17, 300])
+def test_advance_is_the_moments_of_all_rows(name, dtype, momentum, per_feature, width):
+    num_classes = 7
+    count = torch.tensor([0, 4, 0, 9, 1, 0, 3])
+    mean = 1000 + torch.randn(num_classes, width, dtype=dtype)
+    variance = torch.rand(num_classes, width, dtype=dtype)
+    scatter = variance.double().sum(1)
+    batch = 1000 + torch.randn(60, width).to(dtype), torch.randint(num_classes - 2, (60,))
+    expected = advanced_in_double((count, mean, scatter, variance), batch, momentum)
+    state = ops.ClassState(count.clone(), mean.clone(), scatter.clone(), variance.clone() if per_feature else None)
+    with backends.backend(name):
+        shift = state.mean if per_feature else state.mean.clone()
+        found = ops.class_stats(*batch, shift, state.count, -100, per_feature)
+        ops.advance(state, found, shift, momentum)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    for got, wanted in zip(state, expected, strict=True):
+        if got is not None:
+            torch.testing.assert_close(got.double(), wanted.double(), **tolerance)
+    absent = torch.bincount(batch[1], minlength=num_classes) == 0
+    assert torch.equal(state.mean[absent], mean[absent])
+    assert torch.equal(state.scatter[absent], scatter[absent])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_advance_of_a_float32_state_by_float64_features(name):
+    state = ops.ClassState(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(2).double(), None)
+    features = torch.randn(10, 3, dtype=torch.float64)
+    with backends.backend(name):
+        shift = state.mean.double()
+        found = ops.class_stats(features, torch.zeros(10, dtype=torch.int64), shift, state.count, -100, False)
+        ops.advance(state, found, shift, None)
+    torch.testing.assert_close(state.mean[0], features.mean(0).float())
+    torch.testing.assert_close(state.scatter[0], features.var(0, correction=0).sum())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 300, 5000])
+def test_row_magnitudes_are_sums_of_magnitudes(name, dtype, width):
+    torch.manual_seed(width)
+    wide = (3 * torch.randn(7, 2 * width)).to(dtype)
+    for rows in (wide[:, :width], wide[:, ::2], wide[:0, :width], wide[:, :width].t().contiguous().t()):
+        with backends.backend(name):
+            found = ops.row_magnitudes(rows)
+        expected = rows.double().abs().sum(1)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-12 if dtype == torch.float64 else 3e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_row_magnitudes_of_nan_and_infinity_stay_in_their_rows(name):
+    rows = torch.ones(4, 33)
+    rows[1, 32], rows[2, 5] = float("nan"), -float("inf")
+    with backends.backend(name):
+        found = ops.row_magnitudes(rows)
+    torch.testing.assert_close(found, torch.tensor([33.0, float("nan"), float("inf"), 33.0]), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("label_dtype", [None, torch.int64, torch.uint8])
+def test_moments_of_the_values_kept(name, dtype, label_dtype):
+    values = (1000 + torch.randn(500)).to(dtype)[::2]
+    labels = None if label_dtype is None else (torch.arange(250) % 3).to(label_dtype)
+    kept = values if labels is None else values[labels != 2]
+    if labels is not None:
+        values[2] = float("nan")
+    with backends.backend(name):
+        count, mean, variance = ops.moments(values, labels, 2).tolist()
+        nothing = ops.moments(values[:0], None, 2).tolist()
+        assert ops.moments(values, torch.full((250,), 2), 2).tolist() == nothing == [0, 0, 0]
+    assert count == len(kept)
+    torch.testing.assert_close(mean, float(kept.double().mean()), rtol=1e-14, atol=0)
+    torch.testing.assert_close(variance, float(kept.double().var(correction=0)), rtol=1e-12, atol=0)
+
+
+HELD_TO_A_LEVEL = """
+import sys, torch
+from fusedloss import _C
+print(_C.level(), flush=True)
+import pytest
+selection = "cpp and (sums_give or length or spreads or long or wide or magnitudes or advance)"
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", selection, sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="no compiled module")
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_simd_level(level):
+    """Runs this file's checks of the arithmetic in a process that is held to the level."""
+    if level == extension.level():
+        pytest.skip(f"this process runs {level}")
+    run = subprocess.run(
+        [sys.executable, "-c", HELD_TO_A_LEVEL, __file__],
+        env={**os.environ, "FUSEDLOSS_SIMD": level},
+        capture_output=True,
+        text=True,
+    )
+    if "FUSEDLOSS_SIMD" in run.stderr:
+        pytest.skip(f"this processor or build has no {level}")
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert run.stdout.startswith(level)
+
+
+def test_the_op_is_well_formed():
+    features, labels = random_batch(20, 3, 4)
+    for per_feature in (False, True):
+        shift, seen = start(features, 4)
+        torch.library.opcheck(
+            torch.ops.fusedloss.class_stats.default, (features, labels, shift, seen, -100, per_feature)
+        )
+    torch.library.opcheck(torch.ops.fusedloss.row_magnitudes.default, (features,))
+    torch.library.opcheck(torch.ops.fusedloss.moments.default, (features[:, 0], labels, -100))

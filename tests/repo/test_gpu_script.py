@@ -1,0 +1,101 @@
+"""bench/gpu.sh without a GPU: its modes, and its steps with small sizes in Triton's interpreter."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.cases import Mismatch
+from bench.gpu import Case, Contest, agree, cases_of, parts_of, stems, values_of
+from bench.gpu.__main__ import markdown, measured
+from fusedloss.backends.triton import tuning
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(*arguments, **environment):
+    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run(
+        ["bench/gpu.sh", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_modes_cover_every_stem_that_has_cases_or_a_table(tmp_path):
+    modes = script("list", OUT=str(tmp_path)).stdout.split()
+    cases = {file.stem for file in (ROOT / "bench" / "gpu").glob("*.py")} - {"__init__", "__main__"}
+    assert {mode.split(":")[1] for mode in modes if mode.startswith("bench:")} == cases
+    assert {mode.split(":")[1] for mode in modes if mode.startswith("tune:")} == set(tuning.TABLES)
+    assert modes[:2] == ["build", "test:losses"] and modes[-1] == "report"
+
+
+def test_parts_are_modes_and_have_cases(tmp_path):
+    modes = script("list", OUT=str(tmp_path)).stdout.split()
+    for stem in stems():
+        parts = parts_of(stem)
+        assert [f"bench:{stem}:{part}" for part in parts] == [
+            mode for mode in modes if mode.startswith(f"bench:{stem}:")
+        ]
+        for small in (True, False):
+            assert cases_of(stem, small)
+            assert {case.part for case in cases_of(stem, small)} == set(parts or ("",))
+            assert all(cases_of(stem, small, part) for part in parts)
+
+
+def test_rivals_without_memory_or_with_wrong_values_have_no_time():
+    truth = (torch.tensor(1.0),)
+
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    def prepare(device):
+        calls = {"fused": lambda: truth, "eager": too_large, "liger": lambda: (torch.tensor(2.0),)}
+        return Contest(calls, lambda: agree(values_of(calls), truth, 1e-2))
+
+    case = Case("linear_ce", "a case", 1.0, "gemm", prepare)
+    lines = {line["contestant"]: line for line in measured(case, torch.device("cpu"), 1.0, 1)}
+    assert {name: line["ratio"] for name, line in lines.items()} == {
+        "fused": "1", "eager": "out of memory", "liger": "wrong",
+    }  # fmt: skip
+    assert "ms" not in lines["eager"] and "ms" not in lines["liger"]
+    where = dict.fromkeys(("device", "torch", "triton", "date"), "-")
+    assert "| out of memory | wrong |" in markdown("linear_ce", [line | where for line in lines.values()])
+
+
+def test_a_case_is_not_timed_where_ours_is_wrong():
+    with pytest.raises(Mismatch, match="fused"):
+        agree({"fused": (torch.tensor(2.0),), "eager": (torch.tensor(1.0),)}, (torch.tensor(1.0),), 1e-2)
+
+
+@pytest.mark.parametrize("stem", ["linear_ce", "supcon", "training"])
+def test_small_cases_are_right(stem):
+    """On the backend that answers here: what each case compares is true of it."""
+    for case in cases_of(stem, small=True)[:: 3 if stem == "linear_ce" else 1]:
+        assert case.prepare(torch.device("cpu")).check() == []
+
+
+def test_unknown_mode_is_refused(tmp_path):
+    found = script("tune", OUT=str(tmp_path))
+    assert found.returncode == 2
+    assert "got 'tune'; allowed are: list, all, build" in found.stderr
+
+
+def test_dry_run_tunes_and_writes_tables(tmp_path):
+    before = (ROOT / "fusedloss/backends/triton/tuning.py").read_text()
+    found = script("--dry-run", "tune:softmax_ce:bfloat16", "bench:softmax_ce", "report", OUT=str(tmp_path))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert (ROOT / "fusedloss/backends/triton/tuning.py").read_text() == before
+    assert "the interpreter" in (tmp_path / "tuning.py").read_text()
+    lines = list(csv.DictReader((tmp_path / "gpu_softmax_ce.csv").read_text().splitlines()))
+    assert {line["contestant"] for line in lines} >= {"fused", "eager"}
+    assert "| class temperature bfloat16" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_failing_mode_leaves_the_others_their_turn(tmp_path):
+    found = script("--dry-run", "nonsense", "sanitize:memcheck", OUT=str(tmp_path))
+    assert found.returncode == 1
+    assert "failed: nonsense (exit status 2)" in found.stderr
+    assert "== sanitize:memcheck" in found.stdout
