@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,24 @@ from fusedloss.functional import RowStatistics
 from fusedloss.losses.folding import check_linear, folded
 from fusedloss.losses.registered_terms import StepWatch, current, registered
 from fusedloss.terms import AffineTerm, Prior, Term
+
+
+class CrossEntropyKeywords(TypedDict, total=False):
+    """Options of ``CrossEntropyLoss`` that presets and heads hand on to it; each is kept under its name."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    terms: Sequence[Term] | Term
+    focal_gamma: float
+    z_loss: float
+    margin_penalty: MarginPenalty | None
+    return_stats: bool
+
+
+# What is kept as it was given: a new option is a line above, a parameter and an attribute below.
+_KEPT = tuple(name for name in CrossEntropyKeywords.__annotations__ if name != "terms")
 
 
 class CrossEntropyLoss(nn.Module):
@@ -50,7 +68,7 @@ class CrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
-        terms: Sequence[Term] = (),
+        terms: Sequence[Term] | Term = (),
         focal_gamma: float = 0.0,
         z_loss: float = 0.0,
         margin_penalty: MarginPenalty | None = None,
@@ -122,15 +140,4 @@ class CrossEntropyLoss(nn.Module):
 
     def _options(self, sample_weight: Tensor | None) -> dict[str, Any]:
         """What this loss gives to the function that it keeps arguments of, beside inputs and target."""
-        return {
-            "weight": self.weight,
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            "label_smoothing": self.label_smoothing,
-            "terms": self._terms(),
-            "focal_gamma": self.focal_gamma,
-            "z_loss": self.z_loss,
-            "margin_penalty": self.margin_penalty,
-            "sample_weight": sample_weight,
-            "return_stats": self.return_stats,
-        }
+        return {name: getattr(self, name) for name in _KEPT} | {"terms": self._terms(), "sample_weight": sample_weight}

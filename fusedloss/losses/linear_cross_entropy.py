@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fusedloss import functional
 from fusedloss.functional import RowStatistics
-from fusedloss.losses.cross_entropy import CrossEntropyLoss
+from fusedloss.losses.cross_entropy import CrossEntropyKeywords, CrossEntropyLoss
+from fusedloss.losses.keywords import forwards_keywords
 
 
 class LinearCrossEntropyLoss(CrossEntropyLoss):
@@ -25,10 +27,9 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         out_features: further dimensions ``(d1, ...)`` of the logits ``(B, K, d1, ...)``; these logits are stored.
         bias: whether the layer has one.
         device, dtype: of the layer.
-        reduction, weight, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         options: taken for torch's signature; chunks are chosen here.
         normalize, sample_rate: as in ``fusedloss.linear_cross_entropy``.
-        keywords: those of ``CrossEntropyLoss``: terms, focal_gamma, z_loss, margin_penalty, return_stats.
+        keywords: those of ``CrossEntropyLoss``; ``ignore_index=None`` is -100, as in torch.
 
     Shape:
         input ``(B, D)`` or ``(D,)``; target ``(B, d1, ...)``, ``()``, or probabilities of the logits' shape.
@@ -41,6 +42,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         (torch.Size([4, 3]), ['linear.weight', 'linear.bias'])
     """
 
+    @forwards_keywords(CrossEntropyLoss)
     def __init__(
         self,
         in_features: int,
@@ -50,19 +52,14 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
-        weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
         options: object = None,
         normalize: bool = False,
         sample_rate: float | None = None,
-        **keywords: Any,
+        **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
-        ignore_index = -100 if ignore_index is None else ignore_index
-        super().__init__(
-            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, **keywords
-        )
+        if keywords.get("ignore_index", 0) is None:  # torch's default
+            del keywords["ignore_index"]
+        super().__init__(**keywords)
         self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
         self.normalize, self.sample_rate = normalize, sample_rate
         if self.out_features and (normalize or sample_rate is not None):
@@ -93,7 +90,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         if self.normalize:
             cosine = functional.margin_logits(input, self.linear.weight, scale=1.0)
             return cosine if self.linear.bias is None else cosine + self.linear.bias
-        logits = self.linear(input)
+        logits: Tensor = self.linear(input)
         return logits.unflatten(-1, (self.num_classes, *self.out_features)) if self.out_features else logits
 
     def extra_repr(self) -> str:

@@ -48,14 +48,19 @@ class RegisteredTerm(nn.Module):
         return ", ".join([type(self._template).__name__, *self._names, *shown])
 
 
+def sequence_of(terms: Sequence[Term] | Term) -> tuple[Term, ...]:
+    """A sequence of terms, or one."""
+    return (terms,) if isinstance(terms, Term) else tuple(terms)
+
+
 def registered(terms: Sequence[Term] | Term) -> nn.ModuleList:
     """A sequence of terms, or one, in order: ``terms.0.log_prior`` in a state dict."""
-    return nn.ModuleList(RegisteredTerm(term) for term in ((terms,) if isinstance(terms, Term) else terms))
+    return nn.ModuleList(RegisteredTerm(term) for term in sequence_of(terms))
 
 
 def current(terms: nn.ModuleList) -> tuple[Term, ...]:
     """What was registered, with the tensors as they are now."""
-    return tuple(term.current() for term in terms)  # type: ignore[operator, union-attr]
+    return tuple(term.current() for term in terms)  # type: ignore[operator]
 
 
 class StepWatch:

@@ -1,6 +1,7 @@
 """The named losses and the rows over statistics, against their formulas written out in float64 and each other."""
 
 import copy
+import inspect
 import math
 import pickle
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import fusedloss
 from fusedloss import Prior, Scale, backends
 from fusedloss.longtail import ldam_margins, log_prior
+from fusedloss.losses.cross_entropy import CrossEntropyKeywords
 
 COUNTS = torch.tensor([400, 100, 40, 10, 1])
 
@@ -174,6 +176,49 @@ class TestPresets:
     def test_bad_arguments_are_named(self, make, error, message):
         with pytest.raises(error, match=message):
             make()
+
+
+FORWARDING = {
+    fusedloss.FocalLoss: ((), {"focal_gamma"}),
+    fusedloss.BalancedSoftmaxLoss: ((COUNTS,), set()),
+    fusedloss.LDAMLoss: ((COUNTS,), set()),
+    fusedloss.MbLSLoss: ((), {"margin_penalty"}),
+    fusedloss.LinearCrossEntropyLoss: ((4, 5), set()),
+}
+
+
+@pytest.mark.parametrize("kind", FORWARDING)
+class TestForwardedKeywords:
+    """What CrossEntropyLoss takes, presets and heads take too, and they name themselves where they do not."""
+
+    def test_every_option_reaches_the_loss(self, kind):
+        arguments, own = FORWARDING[kind]
+        options = {
+            "weight": torch.rand(5),
+            "ignore_index": 3,
+            "reduction": "none",
+            "label_smoothing": 0.125,
+            "terms": Scale(2.0),
+            "focal_gamma": 3.0,
+            "z_loss": 0.25,
+            "margin_penalty": fusedloss.MarginPenalty(2.0, 0.5),
+            "return_stats": True,
+        }
+        assert set(CrossEntropyKeywords.__annotations__) == set(options)
+        given = {name: value for name, value in options.items() if name not in own}
+        loss = kind(*arguments, **given)
+        for name, value in given.items():
+            if name != "terms":
+                assert getattr(loss, name) is value, name
+        assert any(isinstance(term, Scale) and term.scale == 2.0 for term in loss._terms())
+        assert set(given) <= set(inspect.signature(kind).parameters)
+
+    @pytest.mark.parametrize("name", ["s", "size_average"])
+    def test_an_unknown_one_names_the_class_that_was_called(self, kind, name):
+        arguments, own = FORWARDING[kind]
+        for wrong in (name, *own):
+            with pytest.raises(TypeError, match=rf"^{kind.__name__}.* unexpected keyword argument '{wrong}'.*weight"):
+                kind(*arguments, **{wrong: 1.0})
 
 
 def flsd53(z, y):
