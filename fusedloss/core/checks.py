@@ -67,14 +67,14 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {listed}; got {value!r}")
 
 
-def check_focal_gamma(value: Any) -> float:
+def check_focal_gamma(value: Any, name: str = "focal_gamma") -> float:
     """The exponent of a focal loss."""
-    gamma = check_number("focal_gamma", value)
+    gamma = check_number(name, value)
     if gamma != 0 and gamma < 0.5:
         raise ValueError(
-            f"focal_gamma must be 0, or finite and at least 0.5 (below, the gradient is infinite at p = 1); got {value}"
+            f"{name} must be 0, or finite and at least 0.5 (below, the gradient is infinite at p = 1); got {gamma}"
         )
-    return value
+    return gamma
 
 
 def check_tensor(
@@ -118,6 +118,21 @@ def check_integer_tensor(name: str, value: Any, shape: Sequence[int | str] | Non
     if shape is not None:
         _check_shape(name, value, shape)
     return value
+
+
+def check_per_row(name: str, value: Any, shape: Sequence[int], like: Tensor, of: str = "input") -> Tensor:
+    """One real number per row: `value` in the rows' `shape` ``(B, d1, ...)``, or ``(B,)`` made to broadcast over it."""
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor with one value per row; got {got}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {of}, {like.device}; got {value.device}")
+    if value.shape == tuple(shape):
+        return value
+    if len(shape) > 1 and value.shape == tuple(shape[:1]):
+        return value.reshape(-1, *[1] * (len(shape) - 1))
+    also = f" or {tuple(shape[:1])}" if len(shape) > 1 else ""
+    raise ValueError(f"{name} must have shape {tuple(shape)}{also}; got {tuple(value.shape)}")
 
 
 def check_class_weight(name: str, weight: Any) -> Tensor | None:

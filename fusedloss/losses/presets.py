@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fusedloss.core.checks import check_choice, check_focal_gamma, check_number
 from fusedloss.core.row_loss import MarginPenalty
 from fusedloss.longtail import ldam_margins, log_prior, trained_prior
 from fusedloss.losses.cross_entropy import CrossEntropyKeywords, CrossEntropyLoss
 from fusedloss.losses.keywords import forwards_keywords
-from fusedloss.losses.registered_terms import sequence_of
+from fusedloss.losses.registered_terms import current, sequence_of
 from fusedloss.terms import AdditiveMargin, Prior, Scale
 
 
@@ -32,8 +33,11 @@ class FocalLoss(CrossEntropyLoss):
 
     @forwards_keywords(CrossEntropyLoss, without=["focal_gamma"])
     def __init__(self, gamma: float = 2.0, **keywords: Unpack[CrossEntropyKeywords]) -> None:
-        keywords["focal_gamma"] = gamma
+        keywords["focal_gamma"] = check_focal_gamma(gamma, "gamma")
         super().__init__(**keywords)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"gamma": self.focal_gamma}
 
 
 class BalancedSoftmaxLoss(CrossEntropyLoss):
@@ -72,16 +76,22 @@ class BalancedSoftmaxLoss(CrossEntropyLoss):
         terms = sequence_of(keywords.get("terms", ()))
         if any(isinstance(term, Prior) for term in terms):
             raise ValueError(
-                f"terms: got a Prior of strength {trained_prior(terms):g}; BalancedSoftmaxLoss adds the prior of "
-                "class_counts already, and a second one would apply it twice"
+                "terms must hold no Prior, for BalancedSoftmaxLoss adds the prior of class_counts already and a second "
+                f"one would apply it twice; got a Prior of strength {trained_prior(terms):g}"
             )
-        if not strength >= 0:
+        if check_number("strength", strength) < 0:
             raise ValueError(
                 f"strength must be at least 0; got {strength}: training adds the log prior, and the minus sign belongs "
                 "to longtail.adjust_logits, after a training without it"
             )
         keywords["terms"] = (*terms, Prior(log_prior(class_counts, floor), strength))
         super().__init__(**keywords)
+        self.strength, self.floor = strength, floor
+
+    def settings(self) -> dict[str, Any]:
+        *terms, prior = current(self.terms)
+        assert isinstance(prior, Prior)
+        return {"terms": tuple(terms), "class_counts": prior.log_prior}
 
 
 class LDAMLoss(CrossEntropyLoss):
@@ -115,9 +125,16 @@ class LDAMLoss(CrossEntropyLoss):
         scale: float = 30.0,
         **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
+        check_number("scale", scale, above=0.0)
         margin = AdditiveMargin(ldam_margins(class_counts, max_margin))
         keywords["terms"] = (margin, Scale(scale), *sequence_of(keywords.get("terms", ())))
         super().__init__(**keywords)
+        self.max_margin, self.scale = max_margin, scale
+
+    def settings(self) -> dict[str, Any]:
+        margin, _, *terms = current(self.terms)
+        assert isinstance(margin, AdditiveMargin)
+        return {"terms": tuple(terms), "class_counts": margin.margin}
 
 
 class MbLSLoss(CrossEntropyLoss):
@@ -147,5 +164,14 @@ class MbLSLoss(CrossEntropyLoss):
         over: Literal["mean", "sum"] = "mean",
         **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
+        check_number("margin", margin, at_least=0.0)
+        check_number("strength", strength, at_least=0.0)
+        check_choice("over", over, ("mean", "sum"))
         keywords["margin_penalty"] = MarginPenalty(margin, strength, over)
         super().__init__(**keywords)
+
+    def settings(self) -> dict[str, Any]:
+        penalty = self.margin_penalty
+        assert penalty is not None
+        own = {"margin": penalty.margin, "strength": penalty.strength, "over": penalty.over}
+        return super().settings() | own

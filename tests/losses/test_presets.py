@@ -153,11 +153,11 @@ class TestPresets:
     @pytest.mark.parametrize(
         ("make", "error", "message"),
         [
-            (lambda: fusedloss.FocalLoss(0.2)(*batch()), ValueError, "focal_gamma must be 0, or finite and at least 0"),
-            (lambda: fusedloss.FocalLoss(math.nan)(*batch()), ValueError, "focal_gamma"),
+            (lambda: fusedloss.FocalLoss(0.2), ValueError, "^gamma must be 0, or finite and at least 0"),
+            (lambda: fusedloss.FocalLoss(math.nan), ValueError, "^gamma must be finite"),
             (lambda: fusedloss.MbLSLoss(-1.0), ValueError, "margin must be finite and at least 0"),
             (lambda: fusedloss.MbLSLoss(1.0, math.nan), ValueError, "strength must be finite"),
-            (lambda: fusedloss.MbLSLoss(1.0, over="max"), ValueError, "over: got 'max'"),
+            (lambda: fusedloss.MbLSLoss(1.0, over="max"), ValueError, "over must be 'mean' or 'sum'; got 'max'"),
             (lambda: fusedloss.LDAMLoss(COUNTS, -0.5), ValueError, "max_margin must be positive"),
             (lambda: fusedloss.LDAMLoss(torch.zeros(3)), ValueError, "at least one sample"),
             (lambda: fusedloss.LDAMLoss(COUNTS, scale=math.inf), ValueError, "scale must be finite"),
@@ -170,7 +170,11 @@ class TestPresets:
             (lambda: fusedloss.ACLSLoss(margin="6"), TypeError, "margin must be a number"),
             (lambda: fusedloss.ECPLoss()(torch.zeros(2, 3), torch.rand(2, 3)), TypeError, "must hold labels"),
             (lambda: fusedloss.RowLoss()(*batch()), NotImplementedError, "RowLoss must define row"),
-            (lambda: fusedloss.RowLoss(reduction="max"), ValueError, "reduction: got 'max'"),
+            (
+                lambda: fusedloss.RowLoss(reduction="max"),
+                ValueError,
+                "reduction must be 'mean', 'sum' or 'none'; got 'max'",
+            ),
         ],
     )
     def test_bad_arguments_are_named(self, make, error, message):
@@ -339,9 +343,56 @@ def test_acls_ties_multiply_the_gradient_of_one_logit():
 
 
 def test_a_row_over_statistics_refuses_margins_where_it_reads_all_logits():
-    with pytest.raises(TypeError, match="ECPLoss takes no margins; got AdditiveMargin"):
+    with pytest.raises(TypeError, match="terms must hold no margins for ECPLoss; got AdditiveMargin"):
         fusedloss.ECPLoss(terms=[fusedloss.AdditiveMargin(0.1)])(*batch())
     logits, labels = batch(ignored=False)
     shifted = logits - 0.1 * F.one_hot(labels, 5)
     found = fusedloss.FLSD53Loss(terms=[fusedloss.AdditiveMargin(0.1)])(logits, labels)
     torch.testing.assert_close(found, flsd53(shifted, labels).mean())
+
+
+@pytest.mark.parametrize("name", ROWS)
+class TestWrongArgumentsOfARow:
+    @pytest.mark.parametrize("count", [1, 4, 6])
+    def test_class_weights_of_the_wrong_length(self, name, count):
+        loss = ROWS[name][0](weight=torch.ones(count))
+        with pytest.raises(ValueError, match=rf"weight must have shape \(5,\), one value per class; got \({count},\)"):
+            loss(*batch())
+
+    @pytest.mark.parametrize(
+        ("error", "message", "options", "arguments"),
+        [
+            (TypeError, "weight must be a floating-point tensor; got list", {"weight": [1.0]}, ()),
+            (ValueError, r"weight must have shape \(K,\); got \(5, 1\)", {"weight": torch.ones(5, 1)}, ()),
+            (TypeError, "ignore_index must be an integer; got NoneType", {"ignore_index": None}, ()),
+            (TypeError, "terms must be a sequence of fusedloss.terms objects; got float", {"terms": 2.0}, ()),
+            (ValueError, r"input must have shape \(B, K\).*; got \(5,\)", {}, (torch.ones(5), torch.tensor(0))),
+            (TypeError, "input must be a tensor of logits; got list", {}, ([[1.0, 2.0]], torch.tensor([0]))),
+            (TypeError, "target must be a tensor", {}, (torch.ones(1, 5), [0])),
+            (
+                ValueError,
+                r"sample_weight must have shape \(2,\); got \(3,\)",
+                {},
+                (torch.ones(2, 5), torch.tensor([0, 1]), torch.ones(3)),
+            ),
+            (
+                TypeError,
+                "sample_weight must be a floating-point tensor with one value per row; got list",
+                {},
+                (torch.ones(2, 5), torch.tensor([0, 1]), [1.0, 1.0]),
+            ),
+        ],
+    )
+    def test_are_named(self, name, error, message, options, arguments):
+        with pytest.raises(error, match="^" + message):
+            ROWS[name][0](**options)(*arguments)
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(2), torch.zeros(())])
+def test_a_row_of_ones_own_that_returns_something_else(returned):
+    class Wrong(fusedloss.RowLoss):
+        def row(self, cross_entropy, statistics, logits, target):
+            return returned
+
+    with pytest.raises(ValueError, match=r"Wrong.row must return a tensor of shape \(12,\); got"):
+        Wrong()(*batch())
