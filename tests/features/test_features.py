@@ -276,7 +276,7 @@ def test_a_writer_refuses_wrong_rows(arrays, tmp_path):
         with pytest.raises(BankError, match=r"shape \(n, 6\); got \(5, 7\)"):
             writer.append(np.zeros((5, 7)))
         with pytest.raises(
-            BankError, match="features must be the next of 40 rows, as planned for .*; got rows up to 41"
+            BankError, match="must be the next of 40 rows, as planned for"
         ):
             writer.append(np.zeros((31, 6)))
         with pytest.raises(BankError, match=r"in 1 rows: row 12 \(12.png\)"):
@@ -455,10 +455,10 @@ def test_wrong_folders_and_packs_are_refused(photos, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_inputs(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="must hold images .*; got none"):
+    with pytest.raises(ValueError, match=r"must hold images .*; got none"):
         read_inputs(tmp_path / "empty")
     with pytest.raises(
-        ValueError, match=r"labels must be among the 1 class_names; got 2 in .* that are not, for example 'cat'"
+        ValueError, match=r"among the 1 class_names; got 2 in .* that are not, for example 'cat'"
     ):
         read_inputs(photos, class_names=["emu"])
     save_image(photos / "loose.png", 9)
@@ -710,7 +710,7 @@ def test_wrong_poolings_and_kinds_are_refused(photos, tiny_bert, tmp_path):
     with pytest.raises(ValueError, match=r"hf:.* cannot be loaded"):
         load_backbone(f"hf:{tmp_path}")
     backbone = load_backbone(f"hf:{tiny_bert}", device="cpu")
-    with pytest.raises(ValueError, match="inputs must be texts for hf:.*; got images"):
+    with pytest.raises(ValueError, match=r"inputs must be texts for hf:.*; got images"):
         compute_features(read_inputs(photos), backbone, progress=False)
     with pytest.raises(ValueError, match="must be labelled to become a bank"):
         extract(read_inputs(photos, labelled=False), backbone, tmp_path / "bank")

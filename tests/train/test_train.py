@@ -304,7 +304,7 @@ def test_evaluating_a_run_repeats_its_report(tmp_path):
     assert evaluate_run(tmp_path / "run", other, device="cpu").rows == "all"
     with pytest.raises(ValueError, match="rows must be all or auto"):
         evaluate_run(tmp_path / "run", other, rows="test")
-    with pytest.raises(ValueError, match="features of width 12.*got width 5"):
+    with pytest.raises(ValueError, match=r"features of width 12.*got width 5"):
         evaluate_run(tmp_path / "run", long_tailed_bank(width=5))
     with pytest.raises(ValueError, match="the 8 classes of the head; got 9"):
         evaluate_run(tmp_path / "run", long_tailed_bank(classes=9))

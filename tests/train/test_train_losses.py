@@ -175,7 +175,7 @@ class TestPrior:
         ({"fedlas_base": "focal"}, "fedlas_base must be one of smoothing, margin"),
         (
             {"reweight_epoch": 3},
-            "class_weights must be effective or inverse for reweight_epoch and reweight_ramp; got 'none'",
+            "class_weights must be effective or inverse for reweight_epoch",
         ),
         ({"reweight_epoch": -1, "class_weights": "inverse"}, "reweight_epoch must be at least 0"),
     ],
