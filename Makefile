@@ -5,14 +5,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fusedloss-installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test check ext bench format clean
+# Workers of the tests (auto: one a core); each computes on one thread.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+.PHONY: demo test test-all check ext bench format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r examples/requirements.txt
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -m "not slow"
+
+# With the tests marked slow.
+test-all: $(STAMP)
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[dev]"
