@@ -22,10 +22,13 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(PYTEST)
 
+# Every check, whether or not one before it fails.
 check: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[dev]"
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	@status=0; \
+	for check in "ruff check ." "ruff format --check ." "clang-format --dry-run --Werror csrc/*" mypy; do \
+	    echo "== $$check"; $(BIN)/$$check || status=1; \
+	done; \
+	exit $$status
 
 bench: $(STAMP)
 	$(BIN)/python -m bench softmax_ce class_stats
@@ -36,7 +39,7 @@ ext: $(STAMP)
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[all]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[all,dev]"
 	touch $(STAMP)
 
 clean:
