@@ -56,7 +56,7 @@ def in_chunks():
         yield pytest.param(name, chunk, id=name, marks=pytest.mark.xdist_group(f"interpreted {chunk}"))
 
 
-@pytest.mark.parametrize(("name", "chunk"), in_chunks())
+@pytest.mark.parametrize(("name", "chunk"), list(in_chunks()))
 def test_interpreted(name, chunk):
     assert interpret(chunk)[name] == []
 
