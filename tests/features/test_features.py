@@ -275,9 +275,7 @@ def test_a_writer_refuses_wrong_rows(arrays, tmp_path):
         writer.append(arrays[0][:10])
         with pytest.raises(BankError, match=r"shape \(n, 6\); got \(5, 7\)"):
             writer.append(np.zeros((5, 7)))
-        with pytest.raises(
-            BankError, match="must be the next of 40 rows, as planned for"
-        ):
+        with pytest.raises(BankError, match="must be the next of 40 rows, as planned for"):
             writer.append(np.zeros((31, 6)))
         with pytest.raises(BankError, match=r"in 1 rows: row 12 \(12.png\)"):
             writer.append(np.array([[0] * 6, [0] * 6, [np.nan] * 6]))
@@ -457,9 +455,7 @@ def test_wrong_folders_and_packs_are_refused(photos, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"must hold images .*; got none"):
         read_inputs(tmp_path / "empty")
-    with pytest.raises(
-        ValueError, match=r"among the 1 class_names; got 2 in .* that are not, for example 'cat'"
-    ):
+    with pytest.raises(ValueError, match=r"among the 1 class_names; got 2 in .* that are not, for example 'cat'"):
         read_inputs(photos, class_names=["emu"])
     save_image(photos / "loose.png", 9)
     with pytest.raises(ValueError, match=r"one folder per class; got 1 images in none \(loose.png\)"):
