@@ -156,16 +156,14 @@ def checked(
 
 def _row_inputs(settings: RowSettings, sample_weight: Tensor | None, logits: Tensor, shape: torch.Size) -> RowInputs:
     """The options that are tensors, one value per row."""
-    smoothing, penalty = settings.label_smoothing, settings.margin_penalty
-    strength = None
+    penalty = settings.margin_penalty
+    smoothing = strength = None
     if sample_weight is not None:
         sample_weight = _per_row("sample_weight", sample_weight, logits, shape)
         _check_range("sample_weight", sample_weight, 0.0)
-    if isinstance(smoothing, Tensor):
-        smoothing = _per_row("label_smoothing", smoothing, logits, shape)
+    if isinstance(settings.label_smoothing, Tensor):
+        smoothing = _per_row("label_smoothing", settings.label_smoothing, logits, shape)
         _check_range("label_smoothing", smoothing, 0.0, 1.0)
-    else:
-        smoothing = None
     if penalty is not None and isinstance(penalty.strength, Tensor):
         strength = _per_row("MarginPenalty: strength", penalty.strength, logits, shape)
         _check_range("MarginPenalty: strength", strength, 0.0, 1.0 if penalty.mix else math.inf)
