@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedloss import functional
 from fusedloss.core.checks import check_choice, check_class_weight, check_ignore_index, check_number, check_per_row
+from fusedloss.core.reduce import mean_denominator
 from fusedloss.functional import RowStatistics
 from fusedloss.losses.cross_entropy import REDUCTIONS
 from fusedloss.losses.registered_terms import current, registered
@@ -93,7 +94,9 @@ class RowLoss(SettingsRepr):
         if self.reduction == "none":
             return row_weight * row
         total = (row_weight * row).sum()
-        return total if self.reduction == "sum" else total / row_weight.sum()
+        if self.reduction == "sum":
+            return total
+        return total / mean_denominator(target, self.weight, self.ignore_index, sample_weight, row.dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"terms": self._terms()}

@@ -12,6 +12,7 @@ MAKES = {
     "LDAM": lambda: fusedloss.LDAMLoss(COUNTS),
     "balanced softmax": lambda: fusedloss.BalancedSoftmaxLoss(COUNTS),
     "MbLS": lambda: fusedloss.MbLSLoss(1.0),
+    "poly": fusedloss.PolyLoss,
     "FLSD-53": fusedloss.FLSD53Loss,
     "dual focal": fusedloss.DualFocalLoss,
     "dual focal, weights, prior": lambda: fusedloss.DualFocalLoss(
