@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +75,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def load_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A read-only memory map; BankError for a truncated file, a pickle, another shape or another dtype."""
     try:
-        array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it is an archive of arrays")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        array: np.ndarray = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError, EOFError) as error:
         raise BankError(f"{file} cannot be read as a whole .npy array (truncated?): {error}") from error
     if array.shape != shape or array.dtype.name != dtype:
         raise BankError(f"{file} must hold {dtype} {shape}, as the manifest says; got {array.dtype.name} {array.shape}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of a few strings."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {described(value)}")
+
+
+def as_list(name: str, values: Any) -> list[Any]:
+    """A list from any iterable but a string."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence; got {described(values)}")
+    return list(values)
 
 
 def as_names(name: str, values: Any, count: int | None = None) -> list[str]:

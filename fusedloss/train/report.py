@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusedloss.atomic_io import StorageError
+from fusedloss.features.checks import as_list, as_path
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.run_folder import CONFIG, RunFolder
 
@@ -70,8 +71,10 @@ def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
 
     Raises:
         StorageError: no finished run, the same recipe and seed twice, or runs on different banks or splits.
+        TypeError: anything but a sequence of paths.
     """
-    runs = [RunFolder(path.parent) for folder in folders for path in sorted(Path(folder).rglob(CONFIG))]
+    paths = [as_path("folders", folder) for folder in as_list("folders", folders)]
+    runs = [RunFolder(path.parent) for folder in paths for path in sorted(folder.rglob(CONFIG))]
     finished = [run for run in runs if (run.path / "result.json").exists()]
     if not finished:
         raise StorageError(f"no finished run in {', '.join(str(folder) for folder in folders)}")
