@@ -183,7 +183,7 @@ class Predictor:
         """
         folder = as_path("folder", folder)
         if not (folder / DESCRIPTION).exists():
-            raise StorageError(f"{folder} holds no trained head ({DESCRIPTION}): not a run folder, or not finished")
+            raise StorageError(f"folder must hold a trained head; got {folder}, which has no {DESCRIPTION}")
         values, tensors = read_json(folder / DESCRIPTION), read_tensors(folder / TENSORS)
         try:
             recipe = Recipe.from_dict(values["recipe"])

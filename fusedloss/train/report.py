@@ -77,7 +77,7 @@ def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
     runs = [RunFolder(path.parent) for folder in paths for path in sorted(folder.rglob(CONFIG))]
     finished = [run for run in runs if (run.path / "result.json").exists()]
     if not finished:
-        raise StorageError(f"no finished run in {', '.join(str(folder) for folder in folders)}")
+        raise StorageError(f"folders must hold finished runs; got none in {', '.join(map(str, paths))}")
     names: dict[str, str] = {}
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     common: tuple[Any, ...] | None = None
@@ -87,7 +87,8 @@ def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
         data = (config["bank"]["fingerprint"], recipe.split_seed, recipe.test_fraction)
         if common not in (None, data):
             raise StorageError(
-                f"{run.path} was judged on another bank or split than {finished[0].path}: report them separately"
+                f"folders must hold runs on one bank and split; got {run.path}, on another bank or split than "
+                f"{finished[0].path} (report them separately)"
             )
         common = data
         name = _name(run.path)
@@ -95,7 +96,9 @@ def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
         by_seed = rows.setdefault(key, {})
         names[key] = name if name not in (n for k, n in names.items() if k != key) else f"{name} ({len(names) + 1})"
         if recipe.seed in by_seed:
-            raise StorageError(f"{run.path} repeats recipe and seed {recipe.seed} of another run: remove one of them")
+            raise StorageError(
+                f"folders must hold every recipe and seed once; got seed {recipe.seed} again in {run.path} (remove one)"
+            )
         by_seed[recipe.seed] = run.result()["row"]
     return [RecipeRuns(names[key], by_seed) for key, by_seed in rows.items()]
 

@@ -65,7 +65,7 @@ def root(tmp_path_factory):
     ("train {r}/bank {t}/run --dropout nan", r"dropout must be in \[0, 1\); got nan"),
     ("train {r}/bank {t}/run --head conv", "head must be one of linear, cosine, mlp; got 'conv'"),
     ("train {r}/bank {r}/run --resume --overwrite", "overwrite must be absent where resume is given; got both"),
-    ("train {r}/run {t}/run", "is not a feature bank"),
+    ("train {r}/run {t}/run", "path must be a feature bank; got"),
     ("predict {r}/run {r}/vector.npy", r"must hold floating-point features \(N, D\); got float64 \(6,\)"),
     ("predict {r}/run {r}/integers.npy", "must hold floating-point features .*; got int64"),
     ("predict {r}/run {r}/narrow.npy", r"features must be \(N, 6\) as in training; got \(2, 5\)"),
@@ -73,12 +73,12 @@ def root(tmp_path_factory):
     ("predict {r}/run {r}/bank --top 0", r"top must be in \[1, 4\); got 0"),
     ("predict {r}/run {r}/bank --adjust-prior nan", "adjust_prior must be a finite number.*; got nan"),
     ("predict {r}/run {r}/text.csv", "source must name a backbone"),
-    ("predict {r}/bank {r}/bank", "holds no trained head"),
+    ("predict {r}/bank {r}/bank", "folder must hold a trained head; got"),
     ("evaluate {r}/run --rows most", "rows must be one of auto, test, val, train, all; got 'most'"),
     ("sweep {r}/bank {t}/s --row A: --grid lr=1", "grid must be absent where row is given; got both"),
     ("sweep {r}/bank {t}/s --row A: --row A:", "row must have a name of its own; got 'A' twice"),
     ("sweep {r}/bank {t}/s --lr-per seed", "lr_per must be one of row, run; got 'seed'"),
-    ("report {t}", "no finished run"),
+    ("report {t}", "folders must hold finished runs; got none"),
 ], ids=lambda value: value if isinstance(value, str) and "{" in value else "")  # fmt: skip
 def test_wrong_values_are_one_line(root, tmp_path, capsys, line, message):
     assert run(line.format(r=root, t=tmp_path).split()) == 2

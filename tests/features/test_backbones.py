@@ -154,7 +154,7 @@ def test_a_backbone_with_other_weights_is_not_the_same(timm_weights, tmp_path):
     source = load_backbone("timm:test_resnet", weights=timm_weights / "test_resnet.pth", device="cpu").source
     state = torch.load(timm_weights / "test_resnet.pth", weights_only=True)
     torch.save({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "changed.pth")
-    with pytest.raises(ValueError, match="not the backbone of the features any more: weights_sha256 is"):
+    with pytest.raises(ValueError, match=r"source must describe .* as it is now; got another: weights_sha256 is"):
         backbone_of(source, weights=tmp_path / "changed.pth", device="cpu")
     with pytest.raises(ValueError, match="no backbone is known"):
         backbone_of(FeatureSource())

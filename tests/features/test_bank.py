@@ -122,14 +122,14 @@ def edit_manifest(**changes):
         (pickled, "labels.npy cannot be read"),
         (label_out_of_range, r"labels must lie in \[0, 5\); got 40 that do not"),
         (not_finite, r"NaN or infinite values in 40 rows: row 0 \(image 0.png\)"),
-        (lambda folder: (folder / "groups.npy").unlink(), "groups.npy is missing"),
+        (lambda folder: (folder / "groups.npy").unlink(), "must hold groups.npy, which its manifest lists"),
         (lambda folder: (folder / "classes.json").write_text('["a"]'), "must be a JSON list of 5 strings"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
         (
             lambda folder: (folder / "manifest.json").unlink(),
-            "is not a feature bank: it has no manifest.json",
+            "path must be a feature bank; got .*, which has no manifest.json",
         ),
-        (edit_manifest(schema_version=99), "schema_version 99; this version of fusedloss reads 1"),
+        (edit_manifest(schema_version=99), "schema_version 1 for this version of fusedloss; got 99"),
         (edit_manifest(num_rows=-1), "not a feature-bank manifest"),
         (edit_manifest(surprise=1), "not a feature-bank manifest"),
     ],
@@ -147,19 +147,19 @@ def test_a_changed_number_is_found_by_verification(bank, tmp_path):
         file.seek(-4, os.SEEK_END)
         file.write(np.float32(0.25).tobytes())
     FeatureBank.open(tmp_path / "bank")
-    with pytest.raises(BankError, match=r"features.npy does not have the sha256 of the manifest"):
+    with pytest.raises(BankError, match=r"features.npy must have the sha256 of the manifest"):
         FeatureBank.open(tmp_path / "bank", verify=True)
 
 
 def test_only_banks_are_opened_and_only_new_folders_written(bank, tmp_path):
-    with pytest.raises(BankError, match="is not a folder"):
+    with pytest.raises(BankError, match="path must be a feature bank, a folder"):
         FeatureBank.open(tmp_path / "nothing")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(BankError, match="is not a feature bank"):
+    with pytest.raises(BankError, match="path must be a feature bank; got"):
         FeatureBank.open(tmp_path)
-    with pytest.raises(BankError, match="neither empty nor a feature bank"):
+    with pytest.raises(BankError, match="path must be a new or empty folder, or a bank's"):
         FeatureBank.create(tmp_path, 3, 2, labels=[0, 0, 0], class_names=["a"])
-    with pytest.raises(FileExistsError, match="a bank is saved to a new folder"):
+    with pytest.raises(FileExistsError, match=r"path must be a new folder; got .*, which exists"):
         bank.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -173,7 +173,7 @@ def test_banks_from_other_backbones_are_refused(arrays):
     bank.require_compatible(FeatureBank.from_arrays(*arrays, source=moved))
     with pytest.raises(BankError, match="backbone is 'timm:a', not 'timm:b'; weights_sha256 is '1', not '2'"):
         bank.require_source(other)
-    with pytest.raises(BankError, match="computed in another way"):
+    with pytest.raises(BankError, match="source must be that of the features"):
         bank.require_compatible(FeatureBank.from_arrays(*arrays, source=other))
-    with pytest.raises(BankError, match="in_features differ: 6 and 4"):
+    with pytest.raises(BankError, match="other must have in_features 6; got 4"):
         bank.require_compatible(FeatureBank.from_arrays(arrays[0][:, :4], arrays[1], source=mine))

@@ -77,7 +77,7 @@ def test_a_writer_refuses_wrong_rows(arrays, tmp_path):
             writer.append(np.array([[0] * 6, [0] * 6, [np.nan] * 6]))
         with pytest.raises(BankError, match=r"row 10 \(10.png\); float16 overflowed, store float32 instead"):
             writer.append(np.full((1, 6), 1e6))
-        with pytest.raises(BankError, match="has 10 of 40 rows"):
+        with pytest.raises(BankError, match=r"all 40 rows of .*; got 10 of them"):
             writer.finish()
         assert writer.rows_done == 10
 
@@ -86,7 +86,7 @@ def test_a_damaged_unfinished_bank_is_refused(arrays, tmp_path):
     with planned(tmp_path / "bank", arrays) as writer:
         writer.append(arrays[0][:10])
     os.truncate(tmp_path / "bank" / "features.npy", 200)
-    with pytest.raises(BankError, match="shorter than its 10 finished rows"):
+    with pytest.raises(BankError, match="must hold its 10 finished rows; got fewer bytes"):
         planned(tmp_path / "bank", arrays)
     (tmp_path / "bank" / "progress.json").write_text("{}")
     with pytest.raises(BankError, match=r"progress.json cannot be read"):
