@@ -107,11 +107,11 @@ class _Refusal(torch.autograd.Function):
     """Passes a gradient on, and says so when it is differentiated in its turn."""
 
     @staticmethod
-    def forward(ctx, gradient, *inputs):
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         raise RuntimeError(_ONCE)
 
 

@@ -94,23 +94,27 @@ def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mean: 
     if not is_direct(*tensors):
         mask = _ce_mask(inputs, rows) if needs_grad else _NO_MASK
         flat = (*tensors[:7], soft_cap, ignore_index, *tensors[7:], list(options), mean, list(mask), 1.0)
-        return torch.ops.fusedloss.softmax_ce.default(*flat)[0]
-    if needs_grad:
-        return _SoftmaxCE.apply(*tensors, soft_cap, ignore_index, options, mean)
-    return _ce_kernel(inputs, rows, options, mean, _NO_MASK, 1.0)[0]
+        loss: Tensor = torch.ops.fusedloss.softmax_ce.default(*flat)[0]
+    elif needs_grad:
+        loss = _SoftmaxCE.apply(*tensors, soft_cap, ignore_index, options, mean)
+    else:
+        loss = _ce_kernel(inputs, rows, options, mean, _NO_MASK, 1.0)[0]
+    return loss
 
 
 def _ce_kernel(inputs: LogitInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return kernel("softmax_ce", "softmax_ce", inputs.logits.device.type)(inputs, *arguments)
+    result: tuple[Tensor, Tensor, list[Tensor]]
+    result = kernel("softmax_ce", "softmax_ce", inputs.logits.device.type)(inputs, *arguments)
+    return result
 
 
 class _SoftmaxCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, soft_cap, ignore_index, options, mean = arguments
-        inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
+        inputs, rows = LogitInputs._make((*tensors[:7], soft_cap, ignore_index)), RowInputs(*tensors[7:])
         mask = _ce_mask(inputs, rows)
         ctx.loss_key = (inputs.logits.shape[1], inputs.logits.dtype, options)
         ctx.written = 1.0 if inputs.logits.is_cuda else expected_upstream(ctx.loss_key)
@@ -121,7 +125,7 @@ class _SoftmaxCE(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         grads, mask = ctx.grads, ctx.numbers[4]
         ctx.grads = None
         if is_batched((upstream,)):
@@ -143,7 +147,7 @@ class _SoftmaxCE(torch.autograd.Function):
 
 def _again(ctx: Any, grad_scale: float) -> list[Tensor]:
     tensors, (soft_cap, ignore_index, options, mean, mask, _) = ctx.saved_tensors, ctx.numbers
-    inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
+    inputs, rows = LogitInputs._make((*tensors[:7], soft_cap, ignore_index)), RowInputs(*tensors[7:])
     return _ce_kernel(inputs, rows, options, mean, mask, grad_scale)[2]
 
 
@@ -189,12 +193,16 @@ def fake_statistics(logits: Tensor, options: StatisticsOptions) -> SoftmaxStatis
         return _new_rows(logits, dtype) if needed else logits.new_empty(0, dtype=dtype)
 
     return SoftmaxStatistics(
-        *(rows() for _ in range(5)),
-        rows(options.smooth_loss),
-        rows(),
-        rows(options.hinge),
-        rows(options.prediction, torch.int64),
-        rows(options.prediction),
+        row_max=rows(),
+        row_sum=rows(),
+        log_sum_exp=rows(),
+        target_logit=rows(),
+        cross_entropy=rows(),
+        smooth_loss=rows(options.smooth_loss),
+        one_minus_pt=rows(),
+        hinge=rows(options.hinge),
+        prediction=rows(options.prediction, torch.int64),
+        confidence=rows(options.prediction),
     )
 
 
@@ -224,14 +232,14 @@ class _SoftmaxStatistics(torch.autograd.Function):
     """Saves three numbers per row; the backward reads the saved logits once."""
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
         inputs, options = _group_stats(*flat)
         output = tuple(kernel("softmax_ce", "softmax_stats", inputs.logits.device.type)(inputs, options))
         _setup_stats(ctx, flat, output)
         return output
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return _backward_stats(ctx, *grads)
 
 
@@ -306,9 +314,11 @@ def softmax_stats_backward(
     tensors = (*inputs[:7], *saved, *grads)
     if not is_direct(*tensors):
         flat = (*inputs, *saved, penalty_margin, *grads, list(mask))
-        return torch.ops.fusedloss.softmax_stats_backward.default(*flat)
-    run = kernel("softmax_ce", "softmax_stats_backward", inputs.logits.device.type)
-    return run(inputs, saved, penalty_margin, grads, mask)
+        result: list[Tensor] = torch.ops.fusedloss.softmax_stats_backward.default(*flat)
+    else:
+        run = kernel("softmax_ce", "softmax_stats_backward", inputs.logits.device.type)
+        result = run(inputs, saved, penalty_margin, grads, mask)
+    return result
 
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
