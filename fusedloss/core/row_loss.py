@@ -42,10 +42,14 @@ class RowSettings(NamedTuple):
     z_loss: float = 0.0
     margin_penalty: MarginPenalty | None = None
 
+    @property
+    def is_default(self) -> bool:
+        """Whether there is nothing to check or to compute: each look at an option takes a part of a small loss."""
+        return not isinstance(self.label_smoothing, Tensor) and self == _NO_SETTINGS
+
     def check(self) -> None:
         """Raises for a number out of range; tensors are checked by whoever knows the rows."""
-        # What is plainly right is not looked at twice: each call takes a microsecond of a small loss.
-        if not isinstance(self.label_smoothing, Tensor) and self == _NO_SETTINGS:
+        if self.is_default:
             return
         if not isinstance(self.label_smoothing, Tensor):
             check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)
@@ -58,6 +62,8 @@ class RowSettings(NamedTuple):
 
     def options(self, num_classes: int) -> RowOptions:
         """The numbers; a tensor leaves its own at 0."""
+        if self.is_default:
+            return _NO_OPTIONS
         penalty, smoothing = self.margin_penalty, self.label_smoothing
         row = RowOptions(
             0.0 if isinstance(smoothing, Tensor) else smoothing, self.focal_gamma, self.poly_epsilon, self.z_loss
@@ -167,4 +173,4 @@ class MarginPenalty:
             check_number("MarginPenalty: strength", self.strength, at_least=0.0, at_most=1.0 if self.mix else math.inf)
 
 
-_NO_SETTINGS = RowSettings()
+_NO_SETTINGS, _NO_OPTIONS = RowSettings(), RowOptions()

@@ -28,6 +28,7 @@ from fusedloss.terms import (
 )
 
 REDUCTIONS = ("mean", "sum", "none")
+_NO_ROWS = RowInputs()
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def checked(
             _check_probabilities(target)
         elif not labels_may_be_remote:
             check_labels(target, logits.shape[1], ignore_index, "target")
-    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction not in REDUCTIONS:
+        check_choice("reduction", reduction, REDUCTIONS)
     settings.check()
     if type(ignore_index) is not int or ignore_index != -100:
         ignore_index = check_ignore_index(ignore_index)
@@ -156,6 +158,8 @@ def checked(
 
 def _row_inputs(settings: RowSettings, sample_weight: Tensor | None, logits: Tensor, shape: torch.Size) -> RowInputs:
     """The options that are tensors, one value per row."""
+    if sample_weight is None and settings.is_default:
+        return _NO_ROWS
     penalty = settings.margin_penalty
     smoothing = strength = None
     if sample_weight is not None:

@@ -15,6 +15,7 @@ from fusedloss import backends
 library = torch.library.Library("fusedloss", "DEF")
 kernel = backends.kernel
 
+_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ONCE = "fusedloss's kernels are differentiable once; for second derivatives use fusedloss.backend('reference')"
 
@@ -71,9 +72,10 @@ def refuse_second(name: str) -> None:
 def is_direct(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would only pass plain tensors on to the kernel: 9 of 35 us of a small call.
 
-    Anything else, in any argument, goes to the dispatcher: subclasses, modes, tracing, negative views, other devices.
+    Anything else, in any argument, goes to the dispatcher: subclasses, modes, tracing, negative views, other devices;
+    and everything while a profiler is on, so that its ranges carry the operation's name.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _profiler_enabled():
         return False
     for tensor in tensors:
         if tensor is None:

@@ -315,3 +315,30 @@ def test_the_truth_here_is_torch():
     head = in_dtype(random_head(bias=True), torch.float64)
     expected = torch.nn.functional.linear_cross_entropy(head.x, head.w, head.case.target, linear_bias=head.b)
     torch.testing.assert_close(truth(head), expected)
+
+
+class TestUnitRows:
+    """Class rows are divided by their lengths before anything is rounded to 16 bits."""
+
+    def test_float16_rows_longer_than_float16_reaches(self, backend):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4, 8192, generator=generator).half()
+        w = (1000 * torch.randn(5, 8192, generator=generator)).half()
+        assert float(w.double().norm(dim=1).min()) > 65504
+        y = torch.tensor([0, 1, 2, 4])
+        terms = [fusedloss.AngularMargin(0.3), fusedloss.Scale(16.0)]
+        found = fusedloss.linear_cross_entropy(x, w, y, normalize=True, terms=terms)
+        expected = fusedloss.linear_cross_entropy(x.double(), w.double(), y, normalize=True, terms=terms)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=0)
+        logits = fusedloss.margin_logits(x, w)
+        torch.testing.assert_close(logits.double(), fusedloss.margin_logits(x.double(), w.double()), rtol=0, atol=2e-2)
+        assert float(logits.abs().min()) > 0
+
+    def test_bfloat16_weights_with_float32_features_keep_their_digits(self, backend):
+        generator = torch.Generator().manual_seed(0)
+        x, w = torch.randn(6, 64, generator=generator), torch.randn(5, 64, generator=generator).bfloat16()
+        y = torch.tensor([0, 1, 2, 3, 4, 0])
+        terms = [fusedloss.Scale(16.0)]
+        found = fusedloss.linear_cross_entropy(x, w, y, normalize=True, terms=terms)
+        expected = fusedloss.linear_cross_entropy(x.double(), w.double(), y, normalize=True, terms=terms)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
