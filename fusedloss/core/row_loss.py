@@ -45,7 +45,9 @@ class RowSettings(NamedTuple):
     @property
     def is_default(self) -> bool:
         """Whether there is nothing to check or to compute: each look at an option takes a part of a small loss."""
-        return not isinstance(self.label_smoothing, Tensor) and self == _NO_SETTINGS
+        # An array has no truth value: types first.
+        floats = type(self.label_smoothing) is type(self.focal_gamma) is type(self.poly_epsilon) is type(self.z_loss)
+        return floats and type(self.z_loss) is float and self.margin_penalty is None and self == _NO_SETTINGS
 
     def check(self) -> None:
         """Raises for a number out of range; tensors are checked by whoever knows the rows."""

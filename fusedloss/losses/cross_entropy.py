@@ -130,6 +130,7 @@ class CrossEntropyLoss(SettingsRepr):
             True
         """
         check_linear("fold_into", linear)
+        check_bool("prior", prior)
         terms = []
         for term in self._terms():
             if not isinstance(term, AffineTerm):
