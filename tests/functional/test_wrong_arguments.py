@@ -343,6 +343,203 @@ CALLS = {
         },
     ),
 }
+VECTORS = torch.randn(B, 2, D)
+HEADS = {"in_features": (D, "size"), "num_classes": (K, "size"), "scale": (30.0, "positive or a tensor")}
+MARGIN_KEYWORDS = {
+    **options(without(CROSS_ENTROPY, "weight", "label_smoothing")),
+    "class_weight": (None, "class weight"),
+    "sample_rate": (None, "rate"),
+    "sub_centers": (1, "size"),
+}
+SUPCON = {
+    "temperature": (0.1, "positive"),
+    "contrast_mode": ("all", "choice"),
+    "normalize": (True, "bool"),
+    "reduction": ("mean", "choice"),
+    "class_weight": (None, "class weight"),
+    "class_balance": (False, "bool"),
+    "ignore_index": (-100, "integer"),
+}
+# The functions, heads, statistics and contrastive losses.
+CALLS |= {
+    "cross_entropy": (
+        fusedloss.cross_entropy,
+        {
+            "input": (LOGITS, "logits"),
+            "target": (LABELS, "labels"),
+            "sample_weight": (None, "sample weight"),
+            **options(without(CROSS_ENTROPY, "weight")),
+            "weight": (None, "class weight of a function"),
+        },
+    ),
+    "linear_cross_entropy": (
+        fusedloss.linear_cross_entropy,
+        {
+            "input": (FEATURES, "features"),
+            "linear_weight": (WEIGHT, "rows of classes"),
+            "target": (LABELS, "labels"),
+            "linear_bias": (None, "bias"),
+            "normalize": (False, "bool"),
+            "sample_rate": (None, "rate"),
+            "sample_weight": (None, "sample weight"),
+            **options(without(CROSS_ENTROPY, "weight")),
+            "weight": (None, "class weight of a function"),
+        },
+    ),
+    "margin_logits": (
+        fusedloss.margin_logits,
+        {
+            "input": (FEATURES, "matching rows"),
+            "linear_weight": (WEIGHT, "rows of classes"),
+            "labels": (LABELS, "optional labels"),
+            "margin": (terms.AngularMargin(0.5), "margin"),
+            "scale": (30.0, "number or a tensor"),
+            "ignore_index": (-100, "integer"),
+            "sub_centers": (1, "size"),
+        },
+    ),
+    "supcon": (
+        fusedloss.supcon,
+        {
+            "features": (FEATURES, "vectors"),
+            "labels": (LABELS, "group labels"),
+            **without(SUPCON, "class_weight"),
+            "mask": (LEFT_OUT, "mask"),
+            "class_weight": (None, "class weight of a function"),
+            "prototypes": (None, "prototypes"),
+            "contrast": (None, "prototypes"),
+        },
+    ),
+    "SupConLoss": (
+        fusedloss.SupConLoss,
+        {
+            **SUPCON,
+            "base_temperature": (None, "positive or None"),
+            "prototype_weight": (1.0, "number"),
+            "focal_gamma": (0.0, "at least 0"),
+            "learn_temperature": (False, "bool"),
+        },
+    ),
+    "SupConLoss()": (fusedloss.SupConLoss(), {"features": (FEATURES, "vectors"), "labels": (LABELS, "group labels")}),
+    "ArcFaceLoss": (
+        fusedloss.ArcFaceLoss,
+        {
+            **HEADS,
+            "margin": (0.5, "angle"),
+            "fallback": ("easy", "choice"),
+            "gradient": ("exact", "choice"),
+            **MARGIN_KEYWORDS,
+        },
+    ),
+    "CosFaceLoss": (fusedloss.CosFaceLoss, {**HEADS, "margin": (0.5, "number or a tensor"), **MARGIN_KEYWORDS}),
+    "CombinedMarginLoss": (fusedloss.CombinedMarginLoss, {**HEADS, "margin": ((1.0, 0.1, 0.1), "three")}),
+    "AdaFaceLoss": (
+        fusedloss.AdaFaceLoss,
+        {**HEADS, "margin": (0.4, "angle"), "h": (0.3, "number"), "momentum": (0.01, "in [0, 1]")},
+    ),
+    "CurricularFaceLoss": (
+        fusedloss.CurricularFaceLoss,
+        {**HEADS, "margin": (0.4, "angle"), "momentum": (0.01, "in [0, 1]")},
+    ),
+    "ArcFaceHead": (fusedloss.ArcFaceHead, {**HEADS, "margin": (0.4, "angle"), "sub_centers": (1, "size")}),
+    **{
+        f"{kind.__name__}()": (
+            forward(kind(D, K), "features"),
+            {"features": (FEATURES, "matching rows"), **without(ON_LOGITS, "logits")},
+        )
+        for kind in (fusedloss.ArcFaceLoss, fusedloss.AdaFaceLoss, fusedloss.CurricularFaceLoss)
+    },
+    "ArcFaceLoss.logits": (
+        fusedloss.ArcFaceLoss(D, K).logits,
+        {"input": (FEATURES, "matching rows"), "temperature": (1.0, "positive")},
+    ),
+    "ArcFaceHead()": (
+        fusedloss.ArcFaceHead(D, K),
+        {"features": (FEATURES, "matching rows"), "labels": (LABELS, "optional labels")},
+    ),
+    "VACELoss": (
+        fusedloss.VACELoss,
+        {
+            "in_features": (D, "size"),
+            "num_classes": (K, "size"),
+            "a": (1.0, "number"),
+            "strength": (0.5, "at least 0"),
+            "tau_min": (0.5, "positive"),
+            "tau_max": (2.0, "positive"),
+            "momentum": (0.1, "in [0, 1] or None"),
+            "warmup_steps": (10, "epoch"),
+            "center": (False, "bool"),
+            **options(CROSS_ENTROPY),
+        },
+    ),
+    "VACELoss()": (
+        fusedloss.VACELoss(D, K),
+        {"logits": (LOGITS, "logits"), "target": (LABELS, "labels"), "features": (FEATURES, "matching rows or None")},
+    ),
+    "VACELoss.fit_statistics": (
+        fusedloss.VACELoss(D, K).fit_statistics,
+        {"features": (FEATURES, "matching rows"), "labels": (LABELS, "strict labels")},
+    ),
+    "FeDLaSLoss": (
+        fusedloss.FeDLaSLoss,
+        {
+            "num_classes": (K, "size"),
+            "base": ("smoothing", "choice"),
+            "strength": (0.1, "at least 0, or None"),
+            "beta": (1.0, "number or None"),
+            "momentum": (0.1, "in [0, 1] or None"),
+            "gate": ("positive", "choice"),
+            "indicator": ("norm", "choice"),
+            **options(without(CROSS_ENTROPY, "label_smoothing", "margin_penalty")),
+        },
+    ),
+    "FeDLaSLoss()": (
+        fusedloss.FeDLaSLoss(K),
+        {"logits": (LOGITS, "logits"), "target": (LABELS, "labels"), "features": (FEATURES, "any rows")},
+    ),
+    "PrototypeLoss": (
+        fusedloss.PrototypeLoss,
+        {
+            "in_features": (D, "size"),
+            "num_classes": (K, "size"),
+            "distance": ("l2", "choice"),
+            "separation": (0.0, "at least 0"),
+            "separation_margin": (0.0, "number"),
+            "center_update": ("gradient", "choice"),
+            "reduction": ("mean", "choice"),
+            "ignore_index": (-100, "integer"),
+        },
+    ),
+    "PrototypeLoss()": (
+        fusedloss.PrototypeLoss(D, K),
+        {"features": (FEATURES, "matching rows"), "target": (LABELS, "strict labels")},
+    ),
+    "ClassStatistics": (
+        fusedloss.ClassStatistics,
+        {
+            "in_features": (D, "size"),
+            "num_classes": (K, "size"),
+            "momentum": (None, "in [0, 1] or None"),
+            "per_feature": (False, "bool"),
+        },
+    ),
+    "ClassStatistics.update": (
+        fusedloss.ClassStatistics(D, K).update,
+        {"features": (FEATURES, "matching rows"), "labels": (LABELS, "strict labels")},
+    ),
+    "ClassStatistics.merge": (
+        fusedloss.ClassStatistics(D, K).merge,
+        {"other": (fusedloss.ClassStatistics(D, K), "statistics")},
+    ),
+    "NormStatistics": (fusedloss.NormStatistics, {"momentum": (None, "in [0, 1] or None"), "norm": (1.0, "norm")}),
+    "NormStatistics.update": (fusedloss.NormStatistics().update, {"features": (FEATURES, "any rows")}),
+    "FeatureQueue": (fusedloss.FeatureQueue, {"in_features": (D, "size"), "size": (4, "size")}),
+    "FeatureQueue.push": (
+        fusedloss.FeatureQueue(D, 8).push,
+        {"features": (FEATURES, "matching rows"), "labels": (LABELS, "group labels")},
+    ),
+    "watch": (fusedloss.VACELoss(D, K).watch, {"layer": (torch.nn.Linear(D, K), "layer")}),
+}
 WRONG |= {
     "prior of a term": [*NOT_A_TENSOR, COUNTS, torch.full((K,), NAN), torch.full((K,), INF), torch.eye(K).to_sparse()],
     "at least 0, or a tensor": [*NOT_A_NUMBER, -1.0, COUNTS],
@@ -358,10 +555,109 @@ WRONG |= {
     "train counts": ["text", [1, 2], [[1] * K], 3, torch.ones(K, device=META)],
     "rows": [*NOT_A_TENSOR, FEATURES.long(), torch.randn(D), torch.full((B, D), NAN), FEATURES.to(META)],
     "row labels": [*NOT_A_TENSOR, LABELS.float(), LABELS.bool(), LABELS[:2], LABELS[:, None]],
+    "class weight of a function": [
+        value
+        for value in WRONG["class weight"]
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 1)
+    ]
+    + [torch.ones(K + 1), torch.ones(K, device=META)],
+    "any rows": [
+        *NOT_A_TENSOR,
+        FEATURES.long(),
+        torch.randn(D),
+        torch.randn(()),
+        torch.randn(B, D, 2),
+        FEATURES.to_sparse(),
+    ],
+    "matching rows": [*WRONG["features"], torch.randn(D)],
+    "matching rows or None": [value for value in WRONG["features"] if value is not None] + [torch.randn(D)],
+    "rows of classes": [*WRONG["features"], torch.randn(D), torch.randn(0, D), WEIGHT.to(META)],
+    "bias": [
+        "text",
+        [1.0] * K,
+        np.ones(K),
+        1.0,
+        COUNTS,
+        torch.ones(K + 1),
+        torch.ones(K, 1),
+        torch.ones(K, device=META),
+    ],
+    "optional labels": [value for value in WRONG["labels"] if value is not None],
+    "strict labels": WRONG["labels"],
+    "group labels": [
+        "text",
+        [0, 1],
+        3,
+        np.ones(B),
+        LABELS.double(),
+        LABELS[:2],
+        LABELS[:, None],
+        torch.tensor(1),
+        LABELS.to(META),
+    ],
+    "margin": ["text", 0.5, None, terms.Scale(1.0), terms.AngularMargin],
+    "mask": ["text", [1.0], 1.0, torch.ones(B), torch.ones(B, B + 1), torch.eye(B).to(META)],
+    "vectors": [
+        *NOT_A_TENSOR,
+        FEATURES.long(),
+        torch.randn(D),
+        torch.randn(()),
+        torch.randn(B, 2, D, 2),
+        torch.randn(B, 0),
+        torch.randn(B, 0, D),
+        FEATURES.to_sparse(),
+    ],
+    "prototypes": [
+        "text",
+        [1.0],
+        1.0,
+        np.ones((2, D)),
+        torch.randn(D),
+        torch.randn(2, D + 1),
+        torch.randn(2, D).to(META),
+    ],
+    "positive or None": ["1", [1.0], True, NAN, INF, 0.0, -1.0],
+    "in [0, 1] or None": ["1", [1.0], True, NAN, INF, -0.5, 1.5],
+    "at least 0, or None": ["1", [1.0], True, NAN, INF, -0.5],
+    "number or None": ["1", [1.0], True, NAN, INF],
+    "three": ["text", 0.5, None, (1.0, 0.1), (1.0, "a", 0.1), (0.0, 0.1, 0.1), torch.ones(3), (1.0, 20.0, 0.0)],
+    "statistics": [None, "text", fusedloss.ClassStatistics(D + 1, K), fusedloss.NormStatistics()],
+    "norm": ["1", None, [1.0], True, NAN, 0.5, -1.0],
+    "layer": [None, "text", (torch.nn.Linear(D, K),), torch.nn.Linear(D + 1, K), torch.nn.Linear],
     "rates": ["0.1", 0.1, None, [0.0], [1.0], ["a"], [NAN]],
 }
-# Calls of other parts of the package that do not hold to the form yet: (call, argument).
-PENDING: set[tuple[str, str]] = set()
+# Arguments whose errors are of another form so far, by call: a name is taken out with its mend.
+PENDING = {
+    "cross_entropy": "terms return_stats",
+    "linear_cross_entropy": "terms return_stats",
+    "supcon": "features labels temperature contrast_mode normalize reduction class_balance ignore_index mask class_weight",
+    "SupConLoss": "temperature contrast_mode normalize reduction class_weight class_balance ignore_index base_temperature prototype_weight focal_gamma learn_temperature",
+    "SupConLoss()": "features labels",
+    "ArcFaceLoss": "scale terms poly_epsilon sample_rate",
+    "CosFaceLoss": "scale terms poly_epsilon sample_rate",
+    "CombinedMarginLoss": "scale margin",
+    "AdaFaceLoss": "scale h momentum",
+    "CurricularFaceLoss": "scale momentum",
+    "ArcFaceHead": "scale",
+    "AdaFaceLoss()": "features",
+    "CurricularFaceLoss()": "target",
+    "ArcFaceLoss.logits": "input temperature",
+    "VACELoss": "in_features num_classes a strength tau_min tau_max momentum warmup_steps center",
+    "VACELoss()": "target features",
+    "VACELoss.fit_statistics": "features labels",
+    "FeDLaSLoss": "num_classes base strength beta momentum gate indicator",
+    "FeDLaSLoss()": "logits target features",
+    "PrototypeLoss": "in_features num_classes distance separation separation_margin center_update reduction ignore_index",
+    "PrototypeLoss()": "target",
+    "ClassStatistics": "in_features num_classes momentum per_feature",
+    "ClassStatistics.update": "features labels",
+    "ClassStatistics.merge": "other",
+    "NormStatistics": "momentum norm",
+    "NormStatistics.update": "features",
+    "FeatureQueue": "in_features size",
+    "FeatureQueue.push": "labels",
+    "watch": "layer",
+}
 
 
 def shown(value):
@@ -375,7 +671,7 @@ CASES = [
     for name, (_, arguments) in CALLS.items()
     for argument, (_, kind) in arguments.items()
     for value in WRONG[kind]
-    if (name, argument) not in PENDING
+    if argument not in PENDING.get(name, "").split()
 ]
 
 
