@@ -121,7 +121,10 @@ def test_several_processes_are_as_one(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), "3", str(tmp_path / "store")], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(script), str(rank), "3", str(tmp_path / "store")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(3)
     ]

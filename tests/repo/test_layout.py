@@ -27,7 +27,18 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-HEAVY = ("timm", "transformers", "matplotlib", "sklearn", "PIL", "typer", "tqdm", "safetensors", "triton", "torch._dynamo")
+HEAVY = (
+    "timm",
+    "transformers",
+    "matplotlib",
+    "sklearn",
+    "PIL",
+    "typer",
+    "tqdm",
+    "safetensors",
+    "triton",
+    "torch._dynamo",
+)
 
 
 def layer(name):
@@ -84,6 +95,32 @@ def test_no_imports_in_a_circle():
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+# Modules that still take private names of others; the list may only become shorter.
+BORROWERS: set[tuple[str, str]] = set()
+
+
+def private_names_of_others(path, name):
+    """Private names that a module imports from another, or reads from a module that it imports."""
+    tree = ast.parse(path.read_text())
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "fusedloss"):
+            for alias in node.names:
+                if alias.name.startswith("_") and alias.name != "_C":
+                    yield alias.name
+                modules.add(alias.asname or alias.name)
+    names = {module.rpartition(".")[2] for _, module in module_names()}
+    for node in ast.walk(tree):
+        private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if private and isinstance(node.value, ast.Name) and node.value.id in modules & names and node.attr != "_C":
+            yield f"{node.value.id}.{node.attr}"
+
+
+def test_nobody_takes_private_names_of_another_module():
+    borrowed = {(name, private) for path, name in module_names() for private in private_names_of_others(path, name)}
+    assert borrowed == BORROWERS
 
 
 def test_terms_and_core_are_leaves():
