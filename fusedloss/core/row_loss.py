@@ -44,15 +44,13 @@ class RowSettings(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether there is nothing to check or to compute: each look at an option takes a part of a small loss."""
+        """Whether every option is off."""
         # An array has no truth value: types first.
         floats = type(self.label_smoothing) is type(self.focal_gamma) is type(self.poly_epsilon) is type(self.z_loss)
         return floats and type(self.z_loss) is float and self.margin_penalty is None and self == _NO_SETTINGS
 
     def check(self) -> None:
         """Raises for a number out of range; tensors are checked by whoever knows the rows."""
-        if self.is_default:
-            return
         if not isinstance(self.label_smoothing, Tensor):
             check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)
         check_focal_gamma(self.focal_gamma)
@@ -64,8 +62,6 @@ class RowSettings(NamedTuple):
 
     def options(self, num_classes: int) -> RowOptions:
         """The numbers; a tensor leaves its own at 0."""
-        if self.is_default:
-            return _NO_OPTIONS
         penalty, smoothing = self.margin_penalty, self.label_smoothing
         row = RowOptions(
             0.0 if isinstance(smoothing, Tensor) else smoothing, self.focal_gamma, self.poly_epsilon, self.z_loss
@@ -175,4 +171,4 @@ class MarginPenalty:
             check_number("MarginPenalty: strength", self.strength, at_least=0.0, at_most=1.0 if self.mix else math.inf)
 
 
-_NO_SETTINGS, _NO_OPTIONS = RowSettings(), RowOptions()
+_NO_SETTINGS = RowSettings()

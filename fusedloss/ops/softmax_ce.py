@@ -44,7 +44,6 @@ _INPUTS = (
     " Tensor? target_override_grad, float soft_cap, int ignore_index"
 )
 _NUM_INPUTS = len(LogitInputs._fields)
-_NUM_TENSORS = _NUM_INPUTS - 2
 _NO_MASK = SoftmaxMask()
 _LOGITS_ONLY = SoftmaxMask(logits=True)
 
@@ -94,43 +93,54 @@ def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mean: 
         flat = (*inputs, *rows, list(options), mean, list(mask), 1.0)
         loss: Tensor = torch.ops.fusedloss.softmax_ce.default(*flat)[0]
     elif needs_grad:
-        loss = _SoftmaxCE.apply(*inputs, *rows, options, mean, mask)
+        loss = _SoftmaxCE.apply(*_tensors(inputs), *rows, (inputs, rows, options, mean, mask))
     else:
         loss = _ce_kernel(inputs, rows, options, mean, mask, 1.0)[0]
     return loss
 
 
 def _tensors(inputs: LogitInputs) -> tuple[Tensor | None, ...]:
-    return inputs[:_NUM_TENSORS]  # type: ignore[return-value]
+    # By name: torch.compile of torch 2.8 can't trace a slice of a named tuple.
+    return (
+        inputs.logits,
+        inputs.target,
+        inputs.scale,
+        inputs.bias,
+        inputs.class_weight,
+        inputs.target_override,
+        inputs.target_override_grad,
+    )
 
 
 def _ce_kernel(inputs: LogitInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     result: tuple[Tensor, Tensor, list[Tensor]]
-    result = kernel("softmax_ce", "softmax_ce", inputs.logits.device.type)(inputs, *arguments)
+    result = kernel("softmax_ce", "softmax_ce", "cuda" if inputs.logits.is_cuda else "cpu")(inputs, *arguments)
     return result
 
 
 class _SoftmaxCE(torch.autograd.Function):
-    """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
+    """The gradients leave with the forward; the first backward hands them on, a later one computes them again.
+
+    Tensors come one by one, for autograd, and then once more as the kernel takes them, with the options.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> Tensor:
-        inputs, rows = LogitInputs._make(flat[:_NUM_INPUTS]), RowInputs._make(flat[_NUM_INPUTS : _NUM_INPUTS + 3])
-        options, mean, mask = flat[_NUM_INPUTS + 3 :]
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, (inputs, rows, options, mean, mask) = arguments
         logits = inputs.logits
         ctx.loss_key = (logits.shape[1], logits.dtype, options)
         ctx.written = 1.0 if logits.is_cuda else expected_upstream(ctx.loss_key)
         ctx.numbers = (inputs.soft_cap, inputs.ignore_index, options, mean, mask)
         loss, ctx.row_loss, ctx.grads = _ce_kernel(inputs, rows, options, mean, mask, ctx.written)
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *rows)
+        ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        grads, mask, need = ctx.grads, ctx.numbers[4], ctx.needs_input_grad
+        grads, mask = ctx.grads, ctx.numbers[4]
         ctx.grads = None
-        if is_batched((upstream,)):
+        if is_batched(upstream):
             grads = _again(ctx, 1.0) if grads is None or ctx.written != 1.0 else grads
             grads = [grad * upstream for grad in grads]
         else:
@@ -138,15 +148,19 @@ class _SoftmaxCE(torch.autograd.Function):
             factor = scale_in_place(grads, upstream, ctx.written)
             if factor is not None:
                 note_upstream(ctx.loss_key, factor)
-        row_weight = ctx.row_loss * upstream if need[_NUM_INPUTS + 1] else None
-        return _by_argument(grads, mask, need, row_weight)
+        need = ctx.needs_input_grad
+        row_weight = ctx.row_loss * upstream if need[8] else None
+        if mask == _LOGITS_ONLY:
+            return grads[0], None, None, None, None, None, None, None, row_weight, None, None
+        logits, scale, bias, override, smoothing, strength = _by_name(grads, mask)
+        scale, bias = scale if need[2] else None, bias if need[3] else None
+        return logits, None, scale, bias, None, override, None, smoothing, row_weight, strength, None
 
 
 def _again(ctx: Any, grad_scale: float) -> list[Tensor]:
     tensors, (soft_cap, ignore_index, options, mean, mask) = ctx.saved_tensors, ctx.numbers
-    inputs = LogitInputs._make((*tensors[:_NUM_TENSORS], soft_cap, ignore_index))
-    rows = RowInputs(*tensors[_NUM_TENSORS:])
-    return _ce_kernel(inputs, rows, options, mean, mask, grad_scale)[2]
+    inputs = LogitInputs._make((*tensors[:7], soft_cap, ignore_index))
+    return _ce_kernel(inputs, RowInputs(*tensors[7:]), options, mean, mask, grad_scale)[2]
 
 
 def _setup_ce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -169,7 +183,9 @@ def _backward_ce(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         grads, mask = torch.ops.fusedloss.softmax_ce.default(*flat)[2], needed
     factor = grad_loss if grad_scale == 1.0 else grad_loss / grad_scale
     row_weight = row_loss * grad_loss if need[10] else None
-    return _by_argument([grad * factor for grad in grads], mask, need, row_weight)
+    logits, scale, bias, override, smoothing, strength = _by_name([grad * factor for grad in grads], mask)
+    of_rows = (smoothing if need[9] else None, row_weight, strength if need[11] else None)
+    return *_of_inputs(logits, scale, bias, override, need), *of_rows, None, None, None, None
 
 
 register_autograd("softmax_ce", _setup_ce, _backward_ce)
@@ -269,8 +285,8 @@ def _backward_stats(ctx: Any, *grads: Tensor | None) -> Any:
     inputs = LogitInputs(*ctx.saved_tensors[:7], *ctx.numbers)
     saved = SavedStatistics(*ctx.saved_tensors[7:])
     result = softmax_stats_backward(inputs, saved, ctx.penalty_margin, statistics_grads(grads), mask)
-    of_inputs = _by_argument(result, mask, need, None)[:_NUM_INPUTS]
-    return *of_inputs, *(None,) * (len(need) - _NUM_INPUTS)
+    logits, scale, bias, override, _, _ = _by_name(result, mask)
+    return *_of_inputs(logits, scale, bias, override, need), *(None,) * (len(need) - _NUM_INPUTS)
 
 
 register_autograd("softmax_stats", _setup_stats, _backward_stats)
@@ -326,24 +342,18 @@ def _ce_mask(inputs: LogitInputs, rows: RowInputs) -> SoftmaxMask:
     )
 
 
-def _by_argument(
-    grads: Sequence[Tensor], mask: SoftmaxMask, need: Sequence[bool], row_weight: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """One gradient, or None, for each argument of softmax_ce's schema."""
-    if mask == _LOGITS_ONLY:
-        return grads[0], *(None,) * 9, row_weight, *(None,) * 5
+def _by_name(grads: Sequence[Tensor], mask: SoftmaxMask) -> tuple[Tensor | None, ...]:
+    """The gradients of logits, scale, bias, target_override, label_smoothing and penalty_strength, or None each."""
     made: Iterator[Tensor] = iter(grads)
     logits = next(made) if mask.logits else None
     scale, bias = (next(made), next(made)) if mask.affine else (None, None)
     override, smoothing, strength = (next(made) if each else None for each in mask[2:])
-    classes = (scale if need[2] else None, bias if need[3] else None, None)
-    of_rows = (smoothing if len(need) > 9 and need[9] else None, row_weight, strength)
-    return (
-        logits if need[0] else None,
-        None,
-        *classes,
-        override if need[5] else None,
-        *(None,) * 3,
-        *of_rows,
-        *(None,) * 4,
-    )
+    return logits, scale, bias, override, smoothing, strength
+
+
+def _of_inputs(
+    logits: Tensor | None, scale: Tensor | None, bias: Tensor | None, override: Tensor | None, need: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """One gradient, or None, for each field of LogitInputs."""
+    of_classes = (scale if need[2] else None, bias if need[3] else None, None)
+    return logits if need[0] else None, None, *of_classes, override if need[5] else None, None, None, None
