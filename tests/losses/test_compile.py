@@ -78,7 +78,8 @@ MODULES = {
     "poly preset": (fusedloss.PolyLoss, logits),
     "dual focal": (fusedloss.DualFocalLoss, logits),
     "dual focal rows": (
-        lambda: fusedloss.DualFocalLoss(weight=torch.rand(CLASSES), terms=[Prior(COUNTS.log())], reduction="none"), logits
+        lambda: fusedloss.DualFocalLoss(weight=torch.rand(CLASSES), terms=[Prior(COUNTS.log())], reduction="none"),
+        logits,
     ),
     "ecp": (fusedloss.ECPLoss, logits),
     "acls": (fusedloss.ACLSLoss, logits),
