@@ -161,7 +161,7 @@ def checked(
     return LossArguments(
         logits,
         target,
-        check_terms(terms, logits, target) if terms else (),
+        () if type(terms) is tuple and not terms else check_terms(terms, logits, target),
         weight,
         ignore_index,
         _NO_OPTIONS if plain else settings.options(logits.shape[1]),
