@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fusedloss import functional
 from fusedloss.core.row_loss import MarginPenalty
 from fusedloss.functional import RowStatistics
-from fusedloss.losses.class_statistics import NormStatistics
 from fusedloss.losses.cross_entropy import CrossEntropyLoss
 from fusedloss.losses.feature_hook import FeatureTap
+from fusedloss.losses.norm_statistics import NormStatistics
 from fusedloss.terms.term import readable
 
 # Of the paper, for each base: strength (alpha or lambda) and beta.

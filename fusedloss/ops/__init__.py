@@ -1,7 +1,16 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
 from fusedloss.backends.chunked.head import LinearInputs
-from fusedloss.ops.class_stats import ClassState, ClassTensors, advance, class_stats, moments, row_magnitudes
+from fusedloss.ops.class_stats import (
+    FEATURE_DTYPES,
+    LABEL_DTYPES,
+    ClassState,
+    ClassTensors,
+    class_stats,
+    moments,
+    row_magnitudes,
+    update_class_stats,
+)
 from fusedloss.ops.library import compute_dtype
 from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
 from fusedloss.ops.softmax_ce import (
@@ -16,6 +25,8 @@ from fusedloss.ops.softmax_ce import (
 from fusedloss.ops.supcon import AnchorSums, supcon
 
 __all__ = [
+    "FEATURE_DTYPES",
+    "LABEL_DTYPES",
     "AnchorSums",
     "ClassState",
     "ClassTensors",
@@ -25,7 +36,6 @@ __all__ = [
     "RowTensors",
     "SoftmaxOptions",
     "StatisticsOptions",
-    "advance",
     "class_stats",
     "compute_dtype",
     "linear_ce",
@@ -37,4 +47,5 @@ __all__ = [
     "softmax_stats",
     "supcon",
     "target_products",
+    "update_class_stats",
 ]

@@ -97,8 +97,14 @@ def per_class(value: Tensor | float, logits: Tensor) -> Tensor | float:
 
 
 def readable(value: object) -> TypeGuard[Tensor]:
-    """Whether values may be looked at: on the CPU, and not while a graph is traced."""
-    return isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may be looked at: on the CPU, and not while a graph is traced or tensors are fake."""
+    return (
+        isinstance(value, (Tensor, torch.nn.Parameter))
+        and value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def per_row(value: Tensor | float, classes: Tensor) -> Tensor | float:
