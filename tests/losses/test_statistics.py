@@ -393,7 +393,7 @@ def test_update_compiles_to_one_graph():
         (
             (torch.zeros(3, 4), torch.tensor([0, -1, 2])),
             IndexError,
-            r"labels must be in \[0, 3\) or ignore_index=-100; got label -1 at row 1",
+            "labels: got label -1 at row 1",
         ),
         ((torch.zeros(3, 4), torch.tensor([0, 1, 3])), IndexError, "got label 3 at row 2"),
     ],
@@ -591,6 +591,6 @@ class TestFewRowsOfManyClasses:
     @pytest.mark.parametrize("label", [-1, 50])
     def test_a_label_outside_the_classes_is_named_and_nothing_changes(self, label):
         statistics = ClassStatistics(4, 50)
-        with pytest.raises(IndexError, match=rf"labels must be in \[0, 50\) .*; got label {label} at row 1"):
+        with pytest.raises(IndexError, match=rf"got label {label} at row 1; allowed are 0 to 49"):
             statistics.update(torch.randn(3, 4), torch.tensor([0, label, 2]))
         assert not statistics.count.any()
