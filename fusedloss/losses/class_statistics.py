@@ -20,6 +20,7 @@ from fusedloss.core.checks import (
     check_number,
     check_tensor,
 )
+from fusedloss.core.dtypes import FLOATING, LABELS, compute_dtype
 from fusedloss.losses.running_state import add_skipped, register_skipped, settings_text
 from fusedloss.terms.term import readable
 
@@ -137,7 +138,7 @@ class ClassStatistics(nn.Module):
         """The sums of rows by class about a shift, and the shift: the mean itself where its type allows."""
         if state.mean.dtype == torch.float64:
             features = features.to(torch.float64)
-        shift = state.mean.to(ops.compute_dtype(features.dtype))
+        shift = state.mean.to(compute_dtype(features.dtype))
         return ops.class_stats(features, labels, shift, state.count, ignore_index, self.per_feature), shift
 
     def _update_all(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -239,7 +240,7 @@ class ClassStatistics(nn.Module):
         column = count.unsqueeze(1)
         sums, squares = deviation * column, square * (column if self.per_feature else count)
         batch = ops.ClassTensors(count, sums, squares, torch.zeros_like(self.skipped))
-        ops.update_class_stats(self._state(), batch, shift, self.momentum)
+        ops.update_class_stats(self._state(), batch, shift.double(), self.momentum)
 
     def _state(self) -> ops.ClassState:
         return ops.ClassState(self.count, self.mean, self.scatter, self.variance)
@@ -292,12 +293,12 @@ def all_reduced(
 def check_feature_rows(features: Any, labels: Any, width: int | str = "D", state: Tensor | None = None) -> None:
     """Raises unless features are rows ``(B, width)`` on the device of `state`, and labels, if any, fit them."""
     check_tensor("features", features, ("B", width), like=state, of="the statistics")
-    if features.dtype not in ops.FEATURE_DTYPES:
+    if features.dtype not in FLOATING:
         raise TypeError(f"features must be float32, float64, bfloat16 or float16; got {features.dtype}")
     if labels is None:
         return
     check_integer_tensor("labels", labels, (features.shape[0],))
-    if labels.dtype not in ops.LABEL_DTYPES:
+    if labels.dtype not in LABELS:
         raise TypeError(f"labels must be int64, int32 or uint8; got {labels.dtype}")
     if labels.device != features.device:
         raise ValueError(f"labels must be on the device of features, {features.device}; got {labels.device}")

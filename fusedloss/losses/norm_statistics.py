@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusedloss import ops
 from fusedloss.core.checks import check_ignore_index, check_integer_tensor, check_tensor
+from fusedloss.core.dtypes import compute_dtype
 from fusedloss.losses.class_statistics import ClassStatistics, all_reduced, check_feature_rows
 from fusedloss.losses.running_state import add_skipped, settings_text
 from fusedloss.terms.term import readable
@@ -113,7 +114,7 @@ class NormStatistics(nn.Module):
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if self.norm == 1 and not transformed and not (features.requires_grad and torch.is_grad_enabled()):
             return ops.row_magnitudes(features)
-        return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=ops.compute_dtype(features.dtype))
+        return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=compute_dtype(features.dtype))
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:

@@ -502,15 +502,15 @@ def test_the_update_is_well_formed():
 
 BAD = {
     "labels must have shape": {"labels": torch.zeros(2).long()},
-    "labels must be int64": {"labels": torch.zeros(64)},
+    "labels must be torch.int64": {"labels": torch.zeros(64)},
     "shift must have shape": {"shift": torch.zeros(3, 5)},
-    "shift must be float32": {"shift": torch.zeros(4, 5).double()},
-    "seen must be int64": {"seen": torch.zeros(4)},
+    "shift must be torch.float32": {"shift": torch.zeros(4, 5).double()},
+    "seen must be torch.int64": {"seen": torch.zeros(4)},
     "seen must have shape": {"seen": torch.zeros(4, 1).long()},
     "features must have shape": {"features": torch.zeros(64)},
-    "features must be float32 or": {"features": torch.zeros(64, 5).long()},
+    "features must be float32,": {"features": torch.zeros(64, 5).long()},
     "features must have at least one column": {"features": torch.zeros(64, 0), "shift": torch.zeros(4, 0)},
-    "must be on the device of": {"seen": torch.zeros(4, dtype=torch.int64, device="meta")},
+    "seen must be on cpu": {"seen": torch.zeros(4, dtype=torch.int64, device="meta")},
 }
 
 
@@ -529,7 +529,7 @@ def test_shapes_and_types_are_checked_at_the_entry(backend, message, direct):
 
 def test_the_other_operations_check_their_arguments(backend):
     count, mean, scatter = torch.zeros(4).long(), torch.zeros(4, 5), torch.zeros(4).double()
-    with pytest.raises(ValueError, match=r"sums must have shape .*\(4, 5\); got \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"sums must have shape \(4, 5\); got \(4, 6\)"):
         torch.ops.fusedloss.update_class_stats(
             count, mean, scatter, None, count.clone(), None, torch.zeros(4, 6), torch.zeros(4), 0.5
         )

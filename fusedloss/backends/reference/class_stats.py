@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedloss.core import checks
+from fusedloss.core.checks import check_labels as check_labels
 
 # Rows with larger values are left out. Twin of kLargestValue in csrc/class_stats.h.
 LARGEST_VALUE = 2.0**50
@@ -50,7 +50,7 @@ def class_stats(
     """
     num_classes, width = shift.shape
     if labels.device.type == "cpu":
-        checks.check_labels(labels, num_classes, ignore_index)
+        check_labels(labels, num_classes, ignore_index)
     labelled = labels != ignore_index
     usable = usable_rows(features)
     # Rows left out go to one more class, dropped at the end, so that no shape depends on values.
@@ -142,17 +142,6 @@ def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
     mean = wide.sum() / count.clamp(min=1)
     square = torch.where(kept, wide - mean, 0.0).square().sum() / count.clamp(min=1)
     return torch.stack([count, mean, square, (labelled & ~usable).sum().double()])
-
-
-def check_labels(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:
-    """IndexError naming the first row whose label is neither in [0, K) nor `ignore_index`; waits for the device."""
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
-    if bad.any():
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"{name}: got label {int(labels.flatten()[row])} at row {row}; "
-            f"allowed are 0 to {num_classes - 1} and ignore_index={ignore_index}"
-        )
 
 
 def _start_new_classes(features: Tensor, slot: Tensor, shift: Tensor, new: Tensor) -> None:
