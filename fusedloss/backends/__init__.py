@@ -72,8 +72,8 @@ def resolve_backend(device_type: str) -> str:
 
 
 # torch.compiler.assume_constant_result does this and imports the compiler, which takes as long as torch itself.
-for _constant in (unavailable_reason, _forced_here):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_forced_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernel(stem: str, function: str, device_type: str) -> Callable[..., Any]:

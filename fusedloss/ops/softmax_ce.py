@@ -1,7 +1,7 @@
 """Softmax cross-entropy with its gradients, row statistics, and the backward of the statistics.
 
 ``softmax_ce``              loss and its gradients in one read of the logits: what trainers run.
-``softmax_stats``           statistics of each row; ``softmax_stats_backward`` carries any gradient of them to the inputs.
+``softmax_stats``           statistics of each row; ``softmax_stats_backward`` carries any gradient of them back.
 
 All read ``core.operands.LogitInputs``; an operation's schema names its fields one by one.
 """
@@ -33,7 +33,6 @@ from fusedloss.ops.library import (
     is_direct,
     kernel,
     refuse_batched,
-    refuse_grad_of,
     refuse_second,
     register_autograd,
     scale_in_place,
@@ -95,23 +94,27 @@ def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mean: 
     if not is_direct(*tensors):
         mask = _ce_mask(inputs, rows) if needs_grad else _NO_MASK
         flat = (*tensors[:7], soft_cap, ignore_index, *tensors[7:], list(options), mean, list(mask), 1.0)
-        return torch.ops.fusedloss.softmax_ce.default(*flat)[0]
-    if needs_grad:
-        return _SoftmaxCE.apply(*tensors, soft_cap, ignore_index, options, mean)
-    return _ce_kernel(inputs, rows, options, mean, _NO_MASK, 1.0)[0]
+        loss: Tensor = torch.ops.fusedloss.softmax_ce.default(*flat)[0]
+    elif needs_grad:
+        loss = _SoftmaxCE.apply(*tensors, soft_cap, ignore_index, options, mean)
+    else:
+        loss = _ce_kernel(inputs, rows, options, mean, _NO_MASK, 1.0)[0]
+    return loss
 
 
 def _ce_kernel(inputs: LogitInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return kernel("softmax_ce", "softmax_ce", inputs.logits.device.type)(inputs, *arguments)
+    result: tuple[Tensor, Tensor, list[Tensor]]
+    result = kernel("softmax_ce", "softmax_ce", inputs.logits.device.type)(inputs, *arguments)
+    return result
 
 
 class _SoftmaxCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, soft_cap, ignore_index, options, mean = arguments
-        inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
+        inputs, rows = LogitInputs._make((*tensors[:7], soft_cap, ignore_index)), RowInputs(*tensors[7:])
         mask = _ce_mask(inputs, rows)
         ctx.loss_key = (inputs.logits.shape[1], inputs.logits.dtype, options)
         ctx.written = 1.0 if inputs.logits.is_cuda else expected_upstream(ctx.loss_key)
@@ -122,7 +125,7 @@ class _SoftmaxCE(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         grads, mask = ctx.grads, ctx.numbers[4]
         ctx.grads = None
         if is_batched((upstream,)):
@@ -144,20 +147,20 @@ class _SoftmaxCE(torch.autograd.Function):
 
 def _again(ctx: Any, grad_scale: float) -> list[Tensor]:
     tensors, (soft_cap, ignore_index, options, mean, mask, _) = ctx.saved_tensors, ctx.numbers
-    inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
+    inputs, rows = LogitInputs._make((*tensors[:7], soft_cap, ignore_index)), RowInputs(*tensors[7:])
     return _ce_kernel(inputs, rows, options, mean, mask, grad_scale)[2]
 
 
 def _setup_ce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     given, rows, options, mean, mask, grad_scale = _group_ce(*inputs)
-    ctx.set_materialize_grads(False)
     ctx.numbers = (given.soft_cap, given.ignore_index, options, mean, mask, grad_scale)
     _, row_loss, grads = output
+    ctx.mark_non_differentiable(row_loss, *grads)
     ctx.save_for_backward(*given[:7], *rows, row_loss, *grads)
 
 
-def _backward_ce(ctx: Any, grad_loss: Tensor | None, grad_row_loss: Tensor | None, grad_grads: Any) -> Any:
-    refuse_grad_of(grad_row_loss, *grad_grads)
+@differentiable_once
+def _backward_ce(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     soft_cap, ignore_index, options, mean, mask, grad_scale = ctx.numbers
     tensors, row_loss, grads = ctx.saved_tensors[:10], ctx.saved_tensors[10], ctx.saved_tensors[11:]
     need = ctx.needs_input_grad
@@ -190,12 +193,16 @@ def fake_statistics(logits: Tensor, options: StatisticsOptions) -> SoftmaxStatis
         return _new_rows(logits, dtype) if needed else logits.new_empty(0, dtype=dtype)
 
     return SoftmaxStatistics(
-        *(rows() for _ in range(5)),
-        rows(options.smooth_loss),
-        rows(),
-        rows(options.hinge),
-        rows(options.prediction, torch.int64),
-        rows(options.prediction),
+        row_max=rows(),
+        row_sum=rows(),
+        log_sum_exp=rows(),
+        target_logit=rows(),
+        cross_entropy=rows(),
+        smooth_loss=rows(options.smooth_loss),
+        one_minus_pt=rows(),
+        hinge=rows(options.hinge),
+        prediction=rows(options.prediction, torch.int64),
+        confidence=rows(options.prediction),
     )
 
 
@@ -225,26 +232,32 @@ class _SoftmaxStatistics(torch.autograd.Function):
     """Saves three numbers per row; the backward reads the saved logits once."""
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
         inputs, options = _group_stats(*flat)
         output = tuple(kernel("softmax_ce", "softmax_stats", inputs.logits.device.type)(inputs, options))
         _setup_stats(ctx, flat, output)
         return output
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return _backward_stats(ctx, *grads)
 
 
 def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given, options = _group_stats(*inputs)
     statistics = SoftmaxStatistics(*output)
-    ctx.mark_non_differentiable(statistics.row_max, statistics.row_sum, statistics.prediction, statistics.confidence)
+    ctx.mark_non_differentiable(*not_differentiable(statistics, options))
     ctx.set_materialize_grads(False)
     ctx.numbers = (given.soft_cap, given.ignore_index)
     ctx.penalty_margin = options.penalty_margin
     ctx.save_for_backward(*given[:7], statistics.row_max, statistics.row_sum, statistics.one_minus_pt)
+
+
+def not_differentiable(statistics: SoftmaxStatistics, options: StatisticsOptions) -> list[Tensor]:
+    """The statistics that have no gradient, or were not asked for."""
+    names = ["row_max", "row_sum", "prediction", "confidence"]
+    names += [name for name in ("smooth_loss", "hinge") if not getattr(options, name)]
+    return [getattr(statistics, name) for name in names]
 
 
 def statistics_grads(grads: Sequence[Tensor | None]) -> StatisticsGrads:
@@ -257,6 +270,7 @@ def statistics_grads(grads: Sequence[Tensor | None]) -> StatisticsGrads:
     )
 
 
+@differentiable_once
 def _backward_stats(ctx: Any, *grads: Tensor | None) -> Any:
     need = ctx.needs_input_grad
     mask = SoftmaxMask(need[0], need[2] or need[3], need[5])
@@ -300,9 +314,11 @@ def softmax_stats_backward(
     tensors = (*inputs[:7], *saved, *grads)
     if not is_direct(*tensors):
         flat = (*inputs, *saved, penalty_margin, *grads, list(mask))
-        return torch.ops.fusedloss.softmax_stats_backward.default(*flat)
-    run = kernel("softmax_ce", "softmax_stats_backward", inputs.logits.device.type)
-    return run(inputs, saved, penalty_margin, grads, mask)
+        result: list[Tensor] = torch.ops.fusedloss.softmax_stats_backward.default(*flat)
+    else:
+        run = kernel("softmax_ce", "softmax_stats_backward", inputs.logits.device.type)
+        result = run(inputs, saved, penalty_margin, grads, mask)
+    return result
 
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -327,7 +343,7 @@ def _ce_mask(inputs: LogitInputs, rows: RowInputs) -> SoftmaxMask:
 
 
 def _by_input(grads: Sequence[Tensor], mask: SoftmaxMask, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of logits, scale, bias (each None unless needed), target_override, label_smoothing, penalty_strength."""
+    """Gradients of logits, scale and bias, each None unless needed, and of the three tensors of one value per row."""
     made: Iterator[Tensor] = iter(grads)
     logits = next(made) if mask.logits else None
     scale, bias = (next(made), next(made)) if mask.affine else (None, None)
