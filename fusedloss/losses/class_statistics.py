@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.backends import CHECK_VALUES
@@ -21,14 +21,15 @@ from fusedloss.core.checks import (
     check_tensor,
 )
 from fusedloss.core.dtypes import FLOATING, LABELS, compute_dtype
-from fusedloss.losses.running_state import add_skipped, register_skipped, settings_text
+from fusedloss.losses.running_state import add_skipped, register_skipped
+from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms.term import readable
 
 # With this many classes to a row of the batch, most classes are absent from it.
 _SPARSE_CLASSES = 3
 
 
-class ClassStatistics(nn.Module):
+class ClassStatistics(SettingsRepr):
     """Running mean and scatter of the features of each class, in one pass over each batch.
 
     ``mean_c = 1/n_c Σ f`` and ``scatter_c = 1/n_c Σ |f - mean_c|²`` (population; summed over features), over
@@ -92,10 +93,6 @@ class ClassStatistics(nn.Module):
         self.register_buffer("variance", torch.zeros_like(self.mean) if per_feature else None)
         register_skipped(self)
 
-    def extra_repr(self) -> str:
-        required = ("in_features", "num_classes")
-        return settings_text(self, required, momentum=None, per_feature=False, ignore_index=-100)
-
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """Takes one batch in; with `group`, the batches of all its ranks as one, and all get the same state.
@@ -118,6 +115,7 @@ class ClassStatistics(nn.Module):
         """
         self._check(features, labels)
         features, labels = features.detach(), labels.to(torch.int64)
+        skipped: Tensor | int
         if group is not None:
             skipped = self._update_all(features, labels, group)
         elif readable(labels) and self.num_classes >= _SPARSE_CLASSES * len(labels):
@@ -247,7 +245,7 @@ class ClassStatistics(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassStatistics:
         before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, moved in list(self.named_buffers(recurse=False)):
             if name in ("count", "skipped"):
                 dtype = torch.int64

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.core.checks import check_ignore_index, check_integer_tensor, check_tensor
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.losses.class_statistics import ClassStatistics, all_reduced, check_feature_rows
-from fusedloss.losses.running_state import add_skipped, settings_text
+from fusedloss.losses.running_state import add_skipped
+from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms.term import readable
 
 
@@ -44,7 +45,7 @@ class NormMoments(NamedTuple):
         return torch.nan_to_num(distance, 0.0, 0.0, 0.0)
 
 
-class NormStatistics(nn.Module):
+class NormStatistics(SettingsRepr):
     """Running mean and population deviation of the norms of feature rows: ``s_i = |f_i|_p``.
 
     The first batch starts both; later ones move them as in `ClassStatistics`; a batch of one row is fine. Rows whose
@@ -100,9 +101,6 @@ class NormStatistics(nn.Module):
     def skipped(self) -> Tensor:
         return self.statistics.skipped
 
-    def extra_repr(self) -> str:
-        return settings_text(self, (), momentum=0.5, norm=1.0, ignore_index=-100)
-
     def row_norms(self, features: Tensor) -> Tensor:
         """The norm of each row, ``(B,)`` in float32 (float64 for float64 features).
 
@@ -114,7 +112,8 @@ class NormStatistics(nn.Module):
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if self.norm == 1 and not transformed and not (features.requires_grad and torch.is_grad_enabled()):
             return ops.row_magnitudes(features)
-        return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=compute_dtype(features.dtype))
+        norms: Tensor = torch.linalg.vector_norm(features, self.norm, dim=1, dtype=compute_dtype(features.dtype))
+        return norms
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:

@@ -68,13 +68,3 @@ def add_skipped(module: Any, skipped: Tensor | int, values: str = "features") ->
             "are left out of the statistics; .skipped goes on counting them, and this is said once",
             RuntimeWarning,
         )
-
-
-def settings_text(module: nn.Module, required: tuple[str, ...], **defaults: object) -> str:
-    """For ``extra_repr``: the required settings, and those that are not at their default."""
-    shown = [f"{name}={getattr(module, name)!r}" for name in required]
-    for name, default in defaults.items():
-        value = getattr(module, name)
-        if isinstance(value, Tensor) or value != default:
-            shown.append(f"{name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
-    return ", ".join(shown)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.core.checks import check_labels as check_labels
+from fusedloss.core.dtypes import compute_dtype
 
 # Rows with larger values are left out. Twin of kLargestValue in csrc/class_stats.h.
 LARGEST_VALUE = 2.0**50
@@ -73,8 +74,8 @@ def class_stats(
 
 def usable_rows(features: Tensor) -> Tensor:
     """Which rows ``(B, D)`` hold finite values of at most LARGEST_VALUE alone: bool ``(B,)``."""
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(features, math.inf, dim=1, dtype=dtype) <= LARGEST_VALUE
+    largest: Tensor = torch.linalg.vector_norm(features, math.inf, dim=1, dtype=compute_dtype(features.dtype))
+    return largest <= LARGEST_VALUE
 
 
 def update_class_stats(
@@ -122,8 +123,8 @@ def update_class_stats(
 
 def row_magnitudes(rows: Tensor) -> Tensor:
     """``sum_d |x_id|`` of rows ``(B, D)``, added in float64 and rounded once; see ``ops.compute_dtype``."""
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=torch.float64).to(dtype)
+    magnitudes: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=torch.float64)
+    return magnitudes.to(compute_dtype(rows.dtype))
 
 
 def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:

@@ -183,4 +183,5 @@ def _chunks(labels: Tensor, num_classes: int, chunk: int) -> tuple[Tensor, Chunk
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=launch.compute_dtype(rows))
+    magnitudes: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=launch.compute_dtype(rows))
+    return magnitudes
