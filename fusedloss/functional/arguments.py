@@ -28,9 +28,11 @@ from fusedloss.terms import (
 )
 
 REDUCTIONS = ("mean", "sum", "none")
+_NO_OPTIONS, _NO_ROWS = RowOptions(), RowInputs()
 
 
-@dataclass(frozen=True)
+# Not frozen: that takes a microsecond of a small loss.
+@dataclass(slots=True)
 class LossArguments:
     """Checked arguments in the form that the operations take: ``(B, K)`` or ``(B, K, d)`` logits."""
 
@@ -131,8 +133,12 @@ def checked(
             _check_probabilities(target)
         elif not labels_may_be_remote:
             check_labels(target, logits.shape[1], ignore_index, "target")
-    check_choice("reduction", reduction, REDUCTIONS)
-    settings.check()
+    if reduction not in REDUCTIONS:
+        check_choice("reduction", reduction, REDUCTIONS)
+    # What is plainly right is not looked at twice: each look takes a part of a small loss.
+    plain = settings.is_default
+    if not plain:
+        settings.check()
     if type(ignore_index) is not int or ignore_index != -100:
         ignore_index = check_ignore_index(ignore_index)
     if ignore_index >= 0 and target.is_floating_point():
@@ -148,8 +154,8 @@ def checked(
         check_terms(terms, logits, target) if terms else (),
         weight,
         ignore_index,
-        settings.options(logits.shape[1]),
-        _row_inputs(settings, sample_weight, logits, shape),
+        _NO_OPTIONS if plain else settings.options(logits.shape[1]),
+        _NO_ROWS if plain and sample_weight is None else _row_inputs(settings, sample_weight, logits, shape),
         shape,
     )
 

@@ -7,7 +7,7 @@ from fusedloss.losses.feature_queue import FeatureQueue
 from fusedloss.losses.fedlas import FeDLaSLoss
 from fusedloss.losses.linear_cross_entropy import LinearCrossEntropyLoss
 from fusedloss.losses.margin_heads import ArcFaceHead, ArcFaceLoss, CombinedMarginLoss, CosFaceLoss
-from fusedloss.losses.presets import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, MbLSLoss
+from fusedloss.losses.presets import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, MbLSLoss, PolyLoss
 from fusedloss.losses.prototypes import PrototypeLoss
 from fusedloss.losses.supcon import SupConLoss
 from fusedloss.losses.vace import VACELoss
@@ -31,6 +31,7 @@ __all__ = [
     "LDAMLoss",
     "LinearCrossEntropyLoss",
     "MbLSLoss",
+    "PolyLoss",
     "PrototypeLoss",
     "RowLoss",
     "SupConLoss",

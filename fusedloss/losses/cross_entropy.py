@@ -105,7 +105,10 @@ class CrossEntropyLoss(SettingsRepr):
         """The loss of logits `input` against `target`; see the class for shapes."""
         if not torch.compiler.is_compiling():
             self._step_watch.look(self)
-        return functional.cross_entropy(input, target, **self._options(sample_weight))
+        loss: Tensor | tuple[Tensor, RowStatistics] = functional.cross_entropy(
+            input, target, **self._options(sample_weight)
+        )
+        return loss
 
     def fold_into(self, linear: nn.Linear, *, prior: bool = True) -> nn.Linear:
         """A new ``nn.Linear`` whose outputs are this loss's logits, terms included: inference needs no fusedloss.
@@ -127,6 +130,7 @@ class CrossEntropyLoss(SettingsRepr):
             True
         """
         check_linear("fold_into", linear)
+        check_bool("prior", prior)
         terms = []
         for term in self._terms():
             if not isinstance(term, AffineTerm):

@@ -2,6 +2,7 @@
 
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.ops.class_stats import ClassState, ClassTensors, class_stats, moments, row_magnitudes, update_class_stats
+from fusedloss.ops.flops import register_flop_formulas
 from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
 from fusedloss.ops.softmax_ce import softmax_ce, softmax_stats
 from fusedloss.ops.supcon import AnchorSums, supcon
@@ -23,3 +24,5 @@ __all__ = [
     "target_products",
     "update_class_stats",
 ]
+
+register_flop_formulas()

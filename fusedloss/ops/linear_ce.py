@@ -101,7 +101,20 @@ def linear_ce(inputs: LinearInputs, rows: RowInputs, options: RowOptions, mean: 
 
 
 def _tensors(inputs: LinearInputs) -> tuple[Tensor | None, ...]:
-    return inputs[:_NUM_TENSORS]  # type: ignore[return-value]
+    # By name: torch.compile of torch 2.8 can't trace a slice of a named tuple.
+    return (
+        inputs.input,
+        inputs.weight,
+        inputs.target,
+        inputs.input_norm,
+        inputs.class_norm,
+        inputs.scale,
+        inputs.bias,
+        inputs.class_weight,
+        inputs.target_override,
+        inputs.target_override_grad,
+        inputs.target_product,
+    )
 
 
 def _ce_kernel(inputs: LinearInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -129,7 +142,7 @@ class _LinearCE(torch.autograd.Function):
         if grads is None:
             inputs = LinearInputs._make((*tensors[:_NUM_TENSORS], soft_cap, ignore_index))
             grads = _ce_kernel(inputs, RowInputs(*tensors[_NUM_TENSORS:]), options, mean, mask)[2]
-        if is_batched((upstream,)):
+        if is_batched(upstream):
             grads = [grad * upstream for grad in grads]
         else:
             scale_in_place(grads, upstream)

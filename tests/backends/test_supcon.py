@@ -346,7 +346,7 @@ BAD_CALLS = [
     (ValueError, "contrast_labels.*contrast", {"contrast_labels": Y}),
     (ValueError, r"contrast_labels .*\(2,\)", {"contrast": torch.ones(2, 3), "contrast_labels": Y}),
     (ValueError, r"class_weight .*\(K,\)", {"class_weight": torch.ones(2, 2)}),
-    (IndexError, "labels: got label 1 at row 1", {"class_weight": torch.ones(1)}),
+    (IndexError, "labels must lie in .*; got label 1 at row 1", {"class_weight": torch.ones(1)}),
     (ValueError, "class_weight needs labels", {"labels": None, "class_weight": torch.ones(2)}),
     (ValueError, "focal_gamma .*at least 0.*-1", {"focal_gamma": -1.0}),
     (ValueError, "prototype_weight .*at least 0", {"prototype_weight": float("inf")}),

@@ -15,6 +15,8 @@ import triton_main
 
 import fusedloss
 from fusedloss.backends import triton as backend
+from fusedloss.core.operands import LogitInputs, RowInputs
+from fusedloss.core.row_loss import RowOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,8 +158,7 @@ def test_more_than_two_to_the_31_logits():
     with torch.no_grad():
         logits[2, classes - 1] = 30.0
     target = torch.tensor([0, 1, classes - 1], device="cuda")
-    options = ops.SoftmaxOptions(mean=False)
-    loss = ops.softmax_ce(ops.LogitInputs(logits, target), ops.RowInputs(), options)
+    loss = ops.softmax_ce(LogitInputs(logits, target), RowInputs(), RowOptions(), mean=False)
     loss.backward()
     truth = torch.tensor([classes, classes, 1 + (classes - 1) * 9.357622968840175e-14], dtype=torch.float64).log()
     torch.testing.assert_close(loss.detach().cpu().double(), truth.sum(), rtol=1e-4, atol=1e-6)
