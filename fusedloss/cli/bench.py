@@ -18,7 +18,7 @@ def bench(
 ) -> None:
     """Time each loss against eager PyTorch and torch.compile, in turn on the same tensors, once values agree.
 
-    The benchmarks lie beside the package in its repository: run this in a checkout.
+    The benchmarks are part of the repository, not of the installed package: run this in a checkout.
 
     Examples:
 
@@ -28,8 +28,8 @@ def bench(
     """
     if importlib.util.find_spec("bench") is None or importlib.util.find_spec("bench.report") is None:
         raise FileNotFoundError(
-            "bench: the benchmarks are part of the repository, not of the installed package; run this in a checkout's "
-            "folder as `python -m fusedloss bench`"
+            "bench must be run in a checkout's folder, as `python -m fusedloss bench`: the benchmarks are part of the "
+            "repository; got none here"
         )
     command = [sys.executable, "-m", "bench", *(operations or []), *(["--quick"] if quick else [])]
     finished = subprocess.run(command)

@@ -188,7 +188,7 @@ def _sharded(arguments: LossArguments, head: LinearHead, reduction: str, group: 
         raise ValueError("group must be None with the reference backend; got a process group")
     local, head, shard = sharded_classes.localized(arguments, head, group)
     if not _capped_first(local, head):
-        raise ValueError("terms must begin with the soft cap, without bias and normalize, where group is given")
+        raise ValueError("group must be None where a soft cap follows a term, a bias or normalize; got a process group")
     found = ops.linear_stats(_inputs(local, head), statistics_options(local, False))
     row_loss, weight = sharded_classes.joined(found, arguments, local, shard)
     return sharded_classes.reduced(row_loss, weight, arguments, reduction)
@@ -225,32 +225,38 @@ def _inputs(arguments: LossArguments, head: LinearHead) -> LinearInputs:
         soft_cap = float(terms[0].cap)
     scale, bias = fold_affine(affine, arguments.num_classes, arguments.dtype, head.input.device)
     if head.bias is not None:
-        offset = head.bias.to(arguments.dtype)
+        offset = head.bias.to(arguments.dtype).contiguous()
         offset = offset if scale is None else offset * scale
         bias = offset if bias is None else bias + offset
-    inputs = LinearInputs(
-        head.input,
-        head.weight,
+    x, w = head.input, head.weight
+    input_norm, class_norm = (ops.row_norms(x), ops.row_norms(w)) if head.normalize else (None, None)
+    override = override_grad = product = None
+    if arguments.has_margin:
+        product = ops.target_products(x, w, arguments.target, input_norm, class_norm, arguments.ignore_index)
+        override, override_grad = _after_margin(product, arguments, head)
+    return LinearInputs(
+        x,
+        w,
         arguments.target,
-        ops.row_norms(head.input) if head.normalize else None,
-        ops.row_norms(head.weight) if head.normalize else None,
+        input_norm,
+        class_norm,
         scale,
         bias,
         arguments.class_weight,
-        soft_cap=soft_cap,
-        ignore_index=arguments.ignore_index,
+        override,
+        override_grad,
+        product,
+        soft_cap,
+        arguments.ignore_index,
     )
-    return _with_margin(inputs, arguments, head) if arguments.has_margin else inputs
 
 
-def _with_margin(inputs: LinearInputs, arguments: LossArguments, head: LinearHead) -> LinearInputs:
-    """The label's logit through all terms, in double: an angular margin is steep where rows are nearly parallel."""
-    product = ops.target_products(inputs)
+def _after_margin(product: Tensor, arguments: LossArguments, head: LinearHead) -> tuple[Tensor, Tensor]:
+    """The label's logit through all terms, and its derivative in the product.
+
+    In double: an angular margin is steep where rows are nearly parallel.
+    """
     classes = arguments.label_columns()
     z = product if head.bias is None else product + head.bias.double()[classes]
     value, grad = label_chain(z, classes, arguments.terms)
-    return inputs._replace(
-        target_override=value.to(arguments.dtype).contiguous(),
-        target_override_grad=grad.contiguous(),
-        target_product=product,
-    )
+    return value.to(arguments.dtype).contiguous(), grad.contiguous()

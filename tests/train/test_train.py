@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fusedloss.atomic_io import StorageError
 from fusedloss.features import FeatureBank, FeatureSource
 from fusedloss.train import Predictor, Recipe, fit, split_rows
+from fusedloss.train.data import TrainingData
 from fusedloss.train.evaluate import evaluate_run
 from fusedloss.train.fit import load_result
-from fusedloss.train.heads import build_head, build_transform
-from fusedloss.train.objectives import OBJECTIVES, Objective, TrainingData, build_objective, objective
+from fusedloss.train.heads import HEADS, Head, build_head, build_transform, head
+from fusedloss.train.objectives import OBJECTIVES, Objective, build_objective, objective
 from fusedloss.train.step import gradient_step, schedule
-from fusedloss.train.storage import StorageError
 
 
 def long_tailed_bank(classes=8, width=12, seed=0, **options):
@@ -155,7 +156,7 @@ def test_a_diverging_rate_loses_and_alone_is_an_error(bank):
     recipe = QUICK.replace(standardize=False, lr=(1e-2, 1e38), epochs=2)
     result = fit(bad, recipe, device="cpu")
     assert result.lr == 1e-2 and [trial["diverged"] for trial in result.trials] == [False, True]
-    with pytest.raises(ValueError, match=r"not finite at lr 1e\+38"):
+    with pytest.raises(ValueError, match=r"lr must be lower for this bank; got a loss that is not finite at lr 1e\+38"):
         fit(bad, recipe.replace(lr=1e38), device="cpu")
 
 
@@ -250,6 +251,51 @@ def test_a_loss_is_added_in_one_place(bank):
         del OBJECTIVES["squared"]
 
 
+def test_a_head_is_added_in_one_place(bank, tmp_path):
+    @head("scaled")
+    class ScaledHead(Head):
+        """Logits of doubled features, which are all that the last layer reads."""
+
+        def __init__(self, in_features, num_classes):
+            super().__init__()
+            self.last = torch.nn.Linear(in_features, num_classes, bias=False)
+
+        @classmethod
+        def build(cls, settings, in_features, num_classes):
+            return cls(in_features, num_classes)
+
+        @property
+        def class_weight(self):
+            return self.last.weight
+
+        def hidden(self, features):
+            return 2 * features
+
+        def classify(self, hidden):
+            return self.last(hidden)
+
+    try:
+        result = fit(bank, QUICK.replace(head="scaled", loss="fedlas"), folder=tmp_path / "run", device="cpu")
+        loaded = Predictor.load(tmp_path / "run")
+        assert result.report["top1"] > 0.4 and isinstance(loaded.head, ScaledHead)
+        assert torch.equal(loaded.logits(bank.features), result.predictor.logits(bank.features))
+        rows = loaded.transform(torch.from_numpy(bank.features))
+        torch.testing.assert_close(loaded.embeddings(bank.features), 2 * rows)
+    finally:
+        del HEADS["scaled"]
+    with pytest.raises(ValueError, match="head must be one of linear, cosine, mlp; got 'scaled'"):
+        QUICK.replace(head="scaled")
+
+
+def test_embeddings_are_what_the_last_layer_reads(bank):
+    for settings in ({}, {"head": "cosine"}, {"head": "mlp", "hidden": (5,)}):
+        predictor = fit(bank, QUICK.replace(epochs=1, **settings), device="cpu").predictor
+        embeddings = predictor.embeddings(bank.features)
+        assert embeddings.shape == (len(bank), predictor.head.class_weight.shape[1])
+        assert torch.equal(predictor.head.classify(embeddings), predictor.logits(bank.features))
+        assert predictor.embeddings(bank.features[:0]).shape == (0, embeddings.shape[1])
+
+
 def test_a_run_folder_holds_everything_and_predicts_alone(bank, tmp_path):
     source = FeatureSource(backbone="timm:some_net", pooling="pre_logits")
     named = long_tailed_bank(class_names=[f"c{k}" for k in range(8)], source=source)
@@ -303,9 +349,9 @@ def test_evaluating_a_run_repeats_its_report(tmp_path):
     assert evaluate_run(tmp_path / "run", other, device="cpu").rows == "all"
     with pytest.raises(ValueError, match="rows must be all or auto"):
         evaluate_run(tmp_path / "run", other, rows="test")
-    with pytest.raises(ValueError, match="width 5"):
+    with pytest.raises(ValueError, match=r"features of width 12.*got width 5"):
         evaluate_run(tmp_path / "run", long_tailed_bank(width=5))
-    with pytest.raises(ValueError, match="9 classes, not the 8"):
+    with pytest.raises(ValueError, match="the 8 classes of the head; got 9"):
         evaluate_run(tmp_path / "run", long_tailed_bank(classes=9))
     with pytest.raises(ValueError, match="backbone is 'timm:x'"):
         evaluate_run(tmp_path / "run", long_tailed_bank(source=FeatureSource(backbone="timm:x")))
@@ -314,9 +360,9 @@ def test_evaluating_a_run_repeats_its_report(tmp_path):
 def test_a_folder_is_never_mixed_up(bank, tmp_path):
     folder = tmp_path / "run"
     result = fit(bank, QUICK, folder=folder, device="cpu", pictures=False)
-    with pytest.raises(StorageError, match="already holds a run"):
+    with pytest.raises(StorageError, match="folder must be new, or its run resumed"):
         fit(bank, QUICK, folder=folder)
-    with pytest.raises(StorageError, match="another recipe: seed was 0 and is now 1"):
+    with pytest.raises(StorageError, match=r"of the same recipe; got .*, where seed was 0 and is now 1"):
         fit(bank, QUICK.replace(seed=1), folder=folder, resume=True)
     with pytest.raises(StorageError, match="another bank"):
         fit(long_tailed_bank(seed=1), QUICK, folder=folder, resume=True)
@@ -327,13 +373,13 @@ def test_a_folder_is_never_mixed_up(bank, tmp_path):
         assert stored == pytest.approx(row, nan_ok=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match="is not a run folder"):
+    with pytest.raises(StorageError, match="folder must be a run folder, new or empty"):
         fit(bank, QUICK, folder=tmp_path / "other")
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"epoch": 3}, "no setting 'epoch', did you mean 'epochs'"),
-    ({"head": "conv"}, "head must be one of linear, cosine, mlp, got 'conv'"),
+    ({"epoch": 3}, "known settings; got 'epoch' .did you mean 'epochs'"),
+    ({"head": "conv"}, "head must be one of linear, cosine, mlp; got 'conv'"),
     ({"epochs": 0}, "epochs must be at least 1"),
     ({"epochs": 1.5}, "epochs must be int"),
     ({"epochs": True}, "epochs must be int"),
@@ -341,11 +387,11 @@ def test_a_folder_is_never_mixed_up(bank, tmp_path):
     ({"lr": float("nan")}, "lr must be positive and finite"),
     ({"beta": 1.0}, r"beta must be in \[0, 1\)"),
     ({"label_smoothing": 1.1}, "label_smoothing must be in"),
-    ({"tau_min": 3.0}, "tau_min must not exceed tau_max"),
-    ({"test_fraction": 0.95}, "must leave rows to train on"),
+    ({"tau_min": 3.0}, "tau_min must be at most tau_max, 2.0; got 3.0"),
+    ({"test_fraction": 0.95}, "must be below 1, to leave rows to train on; got 0.95"),
     ({"val_fraction": 0.0, "lr": (1e-3, 1e-2)}, "val_fraction must be above 0"),
     ({"val_fraction": 0.0, "keep": "best"}, "val_fraction must be above 0"),
-    ({"dropout": "much"}, "dropout must be float, got 'much'"),
+    ({"dropout": "much"}, "dropout must be float; got 'much'"),
 ], ids=str)  # fmt: skip
 def test_recipes_refuse_by_name(change, message):
     with pytest.raises(ValueError, match=message):
@@ -353,7 +399,7 @@ def test_recipes_refuse_by_name(change, message):
 
 
 def test_an_unknown_loss_is_refused(bank):
-    with pytest.raises(ValueError, match=r"loss must be one of ce, .*vace.*, got 'hinge'"):
+    with pytest.raises(ValueError, match=r"loss must be one of ce, .*vace.*; got 'hinge'"):
         fit(bank, QUICK.replace(loss="hinge"))
 
 

@@ -56,4 +56,5 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+# What class_stats and supcon call it.
 adjacent = contiguous_rows
