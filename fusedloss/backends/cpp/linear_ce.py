@@ -98,11 +98,11 @@ def _contiguous(inputs: LinearInputs) -> LinearInputs:
     return inputs if kept is tensors else LinearInputs(*inputs[:3], *kept, *inputs[11:])
 
 
-def _pairs(inputs: LinearInputs) -> tuple[tuple[Tensor, ...], Any]:
+def _pairs(inputs: LinearInputs) -> tuple[tuple[Tensor | None, ...], Any]:
     """Tensors to keep until the kernel is done, and input and weight with their labels as it takes them."""
     dtype = torch.promote_types(inputs.input.dtype, inputs.weight.dtype)
     input, weight = contiguous_rows(inputs.input.to(dtype)), contiguous_rows(inputs.weight.to(dtype))
-    target = inputs.target.contiguous()
-    places = map(address, (target, inputs.input_norm, inputs.class_norm, inputs.target_product))
+    of_rows = contiguous((inputs.target, inputs.input_norm, inputs.class_norm, inputs.target_product))
+    places = map(address, of_rows)
     pairs = extension.TargetPairs(rows_view(input), rows_view(weight), *places, inputs.ignore_index)
-    return (input, weight, target), pairs
+    return (input, weight, *of_rows), pairs

@@ -122,9 +122,7 @@ def _arguments(inputs: LogitInputs, labels_checked: bool) -> tuple[tuple[Any, ..
             target = target.to(logits.dtype)
         place: tuple[int, ...] | int = rows_view(target)
     else:
-        target = (
-            target.contiguous() if labels_checked else check_labels(target, logits.shape[1], inputs.ignore_index)
-        )
+        target = target.contiguous() if labels_checked else check_labels(target, logits.shape[1], inputs.ignore_index)
         place = target.data_ptr()
     tensors = contiguous(inputs[2:7])
     places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

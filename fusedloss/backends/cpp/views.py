@@ -30,7 +30,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The tensors as ``address`` takes them, copied where they are not contiguous: keep them until the kernel is done."""
+    """The tensors as ``address`` takes them, copied where they are not contiguous: keep these while a kernel runs."""
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
