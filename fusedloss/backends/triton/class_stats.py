@@ -18,6 +18,7 @@ from torch import Tensor
 from fusedloss.backends.reference.class_stats import advance as advance
 from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.backends.reference.class_stats import moments as moments
+from fusedloss.core.dtypes import compute_dtype
 
 from . import launch
 
@@ -141,7 +142,7 @@ def class_stats(
     num_classes, width = shift.shape
     if labels.device.type == "cpu":
         check_labels(labels, num_classes, ignore_index)
-    tile = launch.feature_tile(width, features.dtype)
+    tile = launch.feature_tile(width, features.dtype, features.device)
     count, chunks = _chunks(labels, num_classes, ignore_index, tile.chunk)
     blocks = triton.cdiv(width, tile.block)
     total = torch.empty_like(shift)
@@ -178,4 +179,4 @@ def _chunks(labels: Tensor, num_classes: int, ignore_index: int, chunk: int) -> 
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=launch.compute_dtype(rows))
+    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
