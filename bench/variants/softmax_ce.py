@@ -65,8 +65,15 @@ def softmax_ce(
 
     call = _Call(dtype, num_classes, target, terms, layout, extras)
     per_row, override = call.row if options else None, call.inputs.target_override is not None
-    of_row = RowOptions(focal_gamma=2.0 if options and target == "labels" else 0.0, penalty_margin=1.0)
-    mask = SoftmaxMask(True, columns, override, options, call.penalty is not None)
+    labels, penalty = target == "labels", call.penalty is not None
+    of_row = RowOptions(
+        focal_gamma=2.0 if options and labels else 0.0,
+        poly_epsilon=1.0 if options and labels and penalty else 0.0,
+        z_loss=1e-4 if options else 0.0,
+        penalty_margin=1.0,
+        penalty_mix=float(options),
+    )
+    mask = SoftmaxMask(True, columns, override, options, penalty)
     softmax_ce(call.inputs, RowInputs(per_row, per_row, call.penalty), of_row, not options, mask)
 
 

@@ -19,6 +19,7 @@ from triton_checks import (
     cross_entropy,
     empty,
     flat_rows,
+    same_bits,
     scaling,
     stats_backward,
     through_the_operation,
@@ -298,6 +299,9 @@ for _reduction, _stats in (("mean", False), ("sum", True), ("none", False)):
             f"through the operation: {_reduction}, {_stats}, {str(_dtype).split('.')[1]}",
         )
 case(empty, "no rows")
+for _name in ("softmax", "linear", "cosine"):
+    case(same_bits(_name), f"other strides, {_name}")
+    case(same_bits(_name, "meta"), f"other default device, {_name}")
 for _name, _check in (triton_supcon.CASES | triton_linear.CASES).items():
     case(_check, _name)
 # On a GPU a replaced function is compiled already.

@@ -95,7 +95,8 @@ def softmax_stats_backward(
     call.smooth_loss, call.top = grads.smooth_loss is not None, None if grads.hinge is None else saved_top
     # Only the sum of w_j q_j isn't among the saved statistics.
     call.sums = call.soft and grads.cross_entropy is not None
-    weight_sum = inputs.class_weight.sum() if call.smooth_loss and inputs.class_weight is not None else None
+    class_weight = call.inputs.class_weight
+    weight_sum = class_weight.sum() if call.smooth_loss and class_weight is not None else None
     grad_override = call.new_rows() if mask.target_override else None
     tensors = BackwardTensors(*contiguous(saved), *contiguous(grads), weight_sum, grad_override)
     return call.run(stats_backward_row, tensors, mask.affine) + ([] if grad_override is None else [grad_override])
