@@ -179,4 +179,5 @@ def _chunks(labels: Tensor, num_classes: int, ignore_index: int, chunk: int) -> 
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
+    norm: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
+    return norm

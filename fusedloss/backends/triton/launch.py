@@ -166,7 +166,12 @@ def most_registers(warps: int) -> int:
 def float64_bits(value: float) -> int:
     """A number as the bits of a float64, which keep its digits: Triton passes floats of a tuple in float32."""
     # The bits of 0.0 would make an int32.
-    return struct.unpack("q", struct.pack("d", value or -0.0))[0]
+    return int.from_bytes(struct.pack("<d", value or -0.0), "little", signed=True)
+
+
+def contiguous(tensors: Sequence[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """Kernels step through values of rows and of classes one by one."""
+    return (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def start(

@@ -20,9 +20,9 @@ from fusedloss.core.reduce import mean_denominator
 from fusedloss.core.row_loss import RowOptions, Statistics, needs_hinge, needs_smooth_loss, row_loss
 
 from . import launch, linear_rows, linear_tiles, softmax_ce
+from .launch import contiguous
 from .linear_coefficients import row_coefficients
 from .linear_tiles import Head
-from .softmax_ce import contiguous
 
 
 def linear_ce(
@@ -98,7 +98,7 @@ class _TiledRows:
         labels = _labels(inputs.target, num_classes, inputs.ignore_index)
         values = (self.head_chunks.scale, inputs.bias, inputs.class_weight, inputs.target_override)
         sizes = (len(inputs.input), num_classes, width)
-        self.head = Head(*contiguous(operands), *sizes, labels, *contiguous(values))
+        self.head = Head(*(*contiguous(operands), *sizes, labels, *contiguous(values)))
         label = torch.where(self.kept, inputs.target, 0).clamp(0, num_classes - 1)
         class_weight = inputs.class_weight
         self.label_weight = (
@@ -124,9 +124,8 @@ class _TiledRows:
         of_label = [label_z, cross_entropy, others / row_sum]
         if smooth:
             weight_z = torch.where(self.label_weight == 0, 0.0, self.label_weight * label_z)
-            weight_sum = self.weight_sum()
-            weight_sum = len(inputs.weight) if weight_sum is None else weight_sum
-            of_label.append(weight_sum * lse - (smooth_z + weight_z))
+            total = self.weight_sum()
+            of_label.append((len(inputs.weight) if total is None else total) * lse - (smooth_z + weight_z))
         label_z, cross_entropy, one_minus_pt, *smooth_loss = (
             torch.where(kept, value, 0.0).float() for value in of_label
         )
@@ -204,7 +203,7 @@ def _tiled_loss(
     saved = SavedStatistics(result.row_max, result.row_sum, result.one_minus_pt)
     of_inputs = tiled.backward(saved, StatisticsGrads(*(grads.get(name) for name in names)), mask)
     if mask.label_smoothing:
-        of_inputs.append(grads["label_smoothing"])  # type: ignore[arg-type]
+        of_inputs.append(grads["label_smoothing"])
     return loss, of_rows, of_inputs
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -54,13 +52,11 @@ def row_coefficients(
     outputs = RowCoefficients(
         *(torch.empty(head.rows, dtype=torch.float32, device=head.input.device) for _ in RowCoefficients._fields)
     )
-    tensors: Any = BackwardTensors(*map(_contiguous, (*saved, *grads)), weight_sum, None)
+    tensors = BackwardTensors(*launch.contiguous((*saved, *grads, weight_sum, None)))
+    if override_grad is not None:
+        override_grad = override_grad.contiguous()
     block, warps = launch.LABELS
     spec = spec_of(dtype=tl.float64, rows=block, smooth_loss=grads.smooth_loss is not None)
-    arguments = (head, tensors, outputs, _contiguous(override_grad), spec)
+    arguments = (head, tensors, outputs, override_grad, spec)
     launch.start(coefficient_kernel, (triton.cdiv(head.rows, block),), arguments, head.input.device, warps)
     return outputs
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None else tensor.contiguous()

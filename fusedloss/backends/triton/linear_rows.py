@@ -145,7 +145,7 @@ def add_label_gradients(pairs: Pairs, grad_product: Tensor, input: Tensor | None
         _start(label_weight_kernel, rows, (pairs, grad_product, weight, order, ends), grad_product)
 
 
-def _start(kernel: Any, programs: int, arguments: tuple, like: Tensor, **constants: Any) -> None:
+def _start(kernel: Any, programs: int, arguments: tuple[Any, ...], like: Tensor, **constants: Any) -> None:
     width = arguments[0].width if isinstance(arguments[0], Pairs) else arguments[3]
     block = min(_WIDEST, max(16, triton.next_power_of_2(width))) if _forced_block is None else _forced_block
     most = launch.most_registers(_WARPS)

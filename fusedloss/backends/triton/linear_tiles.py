@@ -227,7 +227,7 @@ def _tile(head: Head, kernel: str) -> ProductTile:
     return launch.product_tile("linear_ce", kernel, head.width, head.input.dtype, head.input.device)
 
 
-def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple, tile: ProductTile, **constants: Any) -> None:
+def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], tile: ProductTile, **constants: Any) -> None:
     operand = arguments[0].input
     # The interpreter's NumPy knows no bfloat16.
     on_device = tl.float16 if operand.dtype == torch.float16 else tl.bfloat16

@@ -54,7 +54,8 @@ def softmax_ce(
     of_rows = [call.new_rows() if needed else None for needed in mask[2:]]
     call.smooth_loss = needs_smooth_loss(options, rows) or mask.label_smoothing
     call.top = computed_top if needs_hinge(options, rows) else None
-    grads = call.run(loss_row, LossTensors(row_loss, *of_rows, *contiguous(rows), denominator), mask.affine)
+    tensors = LossTensors(*launch.contiguous((row_loss, *of_rows, *rows, denominator)))
+    grads = call.run(loss_row, tensors, mask.affine)
     loss = row_loss.sum() if rows.sample_weight is None else (row_loss * rows.sample_weight).sum()
     if denominator is not None:
         # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
@@ -98,7 +99,7 @@ def softmax_stats_backward(
     class_weight = call.inputs.class_weight
     weight_sum = class_weight.sum() if call.smooth_loss and class_weight is not None else None
     grad_override = call.new_rows() if mask.target_override else None
-    tensors = BackwardTensors(*contiguous(saved), *contiguous(grads), weight_sum, grad_override)
+    tensors = BackwardTensors(*launch.contiguous((*saved, *grads, weight_sum, grad_override)))
     return call.run(stats_backward_row, tensors, mask.affine) + ([] if grad_override is None else [grad_override])
 
 
@@ -112,11 +113,6 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     grid = (triton.cdiv(grad.numel(), block),)
     launch.start(scale_kernel, grid, (run, factor, grad.numel()), grad.device, warps, T=dtype, BLOCK=block)
     return grad
-
-
-def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Kernels step through values of rows and of classes one by one."""
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 class _Call:
@@ -141,10 +137,8 @@ class _Call:
         self.labels = None if self.soft else self.layout.label_view(target)
         soft_view = view(target) if self.soft else _NO_VIEW
         cap = launch.float64_bits(inputs.soft_cap) if inputs.soft_cap != 0 else None
-        values = contiguous(inputs[2:7])
-        self.inputs = Inputs(
-            *view(logits), *soft_view, *(self.labels or _NO_VIEW)[:3], *values, cap, inputs.ignore_index
-        )
+        views = (*view(logits), *soft_view, *(self.labels or _NO_VIEW)[:3])
+        self.inputs = Inputs(*(*views, *launch.contiguous(inputs[2:7]), cap, inputs.ignore_index))
         self.outputs = Outputs(*(_NO_VIEW if self.grad is None else view(self.grad)), None, None)
         self.contiguous_rows = logits.stride(1) == 1
 

@@ -33,5 +33,7 @@ def entry(device: torch.device, stem: str, dtype: torch.dtype, shape_class: str)
     """What the table of the device says of a shape class, or else the defaults."""
     name = str(dtype).removeprefix("torch.")
     own = DEVICES.get(device_key(device), {}).get("tiles", {})
-    found = own.get(stem, {}).get(name, {}).get(shape_class)
-    return found or DEVICES[DEFAULT]["tiles"][stem][name][shape_class]
+    found: list[int] | None = own.get(stem, {}).get(name, {}).get(shape_class)
+    if found is None:
+        found = DEVICES[DEFAULT]["tiles"][stem][name][shape_class]
+    return found
