@@ -111,21 +111,39 @@ def test_tuning_table_is_as_written():
     from bench import tuning_file
     from fusedloss.backends.triton import tuning
 
-    assert tuning_file.PATH.read_text() == tuning_file.text(tuning.MEASURED, tuning.TABLES)
-    assert {stem: set(dates) for stem, dates in tuning.MEASURED.items()} == {
-        stem: set(types) for stem, types in tuning.TABLES.items()
-    }
-    entries = [entry for types in tuning.TABLES.values() for each in types.values() for entry in each.values()]
-    assert all(size & (size - 1) == 0 for *sizes, _stages in entries for size in sizes)
-    # Triton 3.6 multiplies nothing narrower than 16.
-    products = [
-        entry
-        for stem in ("linear_ce", "supcon")
-        for each in tuning.TABLES[stem].values()
-        for name, entry in each.items()
-        if name != "widest tiled"
-    ]
-    assert min(size for *sizes, _warps, _stages in products for size in sizes) >= 16
+    assert tuning.PATH.read_text() == tuning_file.text(tuning.DEVICES)
+    default = tuning.DEVICES[tuning.DEFAULT]["tiles"]
+    for device in tuning.DEVICES.values():
+        tiles = device["tiles"]
+        assert {stem: set(dates) for stem, dates in device["measured"].items()} == (
+            {} if tiles is default else {stem: set(types) for stem, types in tiles.items()}
+        )
+        assert all(name in default[stem][each] for stem in tiles for each in tiles[stem] for name in tiles[stem][each])
+        entries = [entry for types in tiles.values() for each in types.values() for entry in each.values()]
+        assert all(size & (size - 1) == 0 for *sizes, _stages in entries for size in sizes)
+        # Triton 3.6 multiplies nothing narrower than 16.
+        products = [
+            entry
+            for stem in {"linear_ce", "supcon"} & set(tiles)
+            for each in tiles[stem].values()
+            for name, entry in each.items()
+            if name != "widest tiled"
+        ]
+        assert all(size >= 16 for *sizes, _warps, _stages in products for size in sizes)
+
+
+def test_tiles_of_a_device_come_before_the_defaults(monkeypatch):
+    from fusedloss.backends.triton import tuning
+
+    device, other = torch.device("cuda", 0), torch.device("cpu")
+    tuning.device_key.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(tuning.DEVICES, "sm_90", {"tiles": {"softmax_ce": {"float32": {"16": [1, 16, 1, 1]}}}})
+    defaults = tuning.DEVICES[tuning.DEFAULT]["tiles"]["softmax_ce"]["float32"]
+    assert tuning.entry(device, "softmax_ce", torch.float32, "16") == [1, 16, 1, 1]
+    assert tuning.entry(device, "softmax_ce", torch.float32, "32") == defaults["32"]
+    assert tuning.entry(other, "softmax_ce", torch.float32, "16") == defaults["16"]
+    tuning.device_key.cache_clear()
 
 
 @pytest.mark.gpu

@@ -28,7 +28,9 @@ def test_modes_cover_every_stem_that_has_cases_or_a_table(tmp_path):
     modes = script("list", OUT=str(tmp_path)).stdout.split()
     cases = {file.stem for file in (ROOT / "bench" / "gpu").glob("*.py")} - {"__init__", "__main__"}
     assert {mode.split(":")[1] for mode in modes if mode.startswith("bench:")} == cases
-    assert {mode.split(":")[1] for mode in modes if mode.startswith("tune:")} == set(tuning.TABLES)
+    assert {mode.split(":")[1] for mode in modes if mode.startswith("tune:")} == set(
+        tuning.DEVICES[tuning.DEFAULT]["tiles"]
+    )
     assert modes[:2] == ["build", "test:losses"] and modes[-1] == "report"
 
 
@@ -84,11 +86,11 @@ def test_unknown_mode_is_refused(tmp_path):
 
 
 def test_dry_run_tunes_and_writes_tables(tmp_path):
-    before = (ROOT / "fusedloss/backends/triton/tuning.py").read_text()
+    before = tuning.PATH.read_text()
     found = script("--dry-run", "tune:softmax_ce:bfloat16", "bench:softmax_ce", "report", OUT=str(tmp_path))
     assert found.returncode == 0, found.stdout + found.stderr
-    assert (ROOT / "fusedloss/backends/triton/tuning.py").read_text() == before
-    assert "the interpreter" in (tmp_path / "tuning.py").read_text()
+    assert tuning.PATH.read_text() == before
+    assert "the interpreter" in (tmp_path / "tuning.json").read_text()
     lines = list(csv.DictReader((tmp_path / "gpu_softmax_ce.csv").read_text().splitlines()))
     assert {line["contestant"] for line in lines} >= {"fused", "eager"}
     assert "| class temperature bfloat16" in (tmp_path / "gpu.md").read_text()

@@ -260,7 +260,9 @@ def _rows(
 
 def _tile(features: Tensor, unit: bool, kernel: str) -> launch.ProductTile:
     # Square ones in both kernels alike where a rounding of the similarities counts.
-    return launch.product_tile("supcon", kernel if unit else "any length", features.shape[1], features.dtype)
+    return launch.product_tile(
+        "supcon", kernel if unit else "any length", features.shape[1], features.dtype, features.device
+    )
 
 
 def _precision(features: Tensor, unit: bool) -> str:
