@@ -1,21 +1,96 @@
-"""What changes the row: the options of a row's loss and its eager formula over the row's statistics."""
+"""A row's loss: its options, the statistics that it is a function of, and its eager formula.
+
+An option of a row is a field of ``RowOptions``, which crosses every layer whole, from ``functional`` to a kernel. Twins
+of ``row_loss`` here, by the same name: csrc/row_loss.inl and backends/triton/row_loss.py.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedloss.core.operands import RowInputs
+
+
+class RowOptions(NamedTuple):
+    """The options of a row's loss, one number for all rows each; 0 turns one off.
+
+    An operation takes them as ``float[]``, in this order.
+    """
+
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+    poly_epsilon: float = 0.0
+    z_loss: float = 0.0
+    penalty_margin: float = 0.0
+    penalty_strength: float = 0.0
+    penalty_scale: float = 1.0  # multiplies the sum over the classes: 1 / K for a mean
+    penalty_mix: float = 0.0  # 1: (1 - strength) * loss + strength * penalty
+
+
+class RowSettings(NamedTuple):
+    """The options of a row as the caller of a loss gives them; see ``fusedloss.cross_entropy``."""
+
+    label_smoothing: Tensor | float = 0.0
+    focal_gamma: float = 0.0
+    poly_epsilon: float = 0.0
+    z_loss: float = 0.0
+    margin_penalty: MarginPenalty | None = None
+
+    def check(self) -> None:
+        """Raises for a number out of range; tensors are checked by whoever knows the rows."""
+        # What is plainly right is not looked at twice: each call takes a microsecond of a small loss.
+        if not isinstance(self.label_smoothing, Tensor) and self == _NO_SETTINGS:
+            return
+        if not isinstance(self.label_smoothing, Tensor):
+            check_number("label_smoothing", self.label_smoothing, "between 0.0 and 1.0", lambda x: 0.0 <= x <= 1.0)
+        check_number(
+            "focal_gamma",
+            self.focal_gamma,
+            "0, or finite and at least 0.5 (below, the gradient is infinite at p = 1)",
+            lambda x: x == 0 or 0.5 <= x < math.inf,
+        )
+        for name in ("poly_epsilon", "z_loss"):
+            check_number(name, getattr(self, name), "finite", math.isfinite)
+        if self.margin_penalty is not None and not isinstance(self.margin_penalty, MarginPenalty):
+            got = type(self.margin_penalty).__name__
+            raise TypeError(f"margin_penalty must be a fusedloss.MarginPenalty; got {got}")
+
+    def options(self, num_classes: int) -> RowOptions:
+        """The numbers; a tensor leaves its own at 0."""
+        penalty, smoothing = self.margin_penalty, self.label_smoothing
+        row = RowOptions(
+            0.0 if isinstance(smoothing, Tensor) else smoothing, self.focal_gamma, self.poly_epsilon, self.z_loss
+        )
+        if penalty is None:
+            return row
+        return row._replace(
+            penalty_margin=penalty.margin,
+            penalty_strength=0.0 if isinstance(penalty.strength, Tensor) else penalty.strength,
+            penalty_scale=1.0 / num_classes if penalty.over == "mean" else 1.0,
+            penalty_mix=float(penalty.mix),
+        )
+
+
+def check_number(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> None:
+    """TypeError unless `value` is a number, ValueError unless it fits."""
+    if isinstance(value, Tensor) or not (torch.compiler.is_compiling() or hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not fits(value):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be {allowed}; got {value}")
+
 
 class Statistics(NamedTuple):
     """Differentiable statistics of each row, after the terms; every field has the rows' shape.
 
     ``cross_entropy`` = sum_j w_j q_j (lse - z_j), which is w_y (lse - z_y) for labels;
-    ``uniform`` = sum_j w_j (lse - z_j);
-    ``target_logit`` = z_y (sum_j w_j q_j z_j for probabilities); ``rest`` = 1 - p_y;
+    ``smooth_loss`` = sum_j w_j (lse - z_j);
+    ``target_logit`` = z_y (sum_j w_j q_j z_j for probabilities); ``one_minus_pt`` = 1 - p_y;
     ``hinge`` = sum_j relu(max z - z_j - margin) for the row's ``MarginPenalty``. Ignored rows have zeros but in
     ``log_sum_exp``.
     """
@@ -23,9 +98,46 @@ class Statistics(NamedTuple):
     log_sum_exp: Tensor
     target_logit: Tensor
     cross_entropy: Tensor
-    uniform: Tensor | None
-    rest: Tensor
+    smooth_loss: Tensor | None
+    one_minus_pt: Tensor
     hinge: Tensor | None = None
+
+
+def row_loss(statistics: Statistics, options: RowOptions, rows: RowInputs, num_classes: int) -> Tensor:
+    """The loss of each row from its statistics.
+
+    ``(1 - p_y)^gamma * ((1 - eps) * cross_entropy + eps / K * smooth_loss) + poly_epsilon * (1 - p_y)``, mixed with or
+    added to the penalty, ``+ z_loss * lse^2``.
+    """
+    row = statistics.cross_entropy
+    smoothing = options.label_smoothing if rows.label_smoothing is None else rows.label_smoothing
+    if rows.label_smoothing is not None or options.label_smoothing != 0:
+        assert statistics.smooth_loss is not None
+        row = (1 - smoothing) * row + (smoothing / num_classes) * statistics.smooth_loss
+    if options.focal_gamma != 0:
+        # A row with p_y = 1 has loss 0 and gradient 0; the power alone would have an infinite one below gamma = 1.
+        certain = statistics.one_minus_pt == 0
+        focus = torch.where(certain, torch.ones_like(row), statistics.one_minus_pt) ** options.focal_gamma
+        row = torch.where(certain, torch.zeros_like(row), focus * row)
+    if options.poly_epsilon != 0:
+        row = row + options.poly_epsilon * statistics.one_minus_pt
+    if statistics.hinge is not None:
+        strength = options.penalty_strength if rows.penalty_strength is None else rows.penalty_strength
+        penalty = strength * options.penalty_scale * statistics.hinge
+        row = (1 - strength) * row + penalty if options.penalty_mix else row + penalty
+    if options.z_loss != 0:
+        row = row + options.z_loss * statistics.log_sum_exp.square()
+    return row
+
+
+def needs_smooth_loss(options: RowOptions, rows: RowInputs) -> bool:
+    """Whether the row is a function of ``smooth_loss``."""
+    return rows.label_smoothing is not None or options.label_smoothing != 0
+
+
+def needs_hinge(options: RowOptions, rows: RowInputs) -> bool:
+    """Whether the row is a function of ``hinge``."""
+    return rows.penalty_strength is not None or options.penalty_strength != 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,55 +181,12 @@ class MarginPenalty:
         if self.mix and self.strength > 1:
             raise ValueError(f"MarginPenalty: strength must be at most 1 with mix=True; got {self.strength}")
 
-    def share(self, num_classes: int) -> float:
-        """What multiplies the sum over the classes."""
-        return 1.0 / num_classes if self.over == "mean" else 1.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """Options of a row's loss: smoothing (a float or one per row), focal exponent, weight of lse squared, penalty."""
-
-    smoothing: Tensor | float = 0.0
-    focal_gamma: float = 0.0
-    z_loss: float = 0.0
-    penalty: MarginPenalty | None = None
-
-    @property
-    def smooths(self) -> bool:
-        """Whether the loss needs the uniform statistic."""
-        return isinstance(self.smoothing, Tensor) or self.smoothing != 0
-
-    @property
-    def learns(self) -> bool:
-        """Whether a tensor of the row may get a gradient."""
-        return isinstance(self.smoothing, Tensor) or (
-            self.penalty is not None and isinstance(self.penalty.strength, Tensor)
-        )
-
-    def loss(self, statistics: Statistics, num_classes: int) -> Tensor:
-        """(1 - p_y)^gamma * ((1 - eps) * cross_entropy + eps / K * uniform), with the penalty, + z_loss * lse^2."""
-        row = statistics.cross_entropy
-        if self.smooths:
-            assert statistics.uniform is not None
-            row = (1 - self.smoothing) * row + (self.smoothing / num_classes) * statistics.uniform
-        if self.focal_gamma != 0:
-            # A row with p_y = 1 has loss 0 and slope 0; the power alone would have an infinite slope below gamma = 1.
-            certain = statistics.rest == 0
-            focus = torch.where(certain, torch.ones_like(statistics.rest), statistics.rest) ** self.focal_gamma
-            row = torch.where(certain, torch.zeros_like(row), focus * row)
-        if self.penalty is not None:
-            assert statistics.hinge is not None
-            strength = self.penalty.strength
-            penalty = strength * self.penalty.share(num_classes) * statistics.hinge
-            row = (1 - strength) * row + penalty if self.penalty.mix else row + penalty
-        if self.z_loss != 0:
-            row = row + self.z_loss * statistics.log_sum_exp.square()
-        return row
-
 
 def _check_at_least_zero(name: str, value: float) -> None:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"MarginPenalty: {name} must be a number; got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"MarginPenalty: {name} must be finite and at least 0; got {value}")
+
+
+_NO_SETTINGS = RowSettings()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.reference.linear_ce import linear_logits
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fusedloss.core.dtypes import FLOATING
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class LinearHead:
         """All of them, ``(B, K)``."""
         return linear_logits(self.input, self.weight, self.bias, self.normalize)
 
-    def stand_in(self) -> Tensor:
+    def logits_placeholder(self) -> Tensor:
         """Shape, type and device of the logits in one element of memory."""
         shape = (len(self.weight),) if self.one_row else (len(self.input), len(self.weight))
         return self.input.new_zeros(()).expand(shape)
@@ -42,7 +41,7 @@ def checked_head(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: 
     for name, tensor in (("input", input), ("linear_weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")

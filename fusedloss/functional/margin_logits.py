@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedloss import ops
-from fusedloss.backends.reference.class_stats import check_labels
-from fusedloss.backends.reference.linear_ce import unit_rows
+from fusedloss.core.checks import check_labels
+from fusedloss.core.dtypes import compute_dtype
+from fusedloss.core.normalize import unit_rows
 from fusedloss.functional.arguments import check_terms
-from fusedloss.functional.cross_entropy import transformed
 from fusedloss.functional.linear_head import LinearHead, checked_head
 from fusedloss.terms import AngularMargin, MarginTerm, Scale, label_chain
 from fusedloss.terms.term import readable
@@ -56,8 +55,8 @@ def margin_logits(
     if not isinstance(margin, MarginTerm):
         raise TypeError(f"margin must be a margin of fusedloss.terms; got {type(margin).__name__}")
     _check_sub_centers(sub_centers, len(head.weight))
-    dtype = ops.compute_dtype(head.input.dtype)
-    x, w = _unit(head.input.to(dtype)), _unit(head.weight.to(dtype))
+    dtype = compute_dtype(head.input.dtype)
+    x, w = unit_rows(head.input.to(dtype)), unit_rows(head.weight.to(dtype))
     with torch.autocast(input.device.type, enabled=False):
         cosine = torch.mm(x.to(head.input.dtype), w.to(head.input.dtype).t()).to(dtype)
     nearest = None
@@ -103,25 +102,3 @@ def _label_value(head: LinearHead, classes: Tensor, nearest: Tensor | None, marg
     cosine = (unit_rows(head.input.double()) * unit_rows(head.weight[rows].double())).sum(1)
     value, slope = label_chain(cosine.detach(), classes, (margin,))
     return value + slope * (cosine - cosine.detach())
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return unit_rows(rows) if transformed() else _UnitRows.apply(rows)
-
-
-class _UnitRows(torch.autograd.Function):
-    """Rows over their lengths, keeping one copy for the backward."""
-
-    @staticmethod
-    def forward(ctx, rows):
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        reciprocal = torch.where(norm == 0, 0.0, norm.reciprocal())
-        unit = (rows * reciprocal).to(rows.dtype)
-        ctx.save_for_backward(unit, reciprocal)
-        return unit
-
-    @staticmethod
-    def backward(ctx, gradient):
-        unit, reciprocal = ctx.saved_tensors
-        along = (gradient * unit).sum(1, keepdim=True, dtype=torch.float64)
-        return ((gradient - unit * along) * reciprocal).to(gradient.dtype)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedloss.backends.reference.class_stats import check_labels
-from fusedloss.functional.arguments import Problem
+from fusedloss.core.checks import check_labels
+from fusedloss.functional.arguments import LossArguments
 from fusedloss.functional.linear_head import LinearHead
 from fusedloss.terms import Term
 from fusedloss.terms.term import readable
@@ -32,31 +32,31 @@ def check_sample_rate(rate: float, num_classes: int, rows: int) -> int:
     return count
 
 
-def sampled(problem: Problem, head: LinearHead, rate: float) -> tuple[Problem, LinearHead, Tensor]:
-    """The problem over the classes kept, the head of these, and which they are, ascending.
+def sampled(arguments: LossArguments, head: LinearHead, rate: float) -> tuple[LossArguments, LinearHead, Tensor]:
+    """The arguments over the classes kept, the head of these, and which they are, ascending.
 
     Source: An et al. 2022, arXiv:2203.15565. Random numbers are torch's own: ``torch.manual_seed`` repeats them.
     """
-    if problem.soft:
+    if arguments.soft:
         raise ValueError("sample_rate needs labels; got probability targets")
-    num_classes, target = problem.num_classes, problem.target
+    num_classes, target = arguments.num_classes, arguments.target
     count = check_sample_rate(rate, num_classes, len(head.input))
     if readable(target):
-        check_labels(target, num_classes, problem.ignore_index, "target")
-    kept_row = target != problem.ignore_index
+        check_labels(target, num_classes, arguments.ignore_index, "target")
+    kept_row = target != arguments.ignore_index
     classes = torch.where(kept_row, target, 0).clamp(0, num_classes - 1)
     score = torch.rand(num_classes, device=target.device)
     score = score.scatter_reduce(0, classes, torch.where(kept_row, 2.0, -1.0), "amax")
     kept = score.topk(count).indices.sort().values
     place = torch.zeros_like(score, dtype=torch.int64).scatter(0, kept, torch.arange(count, device=target.device))
     smaller = head.of_classes(kept)
-    weight = problem.class_weight
+    weight = arguments.class_weight
     return (
         replace(
-            problem,
-            logits=problem.logits[:, :1].expand(-1, count),
+            arguments,
+            logits=arguments.logits[:, :1].expand(-1, count),
             target=torch.where(kept_row, place[classes], _IGNORED),
-            terms=tuple(_of_classes(term, kept, num_classes) for term in problem.terms),
+            terms=tuple(_of_classes(term, kept, num_classes) for term in arguments.terms),
             class_weight=None if weight is None else weight[kept],
             ignore_index=_IGNORED,
         ),
@@ -67,8 +67,8 @@ def sampled(problem: Problem, head: LinearHead, rate: float) -> tuple[Problem, L
 
 def _of_classes(term: Term, kept: Tensor, num_classes: int) -> Term:
     """The term with the classes kept of every tensor that has one value per class."""
-    found = copy.copy(term)
+    kept_term = copy.copy(term)
     for name, value in vars(term).items():
         if isinstance(value, Tensor) and tuple(value.shape) == (num_classes,):
-            object.__setattr__(found, name, value[kept])
-    return found
+            object.__setattr__(kept_term, name, value[kept])
+    return kept_term

@@ -9,30 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedloss import ops
+from fusedloss import distributed
 from fusedloss.backends import CHECK_VALUES
-from fusedloss.backends.reference.class_stats import check_labels
-from fusedloss.core.row_loss import Statistics
-from fusedloss.functional.arguments import Problem
+from fusedloss.core.checks import check_labels
+from fusedloss.core.operands import SoftmaxStatistics
+from fusedloss.core.row_loss import Statistics, needs_hinge, needs_smooth_loss, row_loss
+from fusedloss.functional.arguments import LossArguments
 from fusedloss.functional.linear_head import LinearHead
 from fusedloss.terms.term import readable
 
-_ELSEWHERE = -100
-
-
-class _SumOfGradients(torch.autograd.Function):
-    """Rows as they are; their gradient is the sum over the ranks, each of which knows that of its own classes."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+_REMOTE = -100
 
 
 class Shard:
@@ -65,45 +51,49 @@ class Shard:
         return torch.stack(found).logsumexp(0)
 
 
-def localized(problem: Problem, head: LinearHead, group: Any) -> tuple[Problem, LinearHead, Shard]:
-    """The problem of this rank's classes: labels elsewhere are as if ignored."""
-    _check(problem)
+def localized(arguments: LossArguments, head: LinearHead, group: Any) -> tuple[LossArguments, LinearHead, Shard]:
+    """The arguments of this rank's classes: labels elsewhere are as if ignored."""
+    _check(arguments)
     shard = Shard(head, group)
-    target = problem.target
+    target = arguments.target
     if CHECK_VALUES or readable(target):
-        check_labels(target, shard.num_classes, problem.ignore_index, "target")
+        check_labels(target, shard.num_classes, arguments.ignore_index, "target")
     local = target - shard.offset
-    here = (target != problem.ignore_index) & (local >= 0) & (local < problem.num_classes)
-    smaller = replace(problem, target=torch.where(here, local, _ELSEWHERE), ignore_index=_ELSEWHERE)
-    return smaller, replace(head, input=_SumOfGradients.apply(head.input, group)), shard
+    here = (target != arguments.ignore_index) & (local >= 0) & (local < arguments.num_classes)
+    smaller = replace(arguments, target=torch.where(here, local, _REMOTE), ignore_index=_REMOTE)
+    return smaller, replace(head, input=distributed.shared(head.input, group)), shard
 
 
-def joined(found: ops.RowTensors, problem: Problem, local: Problem, shard: Shard) -> tuple[Tensor, Tensor]:
+def joined(
+    found: SoftmaxStatistics, arguments: LossArguments, local: LossArguments, shard: Shard
+) -> tuple[Tensor, Tensor]:
     """Each row's loss over all ranks' classes, and its label's class weight."""
-    here = local.target != _ELSEWHERE
-    kept = problem.target != problem.ignore_index
-    weight = here.to(problem.dtype)
-    if problem.class_weight is not None:
-        weight = weight * problem.class_weight[local.target.clamp(min=0)]
+    here = local.target != _REMOTE
+    kept = arguments.target != arguments.ignore_index
+    weight = here.to(arguments.dtype)
+    if arguments.class_weight is not None:
+        weight = weight * arguments.class_weight[local.target.clamp(min=0)]
     weight = shard.total(weight)
     lse, label = shard.log_sum_exp(found.log_sum_exp), shard.total(found.target_logit)
     distance = torch.where(kept, lse - label, torch.zeros_like(lse))
     statistics = Statistics(lse, label, weight * distance, None, -torch.expm1(-distance))
-    row_loss = problem.row.loss(statistics, shard.num_classes)
-    return torch.where(kept, row_loss, torch.zeros_like(row_loss)), weight
+    values = row_loss(statistics, arguments.options, arguments.rows, shard.num_classes)
+    return torch.where(kept, values, torch.zeros_like(values)), weight
 
 
-def reduced(row_loss: Tensor, weight: Tensor, problem: Problem, reduction: str) -> Tensor:
+def reduced(row_loss: Tensor, weight: Tensor, arguments: LossArguments, reduction: str) -> Tensor:
     """As cross_entropy reduces."""
-    if problem.sample_weight is not None:
-        row_loss, weight = row_loss * problem.sample_weight, weight * problem.sample_weight
+    if arguments.rows.sample_weight is not None:
+        row_loss, weight = row_loss * arguments.rows.sample_weight, weight * arguments.rows.sample_weight
     if reduction == "none":
-        return row_loss.reshape(problem.shape)
+        return row_loss.reshape(arguments.shape)
     return row_loss.sum() if reduction == "sum" else row_loss.sum() / weight.sum()
 
 
-def _check(problem: Problem) -> None:
-    if problem.soft:
+def _check(arguments: LossArguments) -> None:
+    if arguments.soft:
         raise ValueError("group: sharded classes need labels; got probability targets")
-    if problem.row.smooths or problem.row.penalty is not None:
-        raise ValueError("group: label_smoothing and margin_penalty need all classes on one rank")
+    if needs_smooth_loss(arguments.options, arguments.rows) or needs_hinge(arguments.options, arguments.rows):
+        raise ValueError(
+            "group must be None with label_smoothing or margin_penalty, which need all classes on one rank"
+        )

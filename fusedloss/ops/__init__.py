@@ -1,30 +1,15 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
-from fusedloss.backends.chunked.head import LinearInputs
+from fusedloss.core.dtypes import compute_dtype
 from fusedloss.ops.class_stats import ClassState, ClassTensors, advance, class_stats, moments, row_magnitudes
-from fusedloss.ops.library import compute_dtype
 from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
-from fusedloss.ops.softmax_ce import (
-    LogitInputs,
-    RowInputs,
-    RowTensors,
-    SoftmaxOptions,
-    StatisticsOptions,
-    softmax_ce,
-    softmax_stats,
-)
+from fusedloss.ops.softmax_ce import softmax_ce, softmax_stats
 from fusedloss.ops.supcon import AnchorSums, supcon
 
 __all__ = [
     "AnchorSums",
     "ClassState",
     "ClassTensors",
-    "LinearInputs",
-    "LogitInputs",
-    "RowInputs",
-    "RowTensors",
-    "SoftmaxOptions",
-    "StatisticsOptions",
     "advance",
     "class_stats",
     "compute_dtype",

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fusedloss import backends
 from fusedloss.backends.reference import class_stats as reference
-from fusedloss.ops.library import answer, call, compute_dtype, library
+from fusedloss.core.dtypes import compute_dtype
+from fusedloss.ops.library import answer, call, library
 
 library.define(
     "class_stats(Tensor features, Tensor labels, Tensor(a!) shift, Tensor seen, int ignore_index,"

@@ -1,8 +1,9 @@
-"""What every operation shares: the library that schemas are defined in, how a kernel is called, and refusals."""
+"""What every operation shares: where schemas are defined, how a kernel is reached, and what is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -10,37 +11,108 @@ import torch
 from torch import Tensor
 
 from fusedloss import backends
+from fusedloss.core.dtypes import compute_dtype
+
+__all__ = [
+    "compute_dtype",
+    "define",
+    "differentiable_once",
+    "is_direct",
+    "kernel",
+    "library",
+    "refuse_second",
+    "register_autograd",
+]
 
 library = torch.library.Library("fusedloss", "DEF")
+kernel = backends.kernel
+
 _PLAIN = (Tensor, torch.nn.Parameter)
+_ONCE = "fusedloss's kernels are differentiable once; for second derivatives use fusedloss.backend('reference')"
 
 
-def answer(operation: str, function: str) -> None:
-    """Registers `function` for each device: the kernel of the backend that answers there."""
+def define(
+    stem: str,
+    schema: str,
+    *,
+    group: Callable[..., tuple[Any, ...]],
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+) -> None:
+    """Defines an operation on every device, by the kernel of the backend that serves the device of its first tensor.
 
-    def run(first: Tensor, *arguments: Any) -> Any:
-        return backends.kernel(operation, function, first.device.type)(first, *arguments)
+    Args:
+        stem: the file of the backends that holds the kernel.
+        schema: torch's schema; its name is also the kernel's function.
+        group: the flat arguments of the schema as the kernel takes them: named tuples.
+        check: raises where grouped arguments do not fit each other: a kernel trusts shapes and types.
+        fake: grouped arguments -> tensors of the results' shapes, for tracing.
+    """
+    name = schema.split("(")[0]
 
-    for device in ("CPU", "CUDA"):
-        library.impl(function, run, device)
+    def run(*flat: Any) -> Any:
+        arguments = group(*flat)
+        check(*arguments)
+        with _autograd_keys_included():
+            return backends.kernel(stem, name, flat[0].device.type)(*arguments)
+
+    def traced(*flat: Any) -> Any:
+        arguments = group(*flat)
+        check(*arguments)
+        return fake(*arguments)
+
+    library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedloss::{name}", traced, lib=library)
 
 
-def call(operation: str, function: str, first: Tensor, *arguments: Any) -> Any:
-    """The operation; straight to its kernel where the dispatcher would only pass plain tensors on (9 of 35 us)."""
-    device = "cpu" if first.is_cpu else "cuda" if first.is_cuda else None
-    if (
-        device is None
-        or type(first) not in _PLAIN
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
-        return getattr(torch.ops.fusedloss, function).default(first, *arguments)
-    return backends.kernel(operation, function, device)(first, *arguments)
+def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """The operation's derivative wherever the dispatcher is asked: export, AOT, subclasses and modes."""
+    torch.library.register_autograd(f"fusedloss::{name}", backward, setup_context=setup_context, lib=library)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What losses are computed and returned in: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def refuse_second(name: str) -> None:
+    """Registers an operation that is itself a backward: it has no derivative, and says so."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(_ONCE)
+
+    torch.library.register_autograd(f"fusedloss::{name}", backward, lib=library)
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would only pass plain tensors on to the kernel: 9 of 35 us of a small call.
+
+    Anything else, in any argument, goes through the dispatcher: subclasses, modes, tracing, negative views, other devices.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda) or tensor.is_neg():
+            return False
+    refuse_jit_trace()
+    return True
+
+
+def refuse_jit_trace() -> None:
+    """torch.jit.trace sees the allocation of a result and not the kernel that fills it."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace can't record fusedloss's kernels; use torch.export or torch.compile, or trace inside "
+            "fusedloss.backend('reference')"
+        )
+
+
+@contextmanager
+def _autograd_keys_included() -> Iterator[None]:
+    """Below the dispatcher's autograd keys, lets a reference formula derive its gradient by autograd."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 class _Refusal(torch.autograd.Function):
@@ -52,42 +124,77 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        raise RuntimeError(
-            "the kernels are differentiable once; for second derivatives use fusedloss.backend('reference')"
-        )
+        raise RuntimeError(_ONCE)
 
 
-def differentiable_once(backward: Callable) -> Callable:
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """once_differentiable forgets a graph that needs no upstream gradient: a gradient penalty would count nothing."""
-    once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
-    def run(ctx, *upstream):
-        if torch.compiler.is_compiling():
-            return once(ctx, *upstream)
+    def run(ctx: Any, *upstream: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *upstream)
-        learned = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
+        inputs = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
         with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        return tuple(None if found is None else _Refusal.apply(found, *learned) for found in gradients)
+            grads = backward(ctx, *upstream)
+        return tuple(None if grad is None else _Refusal.apply(grad, *inputs) for grad in grads)
 
     return run
 
 
-def scale_in_place(gradients: list[Tensor], upstream: Tensor, written: float = 1.0) -> float | None:
+def refuse_grad_of(*grads: Tensor | None) -> None:
+    """Raises where a result that is itself a gradient, or is not differentiable, is differentiated."""
+    if any(grad is not None for grad in grads):
+        raise RuntimeError(_ONCE)
+
+
+def is_batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a tensor stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    functorch = torch._C._functorch
+    return any(
+        tensor is not None and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+        for tensor in tensors
+    )
+
+
+def refuse_batched(*tensors: Tensor | None) -> None:
+    """Raises where a backward kernel is asked for many upstream gradients at once."""
+    if is_batched(tensors):
+        raise RuntimeError(
+            "fusedloss's kernels take one upstream gradient at a time, not is_grads_batched=True or torch.func.vmap; "
+            "call torch.autograd.grad for each, or use fusedloss.backend('reference')"
+        )
+
+
+def scale_in_place(grads: list[Tensor], upstream: Tensor, written: float = 1.0) -> float | None:
     """Multiplies by the upstream gradient, but for the factor already `written`, and returns it.
 
     On a GPU the host is not asked, and nothing returned.
     """
     if upstream.is_cuda:
-        from fusedloss.backends.triton.softmax_ce import scale_in_place as scale_on_device
-
-        for gradient in gradients:
-            scale_on_device(gradient, upstream)
+        scale = backends.kernel("softmax_ce", "scale_in_place", "cuda")
+        for grad in grads:
+            scale(grad, upstream)
         return None
     factor = upstream.item()
     if factor != written:
-        for gradient in gradients:
-            gradient.mul_(factor / written)
+        for grad in grads:
+            grad.mul_(factor / written)
     return factor
+
+
+def answer(operation: str, function: str) -> None:
+    """Registers `function` for each device: the kernel of the backend that serves it."""
+
+    def run(first: Tensor, *arguments: Any) -> Any:
+        return backends.kernel(operation, function, first.device.type)(first, *arguments)
+
+    for device in ("CPU", "CUDA"):
+        library.impl(function, run, device)
+
+
+def call(operation: str, function: str, first: Tensor, *arguments: Any) -> Any:
+    """The operation; straight to its kernel where the dispatcher would only pass plain tensors on."""
+    if not is_direct(first, *(value for value in arguments if isinstance(value, Tensor))):
+        return getattr(torch.ops.fusedloss, function).default(first, *arguments)
+    return backends.kernel(operation, function, first.device.type)(first, *arguments)

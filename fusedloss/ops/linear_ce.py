@@ -1,234 +1,349 @@
 """Softmax cross-entropy of a linear layer whose logits are never stored whole.
 
-``linear_ce``      loss and its gradients in one walk over chunks or tiles of logits.
-``linear_stats``   statistics of each row; ``linear_stats_backward`` forms the logits again and carries their gradients back.
-``row_norms``      exact lengths (float64, infinite for a row of zeros); ``target_products`` each row's product with its
-                   label's row, or their cosine, in float64. Neither has a gradient: linear_ce's holds it.
+``linear_ce``        loss and its gradients in one walk over chunks or tiles of logits.
+``linear_stats``     statistics of each row; ``linear_stats_backward`` forms the logits again and carries gradients back.
+``row_norms``        exact lengths, float64, infinite for a row of zeros.
+``target_products``  each row's product with the row of its label, or their cosine, in float64.
 
-All work on ``z = scale * c(x . w) + bias``, where x and w are divided by ``input_norm`` and ``class_norm`` if given and
-c is a soft cap or nothing; ``target_override`` stands in for z at the label, ``target_override_grad`` is its slope in the product.
+All read ``core.operands.LinearInputs``; the gradient of norms and products is part of that of ``linear_ce``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedloss.backends.chunked.head import LinearInputs
-from fusedloss.backends.chunked.linear_ce import LinearWanted
-from fusedloss.ops.library import answer, call, differentiable_once, library, scale_in_place
-from fusedloss.ops.softmax_ce import RowInputs, RowTensors, SoftmaxOptions, StatisticsOptions
+from fusedloss.core.operands import (
+    LinearInputs,
+    LinearMask,
+    RowInputs,
+    SavedStatistics,
+    SoftmaxStatistics,
+    StatisticsGrads,
+    StatisticsOptions,
+)
+from fusedloss.core.row_loss import RowOptions
+from fusedloss.ops.checks import check_linear_inputs, check_linear_row_tensors
+from fusedloss.ops.library import (
+    define,
+    differentiable_once,
+    is_batched,
+    is_direct,
+    kernel,
+    refuse_grad_of,
+    refuse_second,
+    register_autograd,
+    scale_in_place,
+)
+from fusedloss.ops.softmax_ce import fake_statistics, statistics_grads
 
 _INPUTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? input_norm, Tensor? class_norm, Tensor? scale, Tensor? bias,"
-    " Tensor? class_weight, Tensor? target_override, Tensor? target_override_grad, Tensor? target_product, float soft_cap"
+    " Tensor? class_weight, Tensor? target_override, Tensor? target_override_grad, Tensor? target_product,"
+    " float soft_cap, int ignore_index"
 )
-library.define(
-    f"linear_ce({_INPUTS}, Tensor? row_smoothing, Tensor? row_scale, Tensor? row_penalty, float smoothing,"
-    " float focal_gamma, float z_loss, float penalty_margin, float penalty, float penalty_share, bool penalty_mix,"
-    " int ignore_index, bool mean, bool[] wanted) -> (Tensor, Tensor, Tensor[])"
+_NUM_INPUTS = len(LinearInputs._fields)
+_NUM_TENSORS = _NUM_INPUTS - 2
+_NO_MASK = LinearMask()
+
+
+def _new_rows(inputs: LinearInputs) -> Tensor:
+    return inputs.input.new_empty(inputs.input.shape[0], dtype=inputs.compute_dtype)
+
+
+def _new_grads(inputs: LinearInputs, mask: LinearMask) -> list[Tensor]:
+    grads = [torch.empty_like(tensor) for tensor, needed in zip(inputs[:2], mask[:2], strict=True) if needed]
+    classes = inputs.weight.new_empty(inputs.weight.shape[0], dtype=inputs.compute_dtype)
+    grads += [torch.empty_like(classes) for needed in mask[2:4] if needed]
+    return grads + [_new_rows(inputs) for needed in mask[4:] if needed]
+
+
+def _group_ce(*flat: Any) -> tuple[Any, ...]:
+    inputs, rows = LinearInputs(*flat[:_NUM_INPUTS]), RowInputs(*flat[_NUM_INPUTS : _NUM_INPUTS + 3])
+    options, mean, mask = flat[_NUM_INPUTS + 3 :]
+    return inputs, rows, RowOptions(*options), mean, LinearMask(*mask)
+
+
+def _check_ce(inputs: LinearInputs, rows: RowInputs, *_: Any) -> None:
+    check_linear_inputs(inputs)
+    check_linear_row_tensors(inputs, **{f"row {name}": value for name, value in rows._asdict().items()})
+
+
+define(
+    "linear_ce",
+    f"linear_ce({_INPUTS}, Tensor? row_smoothing, Tensor? row_weight, Tensor? row_penalty_strength,"
+    " float[] row_options, bool mean, bool[] output_mask) -> (Tensor, Tensor, Tensor[])",
+    group=_group_ce,
+    check=_check_ce,
+    fake=lambda inputs, rows, options, mean, mask: (
+        inputs.input.new_empty((), dtype=inputs.compute_dtype),
+        _new_rows(inputs),
+        _new_grads(inputs, mask),
+    ),
 )
-library.define(
-    f"linear_stats({_INPUTS}, float penalty_margin, int ignore_index, bool want_uniform, bool want_hinge,"
-    f" bool want_prediction) -> ({', '.join(['Tensor'] * 10)})"
-)
-library.define(
-    f"linear_stats_backward({_INPUTS}, Tensor row_max, Tensor row_sum, Tensor rest, float penalty_margin, int ignore_index,"
-    " Tensor? grad_log_sum_exp, Tensor? grad_target_logit, Tensor? grad_cross_entropy, Tensor? grad_uniform,"
-    " Tensor? grad_rest, Tensor? grad_hinge, bool[] wanted) -> Tensor[]"
-)
-library.define("row_norms(Tensor rows) -> Tensor")
-library.define(
-    "target_products(Tensor input, Tensor weight, Tensor target, Tensor? input_norm, Tensor? class_norm,"
-    " int ignore_index) -> Tensor"
-)
-for _function in ("linear_ce", "linear_stats", "linear_stats_backward", "row_norms", "target_products"):
-    answer("linear_ce", _function)
 
 
-def _rows(inputs: LinearInputs, dtype: torch.dtype | None = None) -> Tensor:
-    return inputs.input.new_empty(len(inputs.input), dtype=dtype or inputs.compute_dtype)
-
-
-def _gradient_shapes(inputs: LinearInputs, wanted: Sequence[bool]) -> list[Tensor]:
-    flags = LinearWanted(*wanted)
-    gradients = [torch.empty_like(tensor) for tensor, want in zip(inputs[:2], flags[:2], strict=True) if want]
-    classes = inputs.weight.new_empty(len(inputs.weight), dtype=inputs.compute_dtype)
-    gradients += [torch.empty_like(classes) for want in flags[2:4] if want]
-    return gradients + [_rows(inputs) for want in flags[4:] if want]
-
-
-@torch.library.register_fake("fusedloss::linear_ce", lib=library)
-def _(*arguments):
-    inputs, (*_, wanted) = LinearInputs.first_of(arguments)
-    loss = inputs.input.new_empty((), dtype=inputs.compute_dtype)
-    return loss, _rows(inputs), _gradient_shapes(inputs, wanted)
-
-
-@torch.library.register_fake("fusedloss::linear_stats", lib=library)
-def _(*arguments):
-    inputs, (_, _, want_uniform, want_hinge, want_prediction) = LinearInputs.first_of(arguments)
-    empty = inputs.input.new_empty(0, dtype=inputs.compute_dtype)
-    wanted = (True, True, True, True, True, want_uniform, True, want_hinge, want_prediction)
-    *statistics, confidence = (_rows(inputs) if want else empty.clone() for want in wanted)
-    prediction = _rows(inputs, torch.int64) if want_prediction else empty.to(torch.int64)
-    return *statistics, prediction, confidence
-
-
-@torch.library.register_fake("fusedloss::linear_stats_backward", lib=library)
-def _(*arguments):
-    inputs, (*_, wanted) = LinearInputs.first_of(arguments)
-    return _gradient_shapes(inputs, wanted)
-
-
-@torch.library.register_fake("fusedloss::row_norms", lib=library)
-def _(rows):
-    return rows.new_empty(len(rows), dtype=torch.float64)
-
-
-@torch.library.register_fake("fusedloss::target_products", lib=library)
-def _(input, weight, target, input_norm, class_norm, ignore_index):
-    return input.new_empty(len(input), dtype=torch.float64)
-
-
-def row_norms(rows: Tensor) -> Tensor:
-    """Lengths of the rows ``(R, D)`` in float64, infinite for a row of zeros; detached."""
-    return call("linear_ce", "row_norms", rows.detach())
-
-
-def target_products(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    input_norm: Tensor | None,
-    class_norm: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    """Each row's product with the row of its label (the cosine, with norms) in float64, 0 if ignored; detached."""
-    arguments = (input.detach(), weight.detach(), target, input_norm, class_norm, ignore_index)
-    return call("linear_ce", "target_products", *arguments)
-
-
-def linear_ce(inputs: LinearInputs, rows: RowInputs, options: SoftmaxOptions) -> Tensor:
+def linear_ce(inputs: LinearInputs, rows: RowInputs, options: RowOptions, mean: bool) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
-    wanted = _wanted(inputs, rows)
-    if torch.is_grad_enabled() and (any(wanted) or _requires_grad(rows.scale)):
-        return _LinearCE.apply(*inputs, *rows, options)
-    return call("linear_ce", "linear_ce", *inputs, *rows, *options, [False] * len(LinearWanted._fields))[0]
+    mask = _mask(inputs, rows)
+    needs_grad = torch.is_grad_enabled() and (any(mask) or _requires_grad(rows.sample_weight))
+    if not needs_grad:
+        mask = _NO_MASK
+    if not is_direct(*inputs[:_NUM_TENSORS], *rows):
+        return torch.ops.fusedloss.linear_ce.default(*inputs, *rows, list(options), mean, list(mask))[0]
+    if needs_grad:
+        return _LinearCE.apply(*inputs, *rows, options, mean, mask)
+    return _ce_kernel(inputs, rows, options, mean, mask)[0]
+
+
+def _ce_kernel(inputs: LinearInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return kernel("linear_ce", "linear_ce", inputs.input.device.type)(inputs, *arguments)
 
 
 class _LinearCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        inputs, (*per_row, options) = LinearInputs.first_of(arguments)
-        ctx.wanted = list(_wanted(inputs, RowInputs(*per_row)))
-        loss, row_loss, gradients = call("linear_ce", "linear_ce", *inputs, *per_row, *options, ctx.wanted)
-        ctx.soft_cap, ctx.options = inputs.soft_cap, options
-        ctx.compiling = torch.compiler.is_compiling()
-        if ctx.compiling:
-            ctx.save_for_backward(*inputs[:-1], *per_row, row_loss, *gradients)
-        else:
-            ctx.save_for_backward(*inputs[:-1], *per_row)
-            ctx.row_loss, ctx.gradients = row_loss, gradients
+    def forward(ctx, *flat):
+        inputs, rows, options, mean, mask = _group_ce(*flat)
+        loss, ctx.row_loss, ctx.grads = _ce_kernel(inputs, rows, options, mean, mask)
+        ctx.numbers = (inputs.soft_cap, inputs.ignore_index, options, mean, mask)
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *rows)
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, upstream):
-        saved, count = ctx.saved_tensors, len(LinearInputs._fields) - 1
-        tensors, per_row, rest = saved[:count], saved[count : count + 3], saved[count + 3 :]
-        if ctx.compiling:
-            row_loss, *gradients = rest
-            gradients = [gradient * upstream for gradient in gradients]
+        tensors, (soft_cap, ignore_index, options, mean, mask) = ctx.saved_tensors, ctx.numbers
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            inputs = LinearInputs(*tensors[:_NUM_TENSORS], soft_cap, ignore_index)
+            grads = _ce_kernel(inputs, RowInputs(*tensors[_NUM_TENSORS:]), options, mean, mask)[2]
+        if is_batched((upstream,)):
+            grads = [grad * upstream for grad in grads]
         else:
-            row_loss, gradients = ctx.row_loss, ctx.gradients
-            ctx.gradients = None
-            if gradients is None:
-                arguments = (*tensors, ctx.soft_cap, *per_row, *ctx.options, ctx.wanted)
-                gradients = call("linear_ce", "linear_ce", *arguments)[2]
-            scale_in_place(gradients, upstream)
-        found = _by_name(gradients, ctx.wanted)
-        row_scale = row_loss * upstream if ctx.needs_input_grad[count + 2] else None
-        return *_of_inputs(found), found.row_smoothing, row_scale, found.row_penalty, None
+            scale_in_place(grads, upstream)
+        row_weight = ctx.row_loss * upstream if ctx.needs_input_grad[_NUM_INPUTS + 1] else None
+        return _by_argument(grads, mask, row_weight)
 
 
-def linear_stats(inputs: LinearInputs, options: StatisticsOptions) -> RowTensors:
-    """The statistics of each row, differentiable in the six that ``rows.Statistics`` names."""
-    if torch.is_grad_enabled() and any(_wanted(inputs, RowInputs())):
-        return RowTensors(*_LinearStatistics.apply(*inputs, options))
-    return RowTensors(*call("linear_ce", "linear_stats", *inputs, *options))
+def _setup_ce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    given, rows, options, mean, mask = _group_ce(*inputs)
+    ctx.set_materialize_grads(False)
+    ctx.numbers = (given.soft_cap, given.ignore_index, options, mean, mask)
+    _, row_loss, grads = output
+    ctx.save_for_backward(*given[:_NUM_TENSORS], *rows, row_loss, *grads)
+
+
+def _backward_ce(ctx: Any, grad_loss: Tensor | None, grad_row_loss: Tensor | None, grad_grads: Any) -> Any:
+    refuse_grad_of(grad_row_loss, *grad_grads)
+    soft_cap, ignore_index, options, mean, mask = ctx.numbers
+    saved, count = ctx.saved_tensors, _NUM_TENSORS + 3
+    tensors, rows, row_loss, grads = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:count], saved[count], saved[count + 1 :]
+    need = ctx.needs_input_grad
+    needed = _needed(need)
+    if any(want and not made for want, made in zip(needed, mask, strict=True)):
+        # Recorded where these inputs required no gradient.
+        flat = (*tensors, soft_cap, ignore_index, *rows, list(options), mean, list(needed))
+        grads, mask = torch.ops.fusedloss.linear_ce.default(*flat)[2], needed
+    row_weight = row_loss * grad_loss if need[_NUM_INPUTS + 1] else None
+    return _by_argument([grad * grad_loss for grad in grads], mask, row_weight)
+
+
+register_autograd("linear_ce", _setup_ce, _backward_ce)
+
+
+def _group_stats(*flat: Any) -> tuple[Any, ...]:
+    return LinearInputs(*flat[:_NUM_INPUTS]), StatisticsOptions(*flat[_NUM_INPUTS:])
+
+
+def _logits_placeholder(inputs: LinearInputs) -> Tensor:
+    """Shape, type and device of the logits in one element of memory."""
+    one = inputs.input.new_empty((), dtype=inputs.input.dtype)
+    return one.expand(inputs.input.shape[0], inputs.weight.shape[0])
+
+
+define(
+    "linear_ce",
+    f"linear_stats({_INPUTS}, float penalty_margin, bool smooth_loss, bool hinge, bool prediction)"
+    f" -> ({', '.join(['Tensor'] * 10)})",
+    group=_group_stats,
+    check=lambda inputs, options: check_linear_inputs(inputs),
+    fake=lambda inputs, options: tuple(fake_statistics(_logits_placeholder(inputs), options)),
+)
+
+
+def linear_stats(inputs: LinearInputs, options: StatisticsOptions) -> SoftmaxStatistics:
+    """The statistics of each row, differentiable in the six that ``row_loss.Statistics`` names."""
+    if not is_direct(*inputs[:_NUM_TENSORS]):
+        return SoftmaxStatistics(*torch.ops.fusedloss.linear_stats.default(*inputs, *options))
+    if torch.is_grad_enabled() and any(_mask(inputs, RowInputs())):
+        return SoftmaxStatistics(*_LinearStatistics.apply(*inputs, *options))
+    return SoftmaxStatistics(*kernel("linear_ce", "linear_stats", inputs.input.device.type)(inputs, options))
 
 
 class _LinearStatistics(torch.autograd.Function):
-    """Saves two numbers per row; the backward forms the logits again and sweeps them."""
+    """Saves three numbers per row; the backward forms the logits again."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        inputs, (options,) = LinearInputs.first_of(arguments)
-        found = RowTensors(*call("linear_ce", "linear_stats", *inputs, *options))
-        ctx.mark_non_differentiable(found.row_max, found.row_sum, found.prediction, found.confidence)
-        ctx.set_materialize_grads(False)
-        ctx.soft_cap, ctx.options = inputs.soft_cap, options
-        ctx.wanted = list(_wanted(inputs, RowInputs()))
-        ctx.save_for_backward(*inputs[:-1], found.row_max, found.row_sum, found.rest)
-        return tuple(found)
+    def forward(ctx, *flat):
+        inputs, options = _group_stats(*flat)
+        output = tuple(kernel("linear_ce", "linear_stats", inputs.input.device.type)(inputs, options))
+        _setup_stats(ctx, flat, output)
+        return output
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, _max, _sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge, _prediction,
-                 _confidence):  # fmt: skip
-        *tensors, row_max, row_sum, rest_of_row = ctx.saved_tensors
-        statistics = (log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge)
-        upstream = [None if gradient is None else gradient.contiguous() for gradient in statistics]
-        numbers = (ctx.options.penalty_margin, ctx.options.ignore_index)
-        saved = (row_max, row_sum, rest_of_row)
-        arguments = (*tensors, ctx.soft_cap, *saved, *numbers, *upstream, ctx.wanted)
-        found = _by_name(call("linear_ce", "linear_stats_backward", *arguments), ctx.wanted)
-        return *_of_inputs(found), None
+    def backward(ctx, *grads):
+        return _backward_stats(ctx, *grads)
 
 
-class _Found(NamedTuple):
-    """A gradient for each flag of LinearWanted, None where it is not wanted."""
-
-    input: Tensor | None
-    weight: Tensor | None
-    scale: Tensor | None
-    bias: Tensor | None
-    target_override: Tensor | None
-    row_smoothing: Tensor | None
-    row_penalty: Tensor | None
+def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given, options = _group_stats(*inputs)
+    statistics = SoftmaxStatistics(*output)
+    ctx.mark_non_differentiable(statistics.row_max, statistics.row_sum, statistics.prediction, statistics.confidence)
+    ctx.set_materialize_grads(False)
+    ctx.numbers = (given.soft_cap, given.ignore_index)
+    ctx.penalty_margin = options.penalty_margin
+    ctx.save_for_backward(*given[:_NUM_TENSORS], statistics.row_max, statistics.row_sum, statistics.one_minus_pt)
 
 
-def _by_name(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> _Found:
-    found = iter(gradients)
-    return _Found(*(next(found) if want else None for want in wanted))
+def _backward_stats(ctx: Any, *grads: Tensor | None) -> Any:
+    mask = _needed((*ctx.needs_input_grad[:_NUM_INPUTS], *(False,) * 3))
+    inputs = LinearInputs(*ctx.saved_tensors[:_NUM_TENSORS], *ctx.numbers)
+    saved = SavedStatistics(*ctx.saved_tensors[_NUM_TENSORS:])
+    result = linear_stats_backward(inputs, saved, ctx.penalty_margin, statistics_grads(grads), mask)
+    of_inputs = _by_argument(result, mask, None)[:_NUM_INPUTS]
+    return *of_inputs, *(None,) * (len(ctx.needs_input_grad) - _NUM_INPUTS)
 
 
-def _of_inputs(found: _Found) -> tuple[Tensor | None, ...]:
-    """One per field of LinearInputs."""
-    return (
-        found.input,
-        found.weight,
-        None,
-        None,
-        None,
-        found.scale,
-        found.bias,
-        None,
-        found.target_override,
-        *(None,) * 3,
-    )
+register_autograd("linear_stats", _setup_stats, _backward_stats)
 
 
-def _wanted(inputs: LinearInputs, rows: RowInputs) -> LinearWanted:
-    of_inputs = (inputs.input, inputs.weight, inputs.scale, inputs.bias, inputs.target_override)
-    return LinearWanted(*map(_requires_grad, (*of_inputs, rows.smoothing, rows.penalty)))
+def _group_stats_backward(*flat: Any) -> tuple[Any, ...]:
+    inputs, rest = LinearInputs(*flat[:_NUM_INPUTS]), flat[_NUM_INPUTS:]
+    return inputs, SavedStatistics(*rest[:3]), rest[3], StatisticsGrads(*rest[4:10]), LinearMask(*rest[10])
+
+
+def _check_stats_backward(
+    inputs: LinearInputs, saved: SavedStatistics, _: float, grads: StatisticsGrads, *__: Any
+) -> None:
+    check_linear_inputs(inputs)
+    of_grads = {f"grad_{name}": value for name, value in grads._asdict().items()}
+    check_linear_row_tensors(inputs, **saved._asdict(), **of_grads)
+
+
+define(
+    "linear_ce",
+    f"linear_stats_backward({_INPUTS}, Tensor row_max, Tensor row_sum, Tensor one_minus_pt, float penalty_margin,"
+    f" {', '.join(f'Tensor? grad_{name}' for name in StatisticsGrads._fields)}, bool[] output_mask) -> Tensor[]",
+    group=_group_stats_backward,
+    check=_check_stats_backward,
+    fake=lambda inputs, saved, penalty_margin, grads, mask: _new_grads(inputs, mask),
+)
+refuse_second("linear_stats_backward")
+
+
+def linear_stats_backward(
+    inputs: LinearInputs, saved: SavedStatistics, penalty_margin: float, grads: StatisticsGrads, mask: LinearMask
+) -> list[Tensor]:
+    """The gradients that `mask` names, from those of the statistics."""
+    if not is_direct(*inputs[:_NUM_TENSORS], *saved, *grads):
+        flat = (*inputs, *saved, penalty_margin, *grads, list(mask))
+        return torch.ops.fusedloss.linear_stats_backward.default(*flat)
+    run = kernel("linear_ce", "linear_stats_backward", inputs.input.device.type)
+    return run(inputs, saved, penalty_margin, grads, mask)
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dim() != 2:
+        raise ValueError(f"rows must have shape (R, D); got {tuple(rows.shape)}")
+
+
+define(
+    "linear_ce",
+    "row_norms(Tensor rows) -> Tensor",
+    group=lambda rows: (rows,),
+    check=_check_rows,
+    fake=lambda rows: rows.new_empty(rows.shape[0], dtype=torch.float64),
+)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Lengths of the rows ``(R, D)`` in float64, infinite for a row of zeros; detached."""
+    rows = rows.detach()
+    if not is_direct(rows):
+        return torch.ops.fusedloss.row_norms.default(rows)
+    return kernel("linear_ce", "row_norms", rows.device.type)(rows)
+
+
+def _setup_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward_norms(ctx: Any, grad: Tensor) -> Tensor:
+    rows, norm = ctx.saved_tensors
+    return (grad / norm).unsqueeze(1).mul(rows).to(rows.dtype)
+
+
+register_autograd("row_norms", _setup_norms, _backward_norms)
+
+
+def _group_products(*flat: Any) -> tuple[Any, ...]:
+    input, weight, target, input_norm, class_norm, ignore_index = flat
+    return (LinearInputs(input, weight, target, input_norm, class_norm, ignore_index=ignore_index),)
+
+
+define(
+    "linear_ce",
+    "target_products(Tensor input, Tensor weight, Tensor target, Tensor? input_norm, Tensor? class_norm,"
+    " int ignore_index) -> Tensor",
+    group=_group_products,
+    check=check_linear_inputs,
+    fake=lambda inputs: inputs.input.new_empty(inputs.input.shape[0], dtype=torch.float64),
+)
+# Called on detached tensors: the gradient of a target's product is part of linear_ce's.
+refuse_second("target_products")
+
+
+def target_products(inputs: LinearInputs) -> Tensor:
+    """Each row's product with the row of its label (the cosine, with norms) in float64, 0 if ignored; detached."""
+    inputs = inputs._replace(input=inputs.input.detach(), weight=inputs.weight.detach())
+    tensors = (inputs.input, inputs.weight, inputs.target, inputs.input_norm, inputs.class_norm)
+    if not is_direct(*tensors):
+        return torch.ops.fusedloss.target_products.default(*tensors, inputs.ignore_index)
+    return kernel("linear_ce", "target_products", inputs.input.device.type)(inputs)
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
+
+
+def _mask(inputs: LinearInputs, rows: RowInputs) -> LinearMask:
+    return LinearMask(
+        inputs.input.requires_grad,
+        inputs.weight.requires_grad,
+        _requires_grad(inputs.scale),
+        _requires_grad(inputs.bias),
+        _requires_grad(inputs.target_override),
+        _requires_grad(rows.label_smoothing),
+        _requires_grad(rows.penalty_strength),
+    )
+
+
+def _needed(need: Sequence[bool]) -> LinearMask:
+    """The mask of the schema's arguments that need a gradient: inputs, then the three of RowInputs."""
+    of = dict(zip((*LinearInputs._fields, "label_smoothing", "sample_weight", "penalty_strength"), need, strict=False))
+    return LinearMask(*(of[name] for name in LinearMask._fields))
+
+
+def _by_argument(grads: Sequence[Tensor], mask: LinearMask, row_weight: Tensor | None) -> tuple[Tensor | None, ...]:
+    """One gradient, or None, for each argument of linear_ce's schema."""
+    made = iter(grads)
+    grad = LinearMask(*(next(made) if needed else None for needed in mask))  # type: ignore[arg-type]
+    of = {**grad._asdict(), "sample_weight": row_weight}
+    names = (*LinearInputs._fields, *RowInputs._fields)
+    return *(of.get(name) for name in names), None, None, None

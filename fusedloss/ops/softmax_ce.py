@@ -1,274 +1,335 @@
-"""Softmax cross-entropy with its gradients, row statistics, and the sweep that carries their gradients back.
+"""Softmax cross-entropy with its gradients, row statistics, and the backward of the statistics.
 
-``softmax_ce``     loss and its gradients in one read of the logits: what trainers run.
-``softmax_stats``  statistics of each row; ``softmax_stats_backward`` carries any upstream gradient of them back.
+``softmax_ce``              loss and its gradients in one read of the logits: what trainers run.
+``softmax_stats``           statistics of each row; ``softmax_stats_backward`` carries any gradient of them to the inputs.
 
-All work on ``z = scale * c(x) + bias``, where c(x) is x or ``soft_cap * tanh(x / soft_cap)``; ``target_override`` stands in
-for z at the label, and ``target_override_grad`` is its slope in x.
+All read ``core.operands.LogitInputs``; an operation's schema names its fields one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedloss.ops.library import answer, call, compute_dtype, differentiable_once, library, scale_in_place
+from fusedloss.core.dtypes import compute_dtype
+from fusedloss.core.operands import (
+    LogitInputs,
+    RowInputs,
+    SavedStatistics,
+    SoftmaxMask,
+    SoftmaxStatistics,
+    StatisticsGrads,
+    StatisticsOptions,
+)
+from fusedloss.core.row_loss import RowOptions
+from fusedloss.ops.checks import check_logit_inputs, check_row_tensors
+from fusedloss.ops.library import (
+    define,
+    differentiable_once,
+    is_batched,
+    is_direct,
+    kernel,
+    refuse_batched,
+    refuse_grad_of,
+    refuse_second,
+    register_autograd,
+    scale_in_place,
+)
 from fusedloss.ops.upstream import expected_upstream, note_upstream
 
-library.define(
-    "softmax_ce(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor? target_override, Tensor? target_override_grad, Tensor? row_smoothing, Tensor? row_scale, Tensor? row_penalty,"
-    " float soft_cap, float smoothing, float focal_gamma, float z_loss, float penalty_margin, float penalty,"
-    " float penalty_share, bool penalty_mix, int ignore_index, bool mean, bool[] wanted, float gradient_scale=1.0)"
-    " -> (Tensor, Tensor, Tensor[])"
+_INPUTS = (
+    "Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight, Tensor? target_override,"
+    " Tensor? target_override_grad, float soft_cap, int ignore_index"
 )
-library.define(
-    "softmax_stats(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor? target_override, float soft_cap, float penalty_margin, int ignore_index, bool want_uniform,"
-    " bool want_hinge, bool want_prediction)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-library.define(
-    "softmax_stats_backward(Tensor logits, Tensor target, Tensor? scale, Tensor? bias, Tensor? class_weight,"
-    " Tensor? target_override, Tensor? target_override_grad, Tensor row_max, Tensor row_sum, Tensor rest, float soft_cap,"
-    " float penalty_margin, int ignore_index, Tensor? grad_log_sum_exp, Tensor? grad_target_logit,"
-    " Tensor? grad_cross_entropy, Tensor? grad_uniform, Tensor? grad_rest, Tensor? grad_hinge, bool[] wanted)"
-    " -> Tensor[]"
-)
-for _function in ("softmax_ce", "softmax_stats", "softmax_stats_backward"):
-    answer("softmax_ce", _function)
+_NUM_INPUTS = len(LogitInputs._fields)
+_NO_MASK = SoftmaxMask()
+_LOGITS_ONLY = SoftmaxMask(logits=True)
 
 
-class LogitInputs(NamedTuple):
-    """What every softmax operation reads; tensors that require a gradient get one, class_weight and target_override_grad not."""
-
-    logits: Tensor
-    target: Tensor
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    class_weight: Tensor | None = None
-    target_override: Tensor | None = None
-    target_override_grad: Tensor | None = None
-    soft_cap: float = 0.0
-
-
-def _tensors(inputs: LogitInputs) -> tuple[Tensor | None, ...]:
-    """All but the soft cap, by name: torch.compile of torch 2.8 can trace neither a slice nor a property of it."""
-    return (
-        inputs.logits,
-        inputs.target,
-        inputs.scale,
-        inputs.bias,
-        inputs.class_weight,
-        inputs.target_override,
-        inputs.target_override_grad,
-    )
-
-
-class RowInputs(NamedTuple):
-    """Tensors with one value per row, in place of the plain number of the same name in SoftmaxOptions."""
-
-    smoothing: Tensor | None = None
-    scale: Tensor | None = None
-    penalty: Tensor | None = None
-
-
-class SoftmaxOptions(NamedTuple):
-    """The plain numbers of a softmax_ce call."""
-
-    smoothing: float = 0.0
-    focal_gamma: float = 0.0
-    z_loss: float = 0.0
-    penalty_margin: float = 0.0
-    penalty: float = 0.0
-    penalty_share: float = 1.0
-    penalty_mix: bool = False
-    ignore_index: int = -100
-    mean: bool = True
-
-
-def _rows(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _new_rows(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     shape = (logits.shape[0], *logits.shape[2:])
     return logits.new_empty(shape, dtype=dtype or compute_dtype(logits.dtype))
 
 
-def _gradient_shapes(logits: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
-    gradients = [torch.empty_like(logits)] if wanted[0] else []
-    if wanted[1]:
-        gradients += [logits.new_empty(logits.shape[1], dtype=compute_dtype(logits.dtype)) for _ in range(2)]
-    return gradients + [_rows(logits) for want in wanted[2:] if want]
+def _new_grads(logits: Tensor, mask: SoftmaxMask) -> list[Tensor]:
+    grads = [torch.empty_like(logits)] if mask.logits else []
+    if mask.affine:
+        grads += [logits.new_empty(logits.shape[1], dtype=compute_dtype(logits.dtype)) for _ in range(2)]
+    return grads + [_new_rows(logits) for needed in mask[2:] if needed]
 
 
-@torch.library.register_fake("fusedloss::softmax_ce", lib=library)
-def _(logits, target, scale, bias, class_weight, target_override, target_override_grad, row_smoothing, row_scale, row_penalty,
-      soft_cap, smoothing, focal_gamma, z_loss, penalty_margin, penalty, penalty_share, penalty_mix, ignore_index,
-      mean, wanted, gradient_scale=1.0):  # fmt: skip
-    loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
-    return loss, _rows(logits), _gradient_shapes(logits, wanted)
+def _group_ce(*flat: Any) -> tuple[Any, ...]:
+    inputs, rows = LogitInputs(*flat[:_NUM_INPUTS]), RowInputs(*flat[_NUM_INPUTS : _NUM_INPUTS + 3])
+    options, mean, mask, grad_scale = flat[_NUM_INPUTS + 3 :]
+    return inputs, rows, RowOptions(*options), mean, SoftmaxMask(*mask), grad_scale
 
 
-@torch.library.register_fake("fusedloss::softmax_stats", lib=library)
-def _(logits, target, scale, bias, class_weight, target_override, soft_cap, penalty_margin, ignore_index, want_uniform,
-      want_hinge, want_prediction):  # fmt: skip
-    empty = logits.new_empty(0, dtype=compute_dtype(logits.dtype))
-    prediction = _rows(logits, torch.int64) if want_prediction else empty.to(torch.int64)
-    wanted = (True, True, True, True, True, want_uniform, True, want_hinge, want_prediction)
-    *statistics, confidence = (_rows(logits) if want else empty.clone() for want in wanted)
-    return *statistics, prediction, confidence
+def _check_ce(inputs: LogitInputs, rows: RowInputs, *_: Any) -> None:
+    check_logit_inputs(inputs)
+    check_row_tensors(inputs.logits, **{f"row {name}": value for name, value in rows._asdict().items()})
 
 
-@torch.library.register_fake("fusedloss::softmax_stats_backward", lib=library)
-def _(logits, target, scale, bias, class_weight, target_override, target_override_grad, row_max, row_sum, rest, soft_cap,
-      penalty_margin, ignore_index, grad_log_sum_exp, grad_target_logit, grad_cross_entropy, grad_uniform, grad_rest,
-      grad_hinge, wanted):  # fmt: skip
-    return _gradient_shapes(logits, wanted)
+define(
+    "softmax_ce",
+    f"softmax_ce({_INPUTS}, Tensor? row_smoothing, Tensor? row_weight, Tensor? row_penalty_strength,"
+    " float[] row_options, bool mean, bool[] output_mask, float grad_scale) -> (Tensor, Tensor, Tensor[])",
+    group=_group_ce,
+    check=_check_ce,
+    fake=lambda inputs, rows, options, mean, mask, grad_scale: (
+        inputs.logits.new_empty((), dtype=compute_dtype(inputs.logits.dtype)),
+        _new_rows(inputs.logits),
+        _new_grads(inputs.logits, mask),
+    ),
+)
 
 
-def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: SoftmaxOptions) -> Tensor:
+def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mean: bool) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
-    tensors = _tensors(inputs)
-    if torch.is_grad_enabled() and _any_requires_grad(*tensors, *rows):
-        return _SoftmaxCE.apply(*tensors, *rows, inputs.soft_cap, options)
-    rest = (*tensors[1:], *rows, inputs.soft_cap, *options, [False] * 5)
-    return call("softmax_ce", "softmax_ce", inputs.logits, *rest)[0]
+    logits, target, scale, bias, class_weight, override, override_grad, soft_cap, ignore_index = inputs
+    smoothing, weight, strength = rows
+    tensors = (logits, target, scale, bias, class_weight, override, override_grad, smoothing, weight, strength)
+    needs_grad = torch.is_grad_enabled() and _any_requires_grad(tensors)
+    if not is_direct(*tensors):
+        mask = _ce_mask(inputs, rows) if needs_grad else _NO_MASK
+        flat = (*tensors[:7], soft_cap, ignore_index, *tensors[7:], list(options), mean, list(mask), 1.0)
+        return torch.ops.fusedloss.softmax_ce.default(*flat)[0]
+    if needs_grad:
+        return _SoftmaxCE.apply(*tensors, soft_cap, ignore_index, options, mean)
+    return _ce_kernel(inputs, rows, options, mean, _NO_MASK, 1.0)[0]
 
 
-_LOGITS_ALONE = [True, False, False, False, False]
+def _ce_kernel(inputs: LogitInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return kernel("softmax_ce", "softmax_ce", inputs.logits.device.type)(inputs, *arguments)
 
 
 class _SoftmaxCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
     @staticmethod
-    def forward(ctx, logits, target, scale, bias, class_weight, target_override, target_override_grad, row_smoothing, row_scale,
-                row_penalty, soft_cap, options):  # fmt: skip
-        tensors = (logits, target, scale, bias, class_weight, target_override, target_override_grad, row_smoothing, row_scale,
-                   row_penalty)  # fmt: skip
-        wanted = _wanted(logits, scale, bias, row_smoothing, target_override, row_penalty)
-        ctx.compiling = compiling = torch.compiler.is_compiling()
-        written = 1.0 if compiling or logits.is_cuda else expected_upstream()
-        ctx.numbers = numbers = (soft_cap, *options, wanted, written)
-        loss, row_loss, gradients = call("softmax_ce", "softmax_ce", *tensors, *numbers)
-        if compiling:
-            ctx.save_for_backward(*tensors, row_loss, *gradients)
-        else:
-            ctx.save_for_backward(*tensors)
-            ctx.row_loss, ctx.gradients = row_loss, gradients
+    def forward(ctx, *arguments):
+        *tensors, soft_cap, ignore_index, options, mean = arguments
+        inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
+        mask = _ce_mask(inputs, rows)
+        ctx.loss_key = (inputs.logits.shape[1], inputs.logits.dtype, options)
+        ctx.written = 1.0 if inputs.logits.is_cuda else expected_upstream(ctx.loss_key)
+        ctx.numbers = (soft_cap, ignore_index, options, mean, mask, ctx.written)
+        loss, ctx.row_loss, ctx.grads = _ce_kernel(inputs, rows, options, mean, mask, ctx.written)
+        ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, upstream):
-        *_, wanted, written = ctx.numbers
-        if ctx.compiling:
-            row_loss, *gradients = ctx.saved_tensors[10:]
-            gradients = [gradient * upstream for gradient in gradients]
+        grads, mask = ctx.grads, ctx.numbers[4]
+        ctx.grads = None
+        if is_batched((upstream,)):
+            grads = _again(ctx, 1.0) if grads is None or ctx.written != 1.0 else grads
+            grads = [grad * upstream for grad in grads]
         else:
-            row_loss, gradients = ctx.row_loss, ctx.gradients
-            ctx.gradients = None
-            if gradients is None:
-                gradients = call("softmax_ce", "softmax_ce", *ctx.saved_tensors, *ctx.numbers)[2]
-            factor = scale_in_place(gradients, upstream, written)
+            grads = _again(ctx, ctx.written) if grads is None else grads
+            factor = scale_in_place(grads, upstream, ctx.written)
             if factor is not None:
-                note_upstream(factor)
+                note_upstream(ctx.loss_key, factor)
+        row_weight = ctx.row_loss * upstream if ctx.needs_input_grad[8] else None
+        if mask == _LOGITS_ONLY:
+            return grads[0], None, None, None, None, None, None, None, row_weight, None, None, None, None, None
         need = ctx.needs_input_grad
-        row_scale = row_loss * upstream if need[8] else None
-        if wanted == _LOGITS_ALONE:
-            return gradients[0], None, None, None, None, None, None, None, row_scale, None, None, None
-        found = iter(gradients)
-        logits, scale, bias = _of_logits(found, wanted, need)
-        smoothing, target_override, penalty = [next(found) if want else None for want in wanted[2:]]
-        return logits, None, scale, bias, None, target_override, None, smoothing, row_scale, penalty, None, None
+        logits, scale, bias, override, smoothing, strength = _by_input(grads, mask, (need[0], need[2], need[3]))
+        rows = (smoothing, row_weight, strength)
+        return logits, None, scale, bias, None, override, None, *rows, None, None, None, None
 
 
-class RowTensors(NamedTuple):
-    """What softmax_stats returns; see ``rows.Statistics`` for the differentiable ones."""
-
-    row_max: Tensor
-    row_sum: Tensor
-    log_sum_exp: Tensor
-    target_logit: Tensor
-    cross_entropy: Tensor
-    uniform: Tensor
-    rest: Tensor
-    hinge: Tensor
-    prediction: Tensor
-    confidence: Tensor
+def _again(ctx: Any, grad_scale: float) -> list[Tensor]:
+    tensors, (soft_cap, ignore_index, options, mean, mask, _) = ctx.saved_tensors, ctx.numbers
+    inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
+    return _ce_kernel(inputs, rows, options, mean, mask, grad_scale)[2]
 
 
-class StatisticsOptions(NamedTuple):
-    """The plain numbers of a softmax_stats call."""
-
-    penalty_margin: float = 0.0
-    ignore_index: int = -100
-    want_uniform: bool = False
-    want_hinge: bool = False
-    want_prediction: bool = False
+def _setup_ce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    given, rows, options, mean, mask, grad_scale = _group_ce(*inputs)
+    ctx.set_materialize_grads(False)
+    ctx.numbers = (given.soft_cap, given.ignore_index, options, mean, mask, grad_scale)
+    _, row_loss, grads = output
+    ctx.save_for_backward(*given[:7], *rows, row_loss, *grads)
 
 
-def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors:
-    """The statistics of each row, differentiable in the six that ``rows.Statistics`` names."""
-    if torch.is_grad_enabled() and _any_requires_grad(*_tensors(inputs)):
-        return RowTensors(*_SoftmaxStatistics.apply(*inputs, options))
-    return _statistics(inputs, options)
+def _backward_ce(ctx: Any, grad_loss: Tensor | None, grad_row_loss: Tensor | None, grad_grads: Any) -> Any:
+    refuse_grad_of(grad_row_loss, *grad_grads)
+    soft_cap, ignore_index, options, mean, mask, grad_scale = ctx.numbers
+    tensors, row_loss, grads = ctx.saved_tensors[:10], ctx.saved_tensors[10], ctx.saved_tensors[11:]
+    need = ctx.needs_input_grad
+    needed = SoftmaxMask(need[0], need[2] or need[3], need[5], need[9], need[11])
+    if any(want and not made for want, made in zip(needed, mask, strict=True)):
+        # Recorded where these inputs required no gradient.
+        flat = (*tensors[:7], soft_cap, ignore_index, *tensors[7:], list(options), mean, list(needed), grad_scale)
+        grads, mask = torch.ops.fusedloss.softmax_ce.default(*flat)[2], needed
+    factor = grad_loss if grad_scale == 1.0 else grad_loss / grad_scale
+    scaled = [grad * factor for grad in grads]
+    logits, scale, bias, override, smoothing, strength = _by_input(scaled, mask, (need[0], need[2], need[3]))
+    row_weight = row_loss * grad_loss if need[10] else None
+    of_rows = (smoothing if need[9] else None, row_weight, strength if need[11] else None)
+    of_inputs = (logits, None, scale, bias, None, override if need[5] else None, None, None, None)
+    return *of_inputs, *of_rows, None, None, None, None
 
 
-def _statistics(inputs: LogitInputs, options: StatisticsOptions) -> RowTensors:
-    return RowTensors(
-        *call("softmax_ce", "softmax_stats", inputs.logits, *_tensors(inputs)[1:6], inputs.soft_cap, *options)
+register_autograd("softmax_ce", _setup_ce, _backward_ce)
+
+
+def _group_stats(*flat: Any) -> tuple[Any, ...]:
+    return LogitInputs(*flat[:_NUM_INPUTS]), StatisticsOptions(*flat[_NUM_INPUTS:])
+
+
+def fake_statistics(logits: Tensor, options: StatisticsOptions) -> SoftmaxStatistics:
+    """Tensors of the statistics' shapes; those that were not asked for are empty."""
+
+    def rows(needed: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or compute_dtype(logits.dtype)
+        return _new_rows(logits, dtype) if needed else logits.new_empty(0, dtype=dtype)
+
+    return SoftmaxStatistics(
+        *(rows() for _ in range(5)),
+        rows(options.smooth_loss),
+        rows(),
+        rows(options.hinge),
+        rows(options.prediction, torch.int64),
+        rows(options.prediction),
     )
 
 
+define(
+    "softmax_ce",
+    f"softmax_stats({_INPUTS}, float penalty_margin, bool smooth_loss, bool hinge, bool prediction)"
+    f" -> ({', '.join(['Tensor'] * 10)})",
+    group=_group_stats,
+    check=lambda inputs, options: check_logit_inputs(inputs),
+    fake=lambda inputs, options: tuple(fake_statistics(inputs.logits, options)),
+)
+
+
+def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> SoftmaxStatistics:
+    """The statistics of each row, differentiable in the six that ``row_loss.Statistics`` names."""
+    logits, target, scale, bias, class_weight, override, override_grad, soft_cap, ignore_index = inputs
+    tensors = (logits, target, scale, bias, class_weight, override, override_grad)
+    if not is_direct(*tensors):
+        flat = (*tensors, soft_cap, ignore_index, *options)
+        return SoftmaxStatistics(*torch.ops.fusedloss.softmax_stats.default(*flat))
+    if torch.is_grad_enabled() and _any_requires_grad(tensors):
+        return SoftmaxStatistics(*_SoftmaxStatistics.apply(*tensors, soft_cap, ignore_index, *options))
+    return SoftmaxStatistics(*kernel("softmax_ce", "softmax_stats", logits.device.type)(inputs, options))
+
+
 class _SoftmaxStatistics(torch.autograd.Function):
-    """Saves two numbers per row; the backward sweeps the saved logits once."""
+    """Saves three numbers per row; the backward reads the saved logits once."""
 
     @staticmethod
-    def forward(
-        ctx, logits, target, scale, bias, class_weight, target_override, target_override_grad, soft_cap, options
-    ):
-        inputs = LogitInputs(logits, target, scale, bias, class_weight, target_override, target_override_grad, soft_cap)
-        found = _statistics(inputs, options)
-        ctx.mark_non_differentiable(found.row_max, found.row_sum, found.prediction, found.confidence)
-        ctx.set_materialize_grads(False)
-        ctx.soft_cap, ctx.options = soft_cap, options
-        ctx.wanted = _wanted(logits, scale, bias, target_override)
-        ctx.save_for_backward(*_tensors(inputs), found.row_max, found.row_sum, found.rest)
-        return tuple(found)
+    def forward(ctx, *flat):
+        inputs, options = _group_stats(*flat)
+        output = tuple(kernel("softmax_ce", "softmax_stats", inputs.logits.device.type)(inputs, options))
+        _setup_stats(ctx, flat, output)
+        return output
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, _max, _sum, log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge, _prediction,
-                 _confidence):  # fmt: skip
-        saved = ctx.saved_tensors
-        statistics = (log_sum_exp, target_logit, cross_entropy, uniform, rest, hinge)
-        upstream = [None if gradient is None else gradient.contiguous() for gradient in statistics]
-        numbers = (ctx.soft_cap, ctx.options.penalty_margin, ctx.options.ignore_index)
-        found = iter(call("softmax_ce", "softmax_stats_backward", *saved, *numbers, *upstream, ctx.wanted))
-        grad_logits, grad_scale, grad_bias = _of_logits(found, ctx.wanted, ctx.needs_input_grad)
-        grad_label = next(found) if ctx.wanted[2] else None
-        return grad_logits, None, grad_scale, grad_bias, None, grad_label, None, None, None
+    def backward(ctx, *grads):
+        return _backward_stats(ctx, *grads)
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
+def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given, options = _group_stats(*inputs)
+    statistics = SoftmaxStatistics(*output)
+    ctx.mark_non_differentiable(statistics.row_max, statistics.row_sum, statistics.prediction, statistics.confidence)
+    ctx.set_materialize_grads(False)
+    ctx.numbers = (given.soft_cap, given.ignore_index)
+    ctx.penalty_margin = options.penalty_margin
+    ctx.save_for_backward(*given[:7], statistics.row_max, statistics.row_sum, statistics.one_minus_pt)
+
+
+def statistics_grads(grads: Sequence[Tensor | None]) -> StatisticsGrads:
+    """The gradients of ``SoftmaxStatistics`` that reach the inputs, contiguous."""
+    refuse_batched(*grads)
+    fields = SoftmaxStatistics(*grads)  # type: ignore[arg-type]
+    names = StatisticsGrads._fields
+    return StatisticsGrads(
+        *(grad if grad is None else grad.contiguous() for grad in map(fields.__getattribute__, names))
+    )
+
+
+def _backward_stats(ctx: Any, *grads: Tensor | None) -> Any:
+    need = ctx.needs_input_grad
+    mask = SoftmaxMask(need[0], need[2] or need[3], need[5])
+    inputs = LogitInputs(*ctx.saved_tensors[:7], *ctx.numbers)
+    saved = SavedStatistics(*ctx.saved_tensors[7:])
+    result = softmax_stats_backward(inputs, saved, ctx.penalty_margin, statistics_grads(grads), mask)
+    logits, scale, bias, override, _, _ = _by_input(result, mask, (need[0], need[2], need[3]))
+    return logits, None, scale, bias, None, override, *(None,) * (len(need) - 6)
+
+
+register_autograd("softmax_stats", _setup_stats, _backward_stats)
+
+
+def _group_stats_backward(*flat: Any) -> tuple[Any, ...]:
+    inputs, rest = LogitInputs(*flat[:_NUM_INPUTS]), flat[_NUM_INPUTS:]
+    return inputs, SavedStatistics(*rest[:3]), rest[3], StatisticsGrads(*rest[4:10]), SoftmaxMask(*rest[10])
+
+
+def _check_stats_backward(
+    inputs: LogitInputs, saved: SavedStatistics, _: float, grads: StatisticsGrads, *__: Any
+) -> None:
+    check_logit_inputs(inputs)
+    check_row_tensors(inputs.logits, **saved._asdict(), **{f"grad_{k}": v for k, v in grads._asdict().items()})
+
+
+define(
+    "softmax_ce",
+    f"softmax_stats_backward({_INPUTS}, Tensor row_max, Tensor row_sum, Tensor one_minus_pt, float penalty_margin,"
+    f" {', '.join(f'Tensor? grad_{name}' for name in StatisticsGrads._fields)}, bool[] output_mask) -> Tensor[]",
+    group=_group_stats_backward,
+    check=_check_stats_backward,
+    fake=lambda inputs, saved, penalty_margin, grads, mask: _new_grads(inputs.logits, mask),
+)
+refuse_second("softmax_stats_backward")
+
+
+def softmax_stats_backward(
+    inputs: LogitInputs, saved: SavedStatistics, penalty_margin: float, grads: StatisticsGrads, mask: SoftmaxMask
+) -> list[Tensor]:
+    """The gradients that `mask` names, from those of the statistics."""
+    tensors = (*inputs[:7], *saved, *grads)
+    if not is_direct(*tensors):
+        flat = (*inputs, *saved, penalty_margin, *grads, list(mask))
+        return torch.ops.fusedloss.softmax_stats_backward.default(*flat)
+    run = kernel("softmax_ce", "softmax_stats_backward", inputs.logits.device.type)
+    return run(inputs, saved, penalty_margin, grads, mask)
+
+
+def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     for tensor in tensors:  # noqa: SIM110  any() over a generator takes three times as long
         if tensor is not None and tensor.requires_grad:
             return True
     return False
 
 
-def _wanted(logits: Tensor, scale: Tensor | None, bias: Tensor | None, *rows: Tensor | None) -> list[bool]:
-    """Which gradients to compute: of the logits, of scale and bias together, of each tensor in `rows`."""
-    wanted = [logits.requires_grad, _any_requires_grad(scale, bias)]
-    for tensor in rows:
-        wanted.append(tensor is not None and tensor.requires_grad)
-    return wanted
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
-def _of_logits(found: Iterator[Tensor], wanted: list[bool], need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients of logits, scale and bias, each None unless needed."""
-    logits = next(found) if wanted[0] else None
-    scale, bias = (next(found), next(found)) if wanted[1] else (None, None)
-    return logits if need[0] else None, scale if need[2] else None, bias if need[3] else None
+def _ce_mask(inputs: LogitInputs, rows: RowInputs) -> SoftmaxMask:
+    return SoftmaxMask(
+        inputs.logits.requires_grad,
+        _requires_grad(inputs.scale) or _requires_grad(inputs.bias),
+        _requires_grad(inputs.target_override),
+        _requires_grad(rows.label_smoothing),
+        _requires_grad(rows.penalty_strength),
+    )
+
+
+def _by_input(grads: Sequence[Tensor], mask: SoftmaxMask, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of logits, scale, bias (each None unless needed), target_override, label_smoothing, penalty_strength."""
+    made: Iterator[Tensor] = iter(grads)
+    logits = next(made) if mask.logits else None
+    scale, bias = (next(made), next(made)) if mask.affine else (None, None)
+    of_rows = [next(made) if needed else None for needed in mask[2:]]
+    return logits if need[0] else None, scale if need[1] else None, bias if need[2] else None, *of_rows

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fusedloss.core.operands import LinearInputs
 
 # A chunk's logits: each chunk reads the weight and its gradient again, so the largest that leaves peak memory small.
 _CHUNK_BYTES = 56_000_000
@@ -14,39 +15,6 @@ _CHUNK_BYTES_ON_DEVICE = 1 << 28
 # A weight that stays in the caches is read again for nothing: chunks go down to so many rows, or they were inefficient.
 _CACHED_BYTES, _CHUNK_BYTES_OF_CACHED, _LEAST_ROWS = 1 << 22, 1 << 21, 512
 _ADDED_AT_ONCE = 1 << 22
-
-
-class LinearInputs(NamedTuple):
-    """What every linear operation reads; norms (float64) where rows are normalised, label tensors where a margin is."""
-
-    input: Tensor
-    weight: Tensor
-    target: Tensor
-    input_norm: Tensor | None = None
-    class_norm: Tensor | None = None
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    class_weight: Tensor | None = None
-    target_override: Tensor | None = None
-    target_override_grad: Tensor | None = None
-    target_product: Tensor | None = None
-    soft_cap: float = 0.0
-
-    @classmethod
-    def first_of(cls, arguments: tuple) -> tuple[LinearInputs, tuple]:
-        """The inputs that an operation's arguments begin with, and the rest."""
-        count = len(cls._fields)
-        return cls(*arguments[:count]), arguments[count:]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What products are formed in; the caller has seen to it that input and weight agree on it, or cast."""
-        return self.input.dtype
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What sums, losses and accumulated gradients are kept in."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 class ChunkedHead:
@@ -61,6 +29,8 @@ class ChunkedHead:
         # In float16 a slope over the length of its class row would leave the range.
         self.unit_weight = self.normalized and (weight.dtype != self.dtype or self.dtype == torch.float16)
         if self.unit_weight:
+            # Divided in the compute dtype: a float16 row may be longer than float16 reaches.
+            weight = weight.to(self.compute_dtype)
             weight = weight / inputs.class_norm.to(weight.dtype).unsqueeze(1)  # type: ignore[union-attr]
         self.operand = weight.to(self.dtype)
         self.scale = self._column_scale()

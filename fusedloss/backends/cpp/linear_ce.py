@@ -1,4 +1,4 @@
-"""linear_ce and its statistics on the CPU: torch's products, csrc/softmax_ce.inl's sweeps over them in place."""
+"""linear_ce and its statistics on the CPU: torch's products, csrc/softmax_ce.inl over them in place."""
 
 from __future__ import annotations
 
@@ -6,64 +6,66 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.chunked import linear_ce as chunked
-from fusedloss.backends.chunked.head import LinearInputs
-from fusedloss.backends.chunked.linear_ce import LinearWanted
 from fusedloss.backends.cpp import extension, softmax_ce
 from fusedloss.backends.cpp.views import address, adjacent, rows_view
-from fusedloss.backends.reference.class_stats import check_labels
+from fusedloss.core.checks import check_labels
+from fusedloss.core.operands import (
+    LinearInputs,
+    LinearMask,
+    RowInputs,
+    SavedStatistics,
+    SoftmaxStatistics,
+    StatisticsGrads,
+    StatisticsOptions,
+)
+from fusedloss.core.row_loss import RowOptions
 
 
-def linear_ce(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
-    inputs, (*rest, wanted) = LinearInputs.first_of(arguments)
-    _check_labels(inputs, rest[-2])
-    return chunked.linear_ce(_KERNELS, inputs, tuple(rest[:3]), tuple(rest[3:]), LinearWanted(*wanted))
+def linear_ce(
+    inputs: LinearInputs, rows: RowInputs, options: RowOptions, mean: bool, mask: LinearMask
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    _check_labels(inputs)
+    return chunked.linear_ce(_KERNELS, inputs, rows, options, mean, mask)
 
 
-def linear_stats(*arguments) -> tuple[Tensor, ...]:
-    inputs, options = LinearInputs.first_of(arguments)
-    _check_labels(inputs, options[1])
+def linear_stats(inputs: LinearInputs, options: StatisticsOptions) -> SoftmaxStatistics:
+    _check_labels(inputs)
     return chunked.linear_stats(_KERNELS, inputs, options)
 
 
-def linear_stats_backward(*arguments) -> list[Tensor]:
-    inputs, rest = LinearInputs.first_of(arguments)
-    saved, numbers, upstream, wanted = rest[:3], rest[3:5], rest[5:11], rest[11]
-    return chunked.linear_stats_backward(_KERNELS, inputs, saved, numbers, upstream, LinearWanted(*wanted))
+def linear_stats_backward(
+    inputs: LinearInputs, saved: SavedStatistics, penalty_margin: float, grads: StatisticsGrads, mask: LinearMask
+) -> list[Tensor]:
+    return chunked.linear_stats_backward(_KERNELS, inputs, saved, penalty_margin, grads, mask)
 
 
 def row_norms(rows: Tensor) -> Tensor:
     rows = adjacent(rows)
-    norm = torch.empty(len(rows), dtype=torch.float64)
+    norm = rows.new_empty(len(rows), dtype=torch.float64)
     extension.row_norms(rows_view(rows), norm.data_ptr(), torch.get_num_threads())
     return norm
 
 
-def target_products(
-    input: Tensor, weight: Tensor, target: Tensor, input_norm: Tensor | None, class_norm: Tensor | None,
-    ignore_index: int,
-) -> Tensor:  # fmt: skip
-    check_labels(target, len(weight), ignore_index, "target")
-    product = torch.empty(len(input), dtype=torch.float64)
-    _, pairs = _pairs(input, weight, target, ignore_index, input_norm, class_norm, product)
+def target_products(inputs: LinearInputs) -> Tensor:
+    _check_labels(inputs)
+    product = inputs.input.new_empty(len(inputs.input), dtype=torch.float64)
+    _kept, pairs = _pairs(inputs, product)
     extension.target_products(pairs, torch.get_num_threads())
     return product
 
 
-def _project_rows(rows: Tensor, norm: Tensor, gradient: Tensor, divide: bool) -> None:
-    is_double = gradient.dtype == torch.float64
+def _project_rows(rows: Tensor, norm: Tensor, grad: Tensor, divide: bool) -> None:
+    is_double = grad.dtype == torch.float64
     rows = adjacent(rows.double() if is_double else rows)
-    place = (gradient.data_ptr(), is_double)
+    place = (grad.data_ptr(), is_double)
     extension.project_rows(rows_view(rows), norm.data_ptr(), place, divide, torch.get_num_threads())
 
 
-def _label_gradients(
-    inputs: LinearInputs, ignore_index: int, slope: Tensor, input: Tensor | None, weight: Tensor | None
-) -> None:
-    norms = (inputs.input_norm, inputs.class_norm)
-    _kept, pairs = _pairs(inputs.input, inputs.weight, inputs.target, ignore_index, *norms, inputs.target_product)
+def _add_target_grads(inputs: LinearInputs, grad_product: Tensor, input: Tensor | None, weight: Tensor | None) -> None:
+    _kept, pairs = _pairs(inputs, inputs.target_product)
     is_double = inputs.compute_dtype == torch.float64
     places = (address(input), address(weight))
-    extension.label_gradients(pairs, slope.data_ptr(), places, is_double, torch.get_num_threads())
+    extension.label_gradients(pairs, grad_product.data_ptr(), places, is_double, torch.get_num_threads())
 
 
 def _prepared(fresh: Tensor) -> Tensor:
@@ -71,22 +73,20 @@ def _prepared(fresh: Tensor) -> Tensor:
     return fresh
 
 
-_KERNELS = chunked.Kernels(softmax_ce, _project_rows, _label_gradients, _prepared)
+_KERNELS = chunked.Kernels(softmax_ce, _project_rows, _add_target_grads, _prepared)
 
 
-def _check_labels(inputs: LinearInputs, ignore_index: int) -> None:
+def _check_labels(inputs: LinearInputs) -> None:
     if not inputs.target.is_floating_point():
-        check_labels(inputs.target, len(inputs.weight), ignore_index, "target")
+        check_labels(inputs.target, len(inputs.weight), inputs.ignore_index, "target")
 
 
-def _pairs(
-    input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, input_norm: Tensor | None,
-    class_norm: Tensor | None, product: Tensor | None,
-) -> tuple[tuple[Tensor, ...], tuple]:  # fmt: skip
+def _pairs(inputs: LinearInputs, product: Tensor | None) -> tuple[tuple[Tensor, ...], tuple]:
     """Tensors to keep alive, and the tuple that bind_linear_ce.cpp unpacks."""
-    dtype = torch.promote_types(input.dtype, weight.dtype)
-    input, weight, target = adjacent(input.to(dtype)), adjacent(weight.to(dtype)), target.contiguous()
+    dtype = torch.promote_types(inputs.input.dtype, inputs.weight.dtype)
+    input, weight = adjacent(inputs.input.to(dtype)), adjacent(inputs.weight.to(dtype))
+    target = inputs.target.contiguous()
     return (input, weight, target), (
-        rows_view(input), rows_view(weight), target.data_ptr(), ignore_index, address(input_norm),
-        address(class_norm), address(product),
+        rows_view(input), rows_view(weight), target.data_ptr(), inputs.ignore_index, address(inputs.input_norm),
+        address(inputs.class_norm), address(product),
     )  # fmt: skip

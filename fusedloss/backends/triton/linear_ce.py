@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fusedloss.backends.chunked import linear_ce as chunked
-from fusedloss.backends.chunked.head import ChunkedHead, LinearInputs
-from fusedloss.backends.chunked.linear_ce import LinearWanted
-from fusedloss.core.row_loss import Row, Statistics
+from fusedloss.backends.chunked.head import ChunkedHead
+from fusedloss.core.operands import (
+    LinearInputs,
+    LinearMask,
+    RowInputs,
+    SavedStatistics,
+    SoftmaxStatistics,
+    StatisticsGrads,
+    StatisticsOptions,
+)
+from fusedloss.core.reduce import mean_denominator
+from fusedloss.core.row_loss import RowOptions, Statistics, needs_hinge, needs_smooth_loss, row_loss
 
 from . import launch, linear_rows, linear_tiles, softmax_ce
 from .linear_tiles import Head, RowCoefficients
 
 
-def linear_ce(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
-    inputs, (*rest, wanted) = LinearInputs.first_of(arguments)
-    per_row, options, flags = tuple(rest[:3]), tuple(rest[3:]), LinearWanted(*wanted)
-    penalised = options[4] != 0 or per_row[2] is not None
-    if _tiled(inputs) and not penalised:
-        return _tiled_loss(inputs, per_row, options, flags)
-    return chunked.linear_ce(_KERNELS, inputs, per_row, options, flags)
+def linear_ce(
+    inputs: LinearInputs, rows: RowInputs, options: RowOptions, mean: bool, mask: LinearMask
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if _tiled(inputs) and not needs_hinge(options, rows):
+        return _tiled_loss(inputs, rows, options, mean, mask)
+    return chunked.linear_ce(_KERNELS, inputs, rows, options, mean, mask)
 
 
-def linear_stats(*arguments) -> tuple[Tensor, ...]:
-    inputs, options = LinearInputs.first_of(arguments)
-    _, ignore_index, want_uniform, want_hinge, want_prediction = options
-    if _tiled(inputs) and not want_hinge and not want_prediction:
-        return _TiledRows(inputs, ignore_index).statistics(want_uniform)
+def linear_stats(inputs: LinearInputs, options: StatisticsOptions) -> SoftmaxStatistics:
+    if _tiled(inputs) and not options.hinge and not options.prediction:
+        return _TiledRows(inputs).statistics(options.smooth_loss)
     return chunked.linear_stats(_KERNELS, inputs, options)
 
 
-def linear_stats_backward(*arguments) -> list[Tensor]:
-    inputs, rest = LinearInputs.first_of(arguments)
-    saved, numbers, upstream, flags = rest[:3], rest[3:5], rest[5:11], LinearWanted(*rest[11])
-    if _tiled(inputs) and upstream[5] is None:
-        return _TiledRows(inputs, numbers[1]).sweep(saved, upstream[:5], flags)
-    return chunked.linear_stats_backward(_KERNELS, inputs, saved, numbers, upstream, flags)
+def linear_stats_backward(
+    inputs: LinearInputs, saved: SavedStatistics, penalty_margin: float, grads: StatisticsGrads, mask: LinearMask
+) -> list[Tensor]:
+    if _tiled(inputs) and grads.hinge is None:
+        return _TiledRows(inputs).backward(saved, grads, mask)
+    return chunked.linear_stats_backward(_KERNELS, inputs, saved, penalty_margin, grads, mask)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -46,32 +50,20 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.where(norm == 0, torch.inf, norm)
 
 
-def target_products(
-    input: Tensor, weight: Tensor, target: Tensor, input_norm: Tensor | None, class_norm: Tensor | None,
-    ignore_index: int,
-) -> Tensor:  # fmt: skip
-    product = torch.empty(len(input), dtype=torch.float64, device=input.device)
-    linear_rows.target_products(
-        _pairs(input, weight, target, ignore_index, input_norm, class_norm, product), len(input)
-    )
+def target_products(inputs: LinearInputs) -> Tensor:
+    product = inputs.input.new_empty(len(inputs.input), dtype=torch.float64)
+    linear_rows.target_products(_pairs(inputs, product), len(inputs.input))
     return product
 
 
-def _label_gradients(
-    inputs: LinearInputs, ignore_index: int, slope: Tensor, input: Tensor | None, weight: Tensor | None
-) -> None:
-    norms = (inputs.input_norm, inputs.class_norm)
-    pairs = _pairs(inputs.input, inputs.weight, inputs.target, ignore_index, *norms, inputs.target_product)
-    linear_rows.add_label_gradients(pairs, slope.contiguous(), input, weight)
+def _add_target_grads(inputs: LinearInputs, grad_product: Tensor, input: Tensor | None, weight: Tensor | None) -> None:
+    linear_rows.add_label_gradients(_pairs(inputs, inputs.target_product), grad_product.contiguous(), input, weight)
 
 
-def _pairs(
-    input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, input_norm: Tensor | None,
-    class_norm: Tensor | None, product: Tensor | None,
-) -> linear_rows.Pairs:  # fmt: skip
-    labels = _labels(target, len(weight), ignore_index)
-    norms = (input_norm, class_norm)
-    return linear_rows.Pairs(input.contiguous(), weight.contiguous(), labels, input.shape[1], *norms, product)
+def _pairs(inputs: LinearInputs, product: Tensor | None) -> linear_rows.Pairs:
+    labels = _labels(inputs.target, len(inputs.weight), inputs.ignore_index)
+    operands = (inputs.input.contiguous(), inputs.weight.contiguous())
+    return linear_rows.Pairs(*operands, labels, inputs.input.shape[1], inputs.input_norm, inputs.class_norm, product)
 
 
 def _labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -80,7 +72,7 @@ def _labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.where(named, target, -1).contiguous()
 
 
-_KERNELS = chunked.Kernels(softmax_ce, linear_rows.project_rows, _label_gradients, lambda fresh: fresh)
+_KERNELS = chunked.Kernels(softmax_ce, linear_rows.project_rows, _add_target_grads, lambda fresh: fresh)
 
 
 def _tiled(inputs: LinearInputs) -> bool:
@@ -93,8 +85,8 @@ def _tiled(inputs: LinearInputs) -> bool:
 class _TiledRows:
     """Statistics of the rows, and gradients from their slopes, by kernels that form logits in tiles."""
 
-    def __init__(self, inputs: LinearInputs, ignore_index: int) -> None:
-        self.inputs, self.ignore_index = inputs, ignore_index
+    def __init__(self, inputs: LinearInputs) -> None:
+        self.inputs, ignore_index = inputs, inputs.ignore_index
         self.head_chunks = ChunkedHead(inputs, lambda fresh: fresh)
         self.kept = inputs.target != ignore_index
         everything = slice(0, len(inputs.input))
@@ -117,8 +109,8 @@ class _TiledRows:
         self.label_weight = torch.ones_like(self.kept, dtype=torch.float32) if class_weight is None else (
             class_weight[self.label])  # fmt: skip
 
-    def statistics(self, want_uniform: bool) -> tuple[Tensor, ...]:
-        """In the order of softmax_stats; hinge, prediction and confidence are empty."""
+    def statistics(self, want_uniform: bool) -> SoftmaxStatistics:
+        """Without hinge, prediction and confidence."""
         inputs, kept = self.inputs, self.kept
         top, rest_sum, uniform_z, label_z = linear_tiles.tile_sums(self.head, want_uniform).double()
         if inputs.target_override is not None:
@@ -144,41 +136,39 @@ class _TiledRows:
         empty = lse.new_empty(0, dtype=torch.float32)
         uniform = empty if uniform is None else torch.where(kept, uniform, zero).float()
         values = [value.float() for value in found]
-        return *values, uniform, torch.where(kept, rest, zero).float(), empty, empty.long(), empty.clone()
+        one_minus_pt = torch.where(kept, rest, zero).float()
+        return SoftmaxStatistics(*values, uniform, one_minus_pt, empty, empty.long(), empty.clone())
 
     def weight_sum(self) -> Tensor | float:
         class_weight = self.inputs.class_weight
         return float(len(self.inputs.weight)) if class_weight is None else class_weight.double().sum()
 
-    def sweep(
-        self, saved: tuple[Tensor, ...], upstream: tuple[Tensor | None, ...], wanted: LinearWanted
-    ) -> list[Tensor]:
-        """The wanted gradients of input, weight, scale, bias and target_override."""
+    def backward(self, saved: SavedStatistics, grads: StatisticsGrads, mask: LinearMask) -> list[Tensor]:
+        """The gradients of input, weight, scale, bias and target_override that `mask` names."""
         inputs, head = self.inputs, self.head
-        coefficients, label_gradient = self._coefficients(saved, upstream)
-        walk = chunked.Walk(_KERNELS, inputs, wanted, self.head_chunks)
-        uniform = upstream[3] is not None
-        if wanted.input:
+        coefficients, label_gradient = self._coefficients(saved, grads)
+        walk = chunked.Walk(_KERNELS, inputs, mask, self.head_chunks)
+        uniform = grads.smooth_loss is not None
+        if mask.input:
             walk.sums.input = linear_tiles.input_gradient(head, coefficients, uniform)
-        if wanted.weight or wanted.scale or wanted.bias:
-            columns = wanted.scale or wanted.bias
-            found = linear_tiles.weight_gradient(head, coefficients, uniform, wanted.weight, columns)
+        if mask.weight or mask.scale or mask.bias:
+            columns = mask.scale or mask.bias
+            found = linear_tiles.weight_gradient(head, coefficients, uniform, mask.weight, columns)
             walk.sums.weight = found[0]
-            if wanted.scale:
+            if mask.scale:
                 walk.scale = found[1].double()  # type: ignore[union-attr]
-            if wanted.bias:
+            if mask.bias:
                 walk.bias = found[2].double()  # type: ignore[union-attr]
-        return walk.finish(label_gradient, self.ignore_index)
+        walk.sums.started = True
+        return walk.finish(label_gradient)
 
-    def _coefficients(
-        self, saved: tuple[Tensor, ...], upstream: tuple[Tensor | None, ...]
-    ) -> tuple[RowCoefficients, Tensor]:
+    def _coefficients(self, saved: SavedStatistics, grads: StatisticsGrads) -> tuple[RowCoefficients, Tensor]:
         """Twin of SweepRow in csrc/softmax_ce.inl."""
         kept = self.kept
         row_max, row_sum, rest = (tensor.double() for tensor in saved)
         zero = torch.zeros_like(row_max)
         of_lse, logit, cross_entropy, uniform, of_rest = (
-            zero if gradient is None else gradient.double() for gradient in upstream
+            zero if gradient is None else gradient.double() for gradient in grads[:5]
         )
         logit, cross_entropy, uniform, of_rest = (
             torch.where(kept, gradient, zero) for gradient in (logit, cross_entropy, uniform, of_rest)
@@ -204,48 +194,41 @@ class _TiledRows:
 
 
 def _tiled_loss(
-    inputs: LinearInputs, per_row: tuple[Tensor | None, ...], options: tuple, wanted: LinearWanted
+    inputs: LinearInputs, rows: RowInputs, options: RowOptions, mean: bool, mask: LinearMask
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loss by eager formulas on one value per row; their derivatives are autograd's."""
-    smoothing, gamma, z_loss, *_, ignore_index, mean = options
-    row_smoothing, row_scale, _ = per_row
-    rows = _TiledRows(inputs, ignore_index)
-    row = Row(row_smoothing if row_smoothing is not None else smoothing, gamma, z_loss)
-    found = [value.detach() for value in rows.statistics(row.smooths)]
-    scale = row_scale
-    if mean:
-        share = chunked.denominator(inputs, ignore_index).reciprocal().float()
-        scale = share.expand(len(inputs.input)) if scale is None else scale * share
+    """The loss by the eager formula on one value per row; its partial derivatives are autograd's."""
+    tiled = _TiledRows(inputs)
+    result = SoftmaxStatistics(*(value.detach() for value in tiled.statistics(needs_smooth_loss(options, rows))))
+    total = mean_denominator(inputs.target, inputs.class_weight, inputs.ignore_index) if mean else None
+    weight = rows.sample_weight
+    if total is not None:
+        share = total.reciprocal().float()
+        weight = share.expand(len(inputs.input)) if weight is None else weight * share
+    names = ("log_sum_exp", "target_logit", "cross_entropy", "smooth_loss", "one_minus_pt")
     with torch.enable_grad():
-        fields: dict[str, Any] = dict(zip(("log_sum_exp", "target_logit", "cross_entropy", "uniform", "rest"),
-                                          found[2:7], strict=True))  # fmt: skip
+        leaves = {name: getattr(result, name).detach() for name in names}
         leaves = {
-            name: value.requires_grad_() for name, value in fields.items() if value.numel() or not len(inputs.input)
+            name: value.requires_grad_() for name, value in leaves.items() if value.numel() or not len(tiled.kept)
         }
-        statistics = Statistics(**fields)
-        if row_smoothing is not None:
-            leaves["smoothing"] = row_smoothing.detach().requires_grad_()
-            row = Row(leaves["smoothing"], gamma, z_loss)
-        row_loss = torch.where(rows.kept, row.loss(statistics, len(inputs.weight)), 0.0)
-        total = (row_loss if scale is None else row_loss * scale).sum()
-        names = list(leaves)
-        slopes = dict(zip(names, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
-    saved = (found[0], found[1], found[6].detach())
-    loss = _mean_or_sum(row_loss.detach(), row_scale, inputs, ignore_index, mean)
-    if not any(wanted):
-        return loss, row_loss.detach(), []
-    upstream = tuple(slopes.get(name) for name in ("log_sum_exp", "target_logit", "cross_entropy", "uniform", "rest"))
-    gradients = rows.sweep(saved, upstream, wanted)
-    if wanted.row_smoothing:
-        gradients.append(slopes["smoothing"])  # type: ignore[arg-type]
-    return loss, row_loss.detach(), gradients
-
-
-def _mean_or_sum(
-    row_loss: Tensor, row_scale: Tensor | None, inputs: LinearInputs, ignore_index: int, mean: bool
-) -> Tensor:
-    total = (row_loss if row_scale is None else row_loss * row_scale).double().sum()
-    return (total / chunked.denominator(inputs, ignore_index) if mean else total).float()
+        statistics = Statistics(**{"smooth_loss": None, **leaves})
+        smoothing = None if rows.label_smoothing is None else rows.label_smoothing.detach().requires_grad_()
+        values = row_loss(statistics, options, rows._replace(label_smoothing=smoothing), len(inputs.weight))
+        values = torch.where(tiled.kept, values, 0.0)
+        scaled = (values if weight is None else values * weight).sum()
+        if smoothing is not None:
+            leaves["label_smoothing"] = smoothing
+        partials = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True)
+        grads = dict(zip(leaves, partials, strict=True))
+    of_rows = values.detach()
+    wide = (of_rows if rows.sample_weight is None else of_rows * rows.sample_weight).double().sum()
+    loss = (wide if total is None else wide / total).float()
+    if not any(mask):
+        return loss, of_rows, []
+    saved = SavedStatistics(result.row_max, result.row_sum, result.one_minus_pt)
+    found = tiled.backward(saved, StatisticsGrads(*(grads.get(name) for name in names)), mask)
+    if mask.label_smoothing:
+        found.append(grads["label_smoothing"])  # type: ignore[arg-type]
+    return loss, of_rows, found
 
 
 def _check_labels(inputs: LinearInputs, ignore_index: int) -> None:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from fusedloss.core.operands import (
+    LogitInputs,
+    RowInputs,
+    SavedStatistics,
+    SoftmaxMask,
+    SoftmaxStatistics,
+    StatisticsGrads,
+    StatisticsOptions,
+)
+from fusedloss.core.row_loss import RowOptions, needs_hinge, needs_smooth_loss
 
 from . import launch
 from .blocks import Inputs, tanh_cap
@@ -24,53 +35,62 @@ _NOT_SAVED = Saved(None, None, None)
 
 
 def softmax_ce(
-    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    target_override: Tensor | None, target_override_grad: Tensor | None, row_smoothing: Tensor | None,
-    row_scale: Tensor | None, row_penalty: Tensor | None, soft_cap: float, smoothing: float, focal_gamma: float,
-    z_loss: float, penalty_margin: float, penalty: float, penalty_share: float, penalty_mix: bool,
-    ignore_index: int, mean: bool, wanted: Sequence[bool], gradient_scale: float = 1.0, in_place: bool = False,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """The scalar loss, the loss of each row, and the gradients that are wanted of the scalar one."""
-    want_logits, want_columns, *want_rows = wanted
-    call = _Call(
-        _Problem(logits, target, scale, bias, class_weight, target_override, target_override_grad), ignore_index, want_logits,
-        # Programs that own classes read logits which others have written over.
-        in_place and not want_columns,
-    )  # fmt: skip
+    inputs: LogitInputs,
+    rows: RowInputs,
+    options: RowOptions,
+    mean: bool,
+    mask: SoftmaxMask,
+    grad_scale: float = 1.0,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The scalar loss, the loss of each row, and the gradients of the scalar one that `mask` names."""
+    # Programs that own classes read logits which others have written over.
+    call = _Call(inputs, mask.logits, in_place and not mask.affine)
     denominator = call.denominator() if mean else None
     if not mean:
         call.check_labels()
     row_loss = call.new_rows()
-    smoothing_slope, label_gradient, penalty_slope = (call.new_rows() if want else None for want in want_rows)
+    of_rows = [call.new_rows() if needed else None for needed in mask[2:]]
+    grad_override, grad_smoothing, grad_strength = of_rows
     arguments = CrossEntropyArguments(
-        row_loss, smoothing_slope, label_gradient, penalty_slope, row_smoothing, row_scale, row_penalty, denominator
+        row_loss,
+        grad_smoothing,
+        grad_override,
+        grad_strength,
+        rows.label_smoothing,
+        rows.sample_weight,
+        rows.penalty_strength,
+        denominator,
     )
-    row = soft_row if call.soft else focal_row if focal_gamma != 0 else label_row
-    call.uniform = smoothing != 0 or row_smoothing is not None or smoothing_slope is not None
-    if penalty != 0 or row_penalty is not None:
+    row = soft_row if call.soft else focal_row if options.focal_gamma != 0 else label_row
+    call.uniform = needs_smooth_loss(options, rows) or mask.label_smoothing
+    if needs_hinge(options, rows):
         call.top = computed_top
-    numbers = (smoothing, focal_gamma, z_loss, soft_cap, penalty, penalty_margin, penalty_share, penalty_mix)
-    call.scalars = Scalars(*map(float, numbers))
-    gradients = call.run(row, arguments, want_columns)
-    loss = row_loss.sum() if row_scale is None else (row_loss * row_scale).sum()
+    call.scalars = Scalars(
+        smoothing=float(options.label_smoothing),
+        focal_gamma=float(options.focal_gamma),
+        z_loss=float(options.z_loss),
+        soft_cap=float(inputs.soft_cap),
+        penalty=float(options.penalty_strength),
+        penalty_margin=float(options.penalty_margin),
+        penalty_share=float(options.penalty_scale),
+        penalty_mix=float(options.penalty_mix),
+    )
+    grads = call.run(row, arguments, mask.affine)
+    loss = row_loss.sum() if rows.sample_weight is None else (row_loss * rows.sample_weight).sum()
     if denominator is not None:
         # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
         loss = torch.where(denominator == 0, torch.nan, loss / denominator)
-    of_rows = [slope for slope in (smoothing_slope, label_gradient, penalty_slope) if slope is not None]
-    gradients += of_rows
-    if gradient_scale != 1:
-        for gradient in gradients:
-            gradient.mul_(gradient_scale)
-    return loss, row_loss, gradients
+    grads += [grad for grad in of_rows if grad is not None]
+    if grad_scale != 1:
+        for grad in grads:
+            grad.mul_(grad_scale)
+    return loss, row_loss, grads
 
 
-def softmax_stats(
-    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    target_override: Tensor | None, soft_cap: float, penalty_margin: float, ignore_index: int, want_uniform: bool,
-    want_hinge: bool, want_prediction: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The statistics of each row, in the order of the schema."""
-    call = _Call(_Problem(logits, target, scale, bias, class_weight, target_override), ignore_index, want_logits=False)
+def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> SoftmaxStatistics:
+    """The statistics of each row; those that were not asked for are empty."""
+    call = _Call(inputs, want_logits=False)
     call.check_labels()
     found = StatisticsArguments(
         row_max=call.new_rows(),
@@ -78,44 +98,42 @@ def softmax_stats(
         log_sum_exp=call.new_rows(),
         target_logit=call.new_rows(),
         cross_entropy=call.new_rows(),
-        uniform=call.new_rows() if want_uniform else None,
+        uniform=call.new_rows() if options.smooth_loss else None,
         rest=call.new_rows(),
-        hinge=call.new_rows() if want_hinge else None,
-        prediction=call.new_rows(torch.int64) if want_prediction else None,
-        confidence=call.new_rows() if want_prediction else None,
+        hinge=call.new_rows() if options.hinge else None,
+        prediction=call.new_rows(torch.int64) if options.prediction else None,
+        confidence=call.new_rows() if options.prediction else None,
     )
-    call.uniform, call.prediction, call.top = want_uniform, want_prediction, computed_top if want_hinge else None
-    call.scalars = Scalars(soft_cap=float(soft_cap), penalty_margin=float(penalty_margin))
+    call.uniform, call.prediction = options.smooth_loss, options.prediction
+    call.top = computed_top if options.hinge else None
+    call.scalars = Scalars(soft_cap=float(inputs.soft_cap), penalty_margin=float(options.penalty_margin))
     call.run(statistics_row, found)
-    absent = {name: call.new(0) for name in ("uniform", "hinge", "confidence") if getattr(found, name) is None}
+    empty = {name: call.new(0) for name in ("uniform", "hinge", "confidence") if getattr(found, name) is None}
     if found.prediction is None:
-        absent["prediction"] = call.new(0, dtype=torch.int64)
-    return tuple(found._replace(**absent))
+        empty["prediction"] = call.new(0, dtype=torch.int64)
+    return SoftmaxStatistics(*found._replace(**empty))
 
 
 def softmax_stats_backward(
-    logits: Tensor, target: Tensor, scale: Tensor | None, bias: Tensor | None, class_weight: Tensor | None,
-    target_override: Tensor | None, target_override_grad: Tensor | None, row_max: Tensor, row_sum: Tensor, rest: Tensor,
-    soft_cap: float, penalty_margin: float, ignore_index: int, grad_log_sum_exp: Tensor | None,
-    grad_target_logit: Tensor | None, grad_cross_entropy: Tensor | None, grad_uniform: Tensor | None,
-    grad_rest: Tensor | None, grad_hinge: Tensor | None, wanted: Sequence[bool], in_place: bool = False,
-) -> list[Tensor]:  # fmt: skip
+    inputs: LogitInputs,
+    saved: SavedStatistics,
+    penalty_margin: float,
+    grads: StatisticsGrads,
+    mask: SoftmaxMask,
+    in_place: bool = False,
+) -> list[Tensor]:
     """Gradients under any upstream gradients; long rows are read once from the saved sums, twice with a hinge."""
-    want_logits, want_columns, want_label = wanted
-    call = _Call(
-        _Problem(logits, target, scale, bias, class_weight, target_override, target_override_grad), ignore_index, want_logits,
-        # Programs that own classes read logits which others have written over.
-        in_place and not want_columns,
-    )  # fmt: skip
-    call.uniform, call.top = grad_uniform is not None, None if grad_hinge is None else saved_top
-    call.scalars = Scalars(soft_cap=float(soft_cap), penalty_margin=float(penalty_margin))
+    # Programs that own classes read logits which others have written over.
+    call = _Call(inputs, mask.logits, in_place and not mask.affine)
+    call.uniform, call.top = grads.smooth_loss is not None, None if grads.hinge is None else saved_top
+    call.scalars = Scalars(soft_cap=float(inputs.soft_cap), penalty_margin=float(penalty_margin))
+    class_weight = inputs.class_weight
     weight_sum = class_weight.sum() if call.uniform and class_weight is not None else None
-    label_gradient = call.new_rows() if want_label else None
-    arguments = SweepArguments(row_max, row_sum, rest, weight_sum, grad_log_sum_exp, grad_target_logit,
-                               grad_cross_entropy, grad_uniform, grad_rest, grad_hinge, label_gradient)  # fmt: skip
+    grad_override = call.new_rows() if mask.target_override else None
+    arguments = SweepArguments(*saved, weight_sum, *grads, grad_override)
     # Only the sum of w_j q_j isn't among the saved statistics.
-    call.sums = call.soft and grad_cross_entropy is not None
-    return call.run(sweep_row, arguments, want_columns) + ([] if label_gradient is None else [label_gradient])
+    call.sums = call.soft and grads.cross_entropy is not None
+    return call.run(sweep_row, arguments, mask.affine) + ([] if grad_override is None else [grad_override])
 
 
 def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -130,18 +148,6 @@ def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
-class _Problem(NamedTuple):
-    """The tensors that z and the target distribution are made of."""
-
-    logits: Tensor
-    target: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-    class_weight: Tensor | None
-    target_override: Tensor | None = None
-    target_override_grad: Tensor | None = None
-
-
 class _Call:
     """The tensors of one call as kernels see them, its gradient, and which sums its rows need."""
 
@@ -150,9 +156,9 @@ class _Call:
     top: Any = None  # finds the maximum that a hinge hangs from
     scalars = Scalars()
 
-    def __init__(self, problem: _Problem, ignore_index: int, want_logits: bool, in_place: bool = False) -> None:
-        self.logits, self.class_weight, self.ignore_index = problem.logits, problem.class_weight, ignore_index
-        logits, target, *classwise = problem
+    def __init__(self, inputs: LogitInputs, want_logits: bool, in_place: bool = False) -> None:
+        self.logits, self.class_weight, self.ignore_index = inputs.logits, inputs.class_weight, inputs.ignore_index
+        logits, target, *classwise = inputs[:7]
         self.soft = target.is_floating_point()
         self.dtype = launch.compute_dtype(logits)
         self.gradient = (logits if in_place else torch.empty_like(logits)) if want_logits else None
