@@ -161,6 +161,13 @@ class AnchorSums(NamedTuple):
     sum: Tensor
 
 
+class SavedAnchors(NamedTuple):
+    """What the backward of a contrast needs of the forward, ``(A,)`` each."""
+
+    shift: Tensor
+    sum: Tensor
+
+
 class SupConMask(NamedTuple):
     """Which gradients ``supcon_backward`` returns, in this order."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from fusedloss import functional
-from fusedloss.functional.supcon import MODES, REDUCTIONS
+from fusedloss.functional.supcon_checks import SupConOptions, check_number, checked_class_weight
 from fusedloss.losses.registered_terms import StepWatch
 
 
@@ -24,7 +26,7 @@ class SupConLoss(nn.Module):
         normalize: scale each row to length 1 first.
         reduction, class_weight, class_balance, ignore_index, prototype_weight, focal_gamma: as in
             ``fusedloss.supcon``.
-        learn_temperature: T starts at `temperature` and is learned, by its logarithm, as in CLIP.
+        learn_temperature: T starts at `temperature` and is a parameter, by its logarithm, as in CLIP.
 
     Shape:
         features ``(B, D)`` or ``(B, V, D)``; labels ``(B,)``; mask ``(B, B)``; prototypes ``(P, D)``; contrast
@@ -56,13 +58,16 @@ class SupConLoss(nn.Module):
         learn_temperature: bool = False,
     ) -> None:
         super().__init__()
-        if contrast_mode not in MODES:
-            raise ValueError(f"contrast_mode: got {contrast_mode!r}; allowed are {', '.join(MODES)}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: got {reduction!r}; allowed are {', '.join(REDUCTIONS)}")
+        SupConOptions(
+            normalize, reduction, class_balance, ignore_index, contrast_mode, prototype_weight, focal_gamma
+        ).check()
         for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
-            if value is not None and not 0 < float(value) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite; got {float(value)}")
+            if name == "temperature" or value is not None:
+                check_number(name, value, "positive and finite", lambda x: 0 < x < math.inf)
+        if class_weight is not None:
+            checked_class_weight(class_weight)
+        if not isinstance(learn_temperature, bool):
+            raise TypeError(f"learn_temperature must be True or False; got {type(learn_temperature).__name__}")
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log()) if learn_temperature else None
         self.fixed_temperature = temperature
         self.contrast_mode = contrast_mode

@@ -4,10 +4,9 @@ from fusedloss.core.dtypes import compute_dtype
 from fusedloss.ops.class_stats import ClassState, ClassTensors, advance, class_stats, moments, row_magnitudes
 from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
 from fusedloss.ops.softmax_ce import softmax_ce, softmax_stats
-from fusedloss.ops.supcon import AnchorSums, supcon
+from fusedloss.ops.supcon import supcon_stats
 
 __all__ = [
-    "AnchorSums",
     "ClassState",
     "ClassTensors",
     "advance",
@@ -20,6 +19,6 @@ __all__ = [
     "row_norms",
     "softmax_ce",
     "softmax_stats",
-    "supcon",
+    "supcon_stats",
     "target_products",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedloss.core.operands import AnchorSums, SupConInputs, SupConMask
+from fusedloss.core.operands import AnchorSums, SavedAnchors, SupConInputs, SupConMask
 
 IGNORED, NEGATIVE = -1, -2
 
@@ -16,7 +16,7 @@ def supcon_stats(inputs: SupConInputs) -> AnchorSums:
         return anchor_sums(inputs)
 
 
-def supcon_backward(inputs: SupConInputs, saved: AnchorSums, grad_loss: Tensor, mask: SupConMask) -> list[Tensor]:
+def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: SupConMask) -> list[Tensor]:
     """The gradients that `mask` names, from those of the losses, which are computed again."""
     features = inputs.features.detach().requires_grad_(mask.features)
     temperature = inputs.temperature.detach().requires_grad_(mask.temperature)
@@ -26,6 +26,8 @@ def supcon_backward(inputs: SupConInputs, saved: AnchorSums, grad_loss: Tensor, 
     if not loss.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     grads = torch.autograd.grad(loss, leaves, grad_loss, allow_unused=True, materialize_grads=True)
+    if mask.features:
+        grads[0][inputs.num_grad_rows :] = 0
     return list(grads)
 
 
@@ -35,29 +37,31 @@ def anchor_sums(inputs: SupConInputs) -> AnchorSums:
     Formula: ``s_ij = <x_i, x_j> / T``, ``P_i`` the positives of i, ``A_i`` all rows but i and the ignored ones,
     ``l_i = log sum_{j in A_i} w_ij exp(s_ij) - sum_{j in P_i} q_j s_ij / sum_{j in P_i} q_j``
     where w, v and q are the rows of ``inputs.weights`` and ``w_ij = v_j`` if j is a positive of i, else ``w_j``.
+    The shift is an anchor's largest s_ij of a weight above 0.
     """
     features, codes, weights, anchors = inputs.features, inputs.codes, inputs.weights, inputs.num_anchors
     rows = features.shape[0]
-    # Not detach(): what autograd is to see is features itself, up to the rows without gradient.
-    features = torch.cat([features[: inputs.num_grad_rows], features[inputs.num_grad_rows :].detach()])
-    similarity = features[:anchors] @ features.t() / inputs.temperature
-    own = torch.arange(anchors, device=features.device).unsqueeze(1) == torch.arange(rows, device=features.device)
+    with torch.autocast(features.device.type, enabled=False):
+        similarity = features[:anchors] @ features.t() / inputs.temperature
+    places = torch.arange(rows, device=features.device)
+    own = places[:anchors].unsqueeze(1) == places
     positive = _positives(inputs) & ~own
-    excluded = own | (codes == IGNORED)
-    exponents, share = similarity, positive.to(similarity.dtype)
-    if weights is not None:
-        exponents = similarity + torch.where(positive, weights[1], weights[0]).log()
-        share = share * weights[2]
+    contrasted = ~own if inputs.mask is not None else ~own & (codes != IGNORED)
     has_positive = inputs.per_positive > 0
+    share, weight = positive.to(similarity.dtype), None
+    if weights is not None:
+        weight = torch.where(positive, weights[1], weights[0])
+        contrasted = contrasted & (weight > 0)
+        share = share * weights[2]
     # An anchor without contrasts would have a sum of 0 and NaN gradients.
-    exponents = exponents.masked_fill(excluded, -torch.inf).masked_fill(~has_positive.unsqueeze(1), 0.0)
-    largest = exponents.detach().amax(1, keepdim=True) if rows else exponents.sum(1, keepdim=True)
-    largest = largest.masked_fill(largest == -torch.inf, 0.0)
-    total = (exponents - largest).exp().sum(1)
-    relative = (similarity - largest).masked_fill(~positive, 0.0)
+    candidates = similarity.masked_fill(~contrasted, -torch.inf).masked_fill(~has_positive.unsqueeze(1), 0.0)
+    shift = candidates.detach().amax(1, keepdim=True) if rows else candidates.detach().sum(1, keepdim=True)
+    shift = shift.masked_fill(shift == -torch.inf, 0.0)
+    exponentials = (candidates - shift).exp()
+    total = (exponentials if weight is None else exponentials * weight).sum(1)
+    relative = (similarity - shift).masked_fill(~positive, 0.0)
     loss = total.log() - (share * relative).sum(1) * inputs.per_positive
-    loss = torch.where(has_positive, loss, torch.zeros_like(loss))
-    return AnchorSums(loss, largest.squeeze(1), total.detach())
+    return AnchorSums(torch.where(has_positive, loss, 0.0), shift.squeeze(1), total.detach())
 
 
 def _positives(inputs: SupConInputs) -> Tensor:
