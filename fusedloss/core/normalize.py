@@ -16,6 +16,10 @@ def unit_rows(rows: Tensor) -> Tensor:
     """
     # The length of a float16 row may be no float16.
     wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    if torch.compiler.is_compiling():
+        # A graph plans its own memory; an exported one would lose the derivative of a Function.
+        scale, length = _scale_and_length(wide)
+        return (wide / scale / length).to(rows.dtype)
     unit: Tensor = _UnitRows.apply(wide)[0]  # type: ignore[no-untyped-call]
     return unit.to(rows.dtype)
 
@@ -61,14 +65,16 @@ class _UnitRows(torch.autograd.Function):
 
 
 def _scale_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``(R, 1)`` each: a power of two, and each row's length over it, infinite for a row of zeros."""
+    """``(R, 1)`` each: a power of two, constant for autograd, and each row's length over it, infinite for zeros."""
     if rows.dtype == torch.float32:
         # Squares of float32 fit in float64, all of them.
         whole = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        scale = _power_of_two(whole, 126)
+        scale = _power_of_two(whole.detach(), 126)
         length = whole / scale
     else:
-        scale = _power_of_two(rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.sum(1, keepdim=True), 1022)
+        constant = rows.detach()
+        largest = constant.abs().amax(1, keepdim=True) if rows.shape[1] else constant.sum(1, keepdim=True)
+        scale = _power_of_two(largest, 1022)
         length = torch.linalg.vector_norm(rows / scale, dim=1, keepdim=True)
     # Over an infinite length, a row of zeros and its gradient are 0.
     return scale.to(rows.dtype), length.masked_fill(length == 0, torch.inf).to(rows.dtype)

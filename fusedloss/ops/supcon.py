@@ -153,6 +153,7 @@ refuse_second("supcon_backward")
 
 def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: SupConMask) -> list[Tensor]:
     """The gradients that `mask` names, from those of the losses; rows from ``num_grad_rows`` on have zeros."""
-    if not is_direct(*inputs[:_NUM_TENSORS], *saved, grad_loss):
+    # With a graph asked for, the dispatcher's refusal of second derivatives is recorded.
+    if torch.is_grad_enabled() or not is_direct(*inputs[:_NUM_TENSORS], *saved, grad_loss):
         return torch.ops.fusedloss.supcon_backward.default(*inputs, *saved, grad_loss, list(mask))
     return kernel("supcon", "supcon_backward", inputs.features.device.type)(inputs, saved, grad_loss, mask)
