@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedloss.train.data import TrainingData
 from fusedloss.train.loop import Training
-from fusedloss.train.objectives import TrainingData
 from fusedloss.train.recipe import Recipe
 
 

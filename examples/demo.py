@@ -22,8 +22,8 @@ from fusedloss.cli.progress import EpochBar
 from fusedloss.cli.report import print_tables
 from fusedloss.features import FeatureBank, extract, load_backbone, read_inputs
 from fusedloss.train import Recipe
-from fusedloss.train.fit import Result
-from fusedloss.train.report import DEFAULT_METRICS, Row, collect_rows, difference, verdicts
+from fusedloss.train.report import DEFAULT_METRICS, RecipeRuns, collect_rows, difference, verdicts
+from fusedloss.train.result import Result
 from fusedloss.train.sweep import folder_name, sweep
 
 GLYPHS = Path(__file__).parent / "glyphs" / "glyphs.npz"
@@ -67,7 +67,7 @@ def main() -> None:
     )
     results = train(bank, rows, options.output / "runs")
     collected = collect_rows([options.output / "runs" / folder_name(name) for name in rows])
-    display = [Row(name, row.by_seed) for name, row in zip(rows, collected, strict=True)]
+    display = [RecipeRuns(name, row.by_seed) for name, row in zip(rows, collected, strict=True)]
     describe_task(bank, results["CE"][0])
     print_tables(display, display[0], DEFAULT_METRICS, output=options.output)
     print(*verdicts(display[2:3], display[3], DEFAULT_METRICS), sep="\n")
@@ -142,7 +142,7 @@ def describe_task(bank: FeatureBank, result: Result) -> None:
     print(f"   Of the {row['K_test']} classes tested, by training samples: {counted}.\n")
 
 
-def pictures(folder: Path, bank: FeatureBank, results: dict[str, list[Result]], rows: list[Row]) -> None:
+def pictures(folder: Path, bank: FeatureBank, results: dict[str, list[Result]], rows: list[RecipeRuns]) -> None:
     """Draw the montage and the comparison, and say where all pictures are."""
     draw_montage(folder / "tail_predictions.png", bank, results["VACE"][0])
     draw_comparison(folder / "comparison.png", rows)
@@ -191,7 +191,7 @@ def one_per_class(rows: np.ndarray, confidence: np.ndarray, labels: np.ndarray) 
     return order[np.sort(first)]
 
 
-def draw_comparison(path: Path, rows: list[Row]) -> None:
+def draw_comparison(path: Path, rows: list[RecipeRuns]) -> None:
     """Paired differences to the first row, with bars of two standard errors."""
     from matplotlib.figure import Figure
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bench.cases import compiled
 from bench.gpu import Case, Contest, agree, values_of
+from fusedloss.train.data import TrainingData
 from fusedloss.train.loop import Training
-from fusedloss.train.objectives import TrainingData
 from fusedloss.train.recipe import Recipe
 
 Gradients = Callable[[Tensor, Tensor], Tensor]

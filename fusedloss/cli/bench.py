@@ -18,7 +18,7 @@ def bench(
 ) -> None:
     """Time each loss against eager PyTorch and torch.compile, in turn on the same tensors, once values agree.
 
-    The benchmarks lie beside the package in its repository: run this in a checkout.
+    The benchmarks are part of the repository, not of the installed package: run this in a checkout.
 
     Examples:
 

@@ -49,30 +49,23 @@ def evaluate(
       fusedloss evaluate runs/vace
       fusedloss evaluate runs/vace banks/birds-2024 --output scores.json
     """
+    from fusedloss.atomic_io import write_json
     from fusedloss.cli.progress import print_scores
     from fusedloss.features import FeatureBank
     from fusedloss.train.evaluate import evaluate_run
-    from fusedloss.train.storage import write_json
 
     features = None if bank is None else FeatureBank.open(bank)
-    found = evaluate_run(
-        run,
-        features,
-        rows=rows,
-        calibrated=calibrated,
-        adjust_prior=adjust_prior,
-        retrieval=retrieval,
-        device=device,
+    evaluation = evaluate_run(
+        run, features, rows=rows, calibrated=calibrated, adjust_prior=adjust_prior, retrieval=retrieval, device=device
     )
-    print(f"{run}: {found.num_rows} rows ({found.rows}) of {found.bank}")
-    print_scores(found.report)
-    for name, value in found.report.get("retrieval", {}).items():
+    print(f"{run}: {evaluation.num_rows} rows ({evaluation.rows}) of {evaluation.bank}")
+    print_scores(evaluation.report)
+    for name, value in evaluation.report.get("retrieval", {}).items():
         print(f"  {name:<24} {value:.4f}")
     if output is not None:
-        write_json(
-            output,
-            {"run": str(run), "bank": found.bank, "rows": found.rows, "calibrated": calibrated}
-            | {"adjust_prior": adjust_prior}
-            | found.report,
-        )
+        settings = {
+            "run": str(run), "bank": evaluation.bank, "rows": evaluation.rows, "calibrated": calibrated,
+            "adjust_prior": adjust_prior,
+        }  # fmt: skip
+        write_json(output, settings | evaluation.report)
         print(f"scores: {output}")

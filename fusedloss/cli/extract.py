@@ -62,7 +62,7 @@ def extract(
     """
     from fusedloss.cli.classes import read_class_names
     from fusedloss.features import extraction
-    from fusedloss.features.backbone import load_backbone
+    from fusedloss.features.loading import load_backbone
     from fusedloss.features.reading import read_inputs
 
     listed = read_inputs(inputs, class_names=None if classes is None else read_class_names(classes))

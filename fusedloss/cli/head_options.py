@@ -1,4 +1,4 @@
-"""What a trained head may be asked beside its logits, as `evaluate` and `predict` take it."""
+"""The options of `evaluate` and `predict` that change the logits of a trained head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What answers on this machine: backends by operation and device, the SIMD level, versions, and why one is absent."""
+"""The backends of this machine by operation and device, the SIMD level, versions, and why a backend is unavailable."""
 
 from __future__ import annotations
 
@@ -20,39 +20,37 @@ def report() -> str:
         >>> "softmax_ce" in info.report()
         True
     """
-    return "\n".join([*_versions(), "", *_compiled_module(), "", *_answers(), "", *_settings()])
+    return "\n".join([*_versions(), "", *_compiled_module(), "", *_operations(), "", *_settings()])
 
 
 def _versions() -> list[str]:
     try:
         import triton
 
-        found = triton.__version__
+        triton_version = triton.__version__
     except ImportError:
-        found = "absent"
+        triton_version = "not installed"
     return [
-        f"fusedloss {fusedloss.__version__}, torch {torch.__version__}, triton {found}, "
+        f"fusedloss {fusedloss.__version__}, torch {torch.__version__}, triton {triton_version}, "
         f"Python {platform.python_version()} on {platform.machine()}"
     ]
 
 
 def _compiled_module() -> list[str]:
     if cpp.extension is None:
-        return [f"compiled module: absent ({cpp.load_error})"]
+        return [f"compiled module: unavailable ({cpp.load_error})"]
     try:
         level = cpp.extension.level()
     except RuntimeError as error:
         return [f"compiled module: {error}"]
     threads = f"OpenMP, {torch.get_num_threads()} threads" if cpp.extension.has_openmp() else "one thread (no OpenMP)"
-    slower = {
-        "baseline": " - this processor has no AVX2, or FUSEDLOSS_SIMD asks for it",
-    }
-    return [f"compiled module: SIMD level {level}{slower.get(level, '')}; {threads}"]
+    note = " - this processor has no AVX2, or FUSEDLOSS_SIMD asks for it" if level == "baseline" else ""
+    return [f"compiled module: SIMD level {level}{note}; {threads}"]
 
 
-def _answers() -> list[str]:
-    lines = [f"{'operation':<12} {'device':<6} answers", f"{'-' * 12} {'-' * 6} {'-' * 9}"]
-    absences: dict[str, None] = {}
+def _operations() -> list[str]:
+    lines = [f"{'operation':<12} {'device':<6} backend", f"{'-' * 12} {'-' * 6} {'-' * 9}"]
+    unavailable: dict[str, None] = {}
     for operation in backends.OPERATIONS:
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():
@@ -65,8 +63,8 @@ def _answers() -> list[str]:
             for name in backends.NAMES:
                 reason = backends.unavailable_reason(name, device)
                 if reason:
-                    absences[f"not on {device}: {name} - {reason}"] = None
-    return [*lines, *absences]
+                    unavailable[f"not on {device}: {name} - {reason}"] = None
+    return [*lines, *unavailable]
 
 
 def _settings() -> list[str]:

@@ -1,4 +1,4 @@
-"""Finds the command that was asked for, imports it alone, and turns users' errors into one line."""
+"""Imports the command that is called, and no other, and turns users' errors into one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Set FUSEDLOSS_TRACEBACK=1 for the whole traceback of an error."""
 class Command(NamedTuple):
     """Where a command's function is, and the line that stands for it in `fusedloss --help`."""
 
-    function: str  # "module:name"
+    # "module:name"
+    function: str
     summary: str
 
 
@@ -40,25 +41,26 @@ COMMANDS = {
     "sweep": Command("fusedloss.cli.sweep:sweep", "Compare recipes over several seeds, in one table."),
     "report": Command("fusedloss.cli.report:report", "Tables and pictures of finished runs."),
     "bench": Command("fusedloss.cli.bench:bench", "Time the losses against eager PyTorch and torch.compile here."),
-    "info": Command("fusedloss.cli.main:info", "Which backend answers for each operation, and why others do not."),
+    "info": Command("fusedloss.cli.main:info", "Which backend runs each operation, and why others do not."),
 }
 
 
 def info() -> None:
-    """Say which backend answers for each operation on each device, and why others do not."""
+    """Say which backend runs each operation on each device, and why others do not."""
     from fusedloss.cli.info import report
 
     typer.echo(report())
 
 
 def load(command: Command) -> Callable[..., None]:
+    """The function of a command."""
     module, _, name = command.function.partition(":")
     function: Callable[..., None] = getattr(importlib.import_module(module), name)
     return function
 
 
 def placeholder() -> None:
-    """Stands for a command that was not asked for, so that it is listed without being imported."""
+    """Stands for a command that is not called, so that it is listed without being imported."""
 
 
 def build_app(chosen: str | None) -> typer.Typer:

@@ -50,9 +50,10 @@ def predict(
       fusedloss predict runs/vace photos/ --output classes.csv
       fusedloss predict runs/vace features.npy --abstain-below 0.5 --calibrated --top 3
     """
-    from fusedloss.train.predict import Predictions, predict_inputs, write_predictions
+    from fusedloss.atomic_io import write_bytes
+    from fusedloss.train.predict import predict_inputs, write_predictions
 
-    found: Predictions = predict_inputs(
+    predictions = predict_inputs(
         run,
         inputs,
         calibrated=calibrated,
@@ -62,12 +63,10 @@ def predict(
         device=device,
         progress=not quiet,
     )
-    text = write_predictions(found, abstain_below=abstain_below, top=top)
+    text = write_predictions(predictions, abstain_below=abstain_below, top=top)
     if output is None:
         print(text, end="")
         return
-    from fusedloss.train.storage import write_atomically
-
-    write_atomically(output, text.encode())
-    abstained = int((found.probabilities.max(1) < abstain_below).sum())
-    print(f"{len(found.names)} inputs, {abstained} abstained: {output}")
+    write_bytes(output, text.encode())
+    abstained = int((predictions.probabilities.max(1) < abstain_below).sum())
+    print(f"{len(predictions.names)} inputs, {abstained} abstained: {output}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fusedloss.train.fit import Result
+from fusedloss.train.result import Result
 
 SCORES = (
     ("top1", "top-1"),

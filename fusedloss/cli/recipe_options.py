@@ -49,7 +49,7 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [*own, file, *(_parameter(field) for field in fields)]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del wrapped.__wrapped__  # type: ignore[attr-defined]
+    del wrapped.__wrapped__
     return wrapped
 
 

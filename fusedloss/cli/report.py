@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fusedloss.train.report import Row
+    from fusedloss.train.report import RecipeRuns
 
 
 def report(
@@ -44,14 +44,16 @@ def report(
     known = [name for name, value in next(iter(rows[0].by_seed.values())).items() if isinstance(value, (int, float))]
     for name in columns:
         if name not in known:
-            raise ValueError(f"metrics must be among {', '.join(known)}, got {name!r}")
+            raise ValueError(f"metrics must be among {', '.join(known)}; got {name!r}")
     print_tables(rows, find_baseline(rows, baseline), columns, output)
 
 
-def print_tables(rows: Sequence[Row], baseline: Row, metrics: Sequence[str], output: Path | None = None) -> None:
+def print_tables(
+    rows: Sequence[RecipeRuns], baseline: RecipeRuns, metrics: Sequence[str], output: Path | None = None
+) -> None:
     """Print both tables and the verdicts, and write them below ``output``."""
+    from fusedloss.atomic_io import write_bytes
     from fusedloss.train import report as tables
-    from fusedloss.train.storage import write_atomically
 
     summary = tables.summary_cells(rows, metrics)
     parts = [tables.as_text(summary)]
@@ -67,6 +69,6 @@ def print_tables(rows: Sequence[Row], baseline: Row, metrics: Sequence[str], out
     )
     print("\n\n".join([*parts, note]))
     if output is not None:
-        write_atomically(output / "table.md", ("\n\n".join([*markdown, note]) + "\n").encode())
-        write_atomically(output / "table.csv", tables.as_csv(rows).encode())
+        write_bytes(output / "table.md", ("\n\n".join([*markdown, note]) + "\n").encode())
+        write_bytes(output / "table.csv", tables.as_csv(rows).encode())
         print(f"tables: {output / 'table.md'}, {output / 'table.csv'}")

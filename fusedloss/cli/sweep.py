@@ -62,7 +62,7 @@ def sweep(
     rows = parse_rows(settings, row or [], grid or [])
     numbers = _seeds(seeds)
     if baseline is not None and baseline not in rows:
-        raise ValueError(f"baseline must be one of {', '.join(rows)}, got {baseline!r}")
+        raise ValueError(f"baseline must be one of {', '.join(rows)}; got {baseline!r}")
     epochs = len(numbers) * sum(recipe.epochs * len(recipe.lr) for recipe in rows.values())
     with EpochBar(epochs, shown=not quiet) as bar:
         run_sweep(
@@ -90,13 +90,13 @@ def parse_rows(settings: dict[str, Any], rows: list[str], grid: list[str]) -> di
     from fusedloss.train.sweep import grid_rows
 
     if rows and grid:
-        raise ValueError("row and grid exclude each other")
+        raise ValueError("grid must be absent where row is given; got both")
     if grid:
         values: dict[str, Sequence[Any]] = {}
         for text in grid:
             name, _, listed = text.partition("=")
             if not listed:
-                raise ValueError(f"grid must be 'setting=value,value', got {text!r}")
+                raise ValueError(f"grid must be 'setting=value,value'; got {text!r}")
             values[name] = [parse_value(name, value) for value in listed.split(",")]
         return grid_rows(settings, values)
     recipes = {}
@@ -104,10 +104,10 @@ def parse_rows(settings: dict[str, Any], rows: list[str], grid: list[str]) -> di
         name, colon, changes = text.partition(":")
         pairs = [change.partition("=") for change in changes.split()]
         if not colon or not name.strip() or any(not value for _, _, value in pairs):
-            raise ValueError(f"row must be 'NAME: setting=value ...', got {text!r}")
+            raise ValueError(f"row must be 'NAME: setting=value ...'; got {text!r}")
         own = {key: parse_value(key, value) for key, _, value in pairs}
         if name.strip() in recipes:
-            raise ValueError(f"row names must differ, got {name.strip()!r} twice")
+            raise ValueError(f"row must have a name of its own; got {name.strip()!r} twice")
         recipes[name.strip()] = Recipe.from_dict(settings | own)
     return recipes
 
@@ -116,4 +116,4 @@ def _seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"seeds must be whole numbers separated by commas, got {text!r}") from None
+        raise ValueError(f"seeds must be whole numbers separated by commas; got {text!r}") from None

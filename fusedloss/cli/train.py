@@ -42,7 +42,7 @@ def train(
     features = FeatureBank.open(bank)
     if overwrite:
         if resume:
-            raise ValueError("overwrite and resume exclude each other")
+            raise ValueError("overwrite must be absent where resume is given; got both")
         RunFolder(run).clear()
     with EpochBar(recipe.epochs * len(recipe.lr), shown=not quiet) as bar:
         result = fit(

@@ -56,7 +56,7 @@ class RowSettings(NamedTuple):
             lambda x: x == 0 or 0.5 <= x < math.inf,
         )
         for name in ("poly_epsilon", "z_loss"):
-            check_number(name, getattr(self, name), "finite", math.isfinite)
+            check_number(name, getattr(self, name), "finite", lambda x: -math.inf < x < math.inf)
         if self.margin_penalty is not None and not isinstance(self.margin_penalty, MarginPenalty):
             got = type(self.margin_penalty).__name__
             raise TypeError(f"margin_penalty must be a fusedloss.MarginPenalty; got {got}")

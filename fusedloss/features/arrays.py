@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusedloss.features import checks
 from fusedloss.features.bank import FeatureBank
 from fusedloss.features.checks import as_numpy
 from fusedloss.features.inputs import encode_groups, encode_labels
@@ -35,44 +36,59 @@ def bank_from_files(
     """A bank in memory from one file that holds everything, or from one file per array.
 
     Integer labels are class numbers; names are numbered in the order of `class_names`, else alphabetically.
-    Raises ValueError naming the file for anything missing, ragged or unreadable.
+
+    Raises:
+        ValueError: anything missing, ragged or unreadable, naming the file.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    found = read_arrays(features, "features")
-    for name, file in (("labels", labels), ("groups", groups)):
-        if file is not None:
-            given = read_arrays(file, name)
-            if name not in given:
-                raise ValueError(f"{file} must hold one array, or one called {name}; it holds {sorted(given)}")
-            found[name] = given[name]
-    for name in ("features", "labels"):
-        if name not in found:
-            raise ValueError(f"no {name}: {features} holds {sorted(found)}; give them with --{name} or in that file")
-    label_array = np.asarray(found["labels"])
-    if class_names is None and "class_names" in found:
-        class_names = [str(name) for name in found["class_names"]]
+    if dtype is not None:
+        checks.check_choice("dtype", dtype, DTYPES)
+    arrays = collect_arrays(features, labels, groups)
+    label_array = np.asarray(arrays["labels"])
+    if class_names is None and "class_names" in arrays:
+        class_names = [str(name) for name in arrays["class_names"]]
     if label_array.dtype.kind in "US":
         label_array, class_names = encode_labels(label_array.astype(str).tolist(), class_names, labels or features)
-    group_array = found.get("groups")
+    group_array = arrays.get("groups")
     if group_array is not None and group_array.dtype.kind in "US":
         group_array = encode_groups(group_array.astype(str).tolist())
-    array = found["features"]
+    array = arrays["features"]
     if dtype is not None and array.ndim == 2:
         array = convert(array, dtype)
     return FeatureBank.from_arrays(
-        array, label_array, groups=group_array, class_names=class_names, paths=found.get("paths"),
+        array, label_array, groups=group_array, class_names=class_names, paths=arrays.get("paths"),
         source=FeatureSource(backbone=backbone),
     )  # fmt: skip
 
 
+def collect_arrays(features: Path, labels: Path | None, groups: Path | None) -> dict[str, Any]:
+    """The arrays of all files by name, features and labels among them."""
+    arrays = read_arrays(features, "features")
+    for name, file in (("labels", labels), ("groups", groups)):
+        if file is not None:
+            content = read_arrays(file, name)
+            if name not in content:
+                raise ValueError(f"{file} must hold one array, or one called {name}; got {sorted(content)}")
+            arrays[name] = content[name]
+    for name in ("features", "labels"):
+        if name not in arrays:
+            raise ValueError(
+                f"{name} must be in {features}, or in a file of their own (--{name}); got {sorted(arrays)}"
+            )
+    return arrays
+
+
 def convert(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The array in another dtype; BankError for rows that overflow it."""
+    if array.dtype.kind not in "fiu":
+        raise BankError(f"features must be real numbers; got {array.dtype}")
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
     overflowed = np.isfinite(array).all(axis=1) & ~np.isfinite(converted).all(axis=1)
     if overflowed.any():
+        largest = np.finfo(dtype).max
         raise BankError(
-            f"{overflowed.sum()} rows overflow {dtype} (the first is row {overflowed.argmax()}); use --dtype float32"
+            f"features must be at most {largest:g} in size to be stored in {dtype} (use --dtype float32); "
+            f"got {overflowed.sum()} rows that overflow it, the first is row {overflowed.argmax()}"
         )
     return converted
 
@@ -80,7 +96,7 @@ def convert(array: np.ndarray, dtype: str) -> np.ndarray:
 def read_arrays(file: Path, single: str) -> dict[str, Any]:
     """The arrays of a file by name; `single` names the array of a file that holds only one."""
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; give {single} as {KINDS}")
+        raise ValueError(f"{single} must be in a file: {KINDS}; got {file}, which does not exist")
     name = file.name.lower()
     if name.endswith((".csv", ".csv.gz")):
         return table_columns(file, *read_csv(file), single)
@@ -92,31 +108,46 @@ def read_arrays(file: Path, single: str) -> dict[str, Any]:
         ".safetensors": read_safetensors,
     }
     if file.suffix.lower() not in readers:
-        raise ValueError(f"{file} is not {KINDS}")
+        raise ValueError(f"{single} must be in a file: {KINDS}; got {file}")
     try:
-        found = readers[file.suffix.lower()](file)
-    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        arrays = readers[file.suffix.lower()](file)
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    # an only array goes by the name it is wanted under, whatever the file calls it
-    return {single: next(iter(found.values()))} if len(found) == 1 and not ARRAY_NAMES & set(found) else found
+    # A single array is what the file was named for, whatever the file calls it.
+    return {single: next(iter(arrays.values()))} if len(arrays) == 1 and not ARRAY_NAMES & set(arrays) else arrays
 
 
 def read_npy(file: Path) -> dict[str, Any]:
-    return {"": np.load(file, allow_pickle=False)}
+    """The array of a .npy file, under an empty name; numpy goes by the content, so it may be an archive of several."""
+    content = np.load(file, allow_pickle=False)
+    return {"": content} if isinstance(content, np.ndarray) else read_npz(file)
 
 
 def read_npz(file: Path) -> dict[str, Any]:
+    """The arrays of a .npz file."""
     with np.load(file, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
 def read_torch(file: Path) -> dict[str, Any]:
+    """What torch.save wrote: one array, or a dict of arrays among other things."""
     content = torch.load(file, map_location="cpu", weights_only=True)
-    found = content if isinstance(content, Mapping) else {"": content}
-    return {str(name): as_numpy(value) for name, value in found.items()}
+    if not isinstance(content, Mapping):
+        return {"": as_numpy(content, "content")}
+    kinds = (torch.Tensor, np.ndarray, list, tuple)
+    return {str(name): as_numpy(value, str(name)) for name, value in content.items() if isinstance(value, kinds)}
 
 
 def read_safetensors(file: Path) -> dict[str, Any]:
+    """The tensors of a .safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -142,7 +173,7 @@ def read_csv(file: Path) -> tuple[list[str], list[list[str]]]:
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not rows:
-        raise ValueError(f"{file} has no rows below its header")
+        raise ValueError(f"{file} must have rows below its header; got none")
     return header, rows
 
 
@@ -159,12 +190,13 @@ def table_columns(file: Path, header: list[str], rows: list[list[str]], single: 
     if single == "features":
         columns["features"] = number_table(file, rows, numeric)
     elif single not in columns:
-        wanted = single.removesuffix("s")
-        raise ValueError(f"{file} must have one column, or a column '{wanted}'; it has {', '.join(header)}")
+        column = single.removesuffix("s")
+        raise ValueError(f"{file} must have one column, or a column '{column}'; got {', '.join(header)}")
     return columns
 
 
 def number_table(file: Path, rows: list[list[str]], numeric: list[int]) -> np.ndarray:
+    """The numeric columns of a table, float32."""
     table = np.empty((len(rows), len(numeric)), np.float32)
     for index, row in enumerate(rows):
         try:
@@ -177,7 +209,8 @@ def number_table(file: Path, rows: list[list[str]], numeric: list[int]) -> np.nd
 
 
 def text_or_integers(values: list[str]) -> np.ndarray:
+    """Integers where all values are, else the texts."""
     try:
         return np.array([int(value) for value in values], np.int64)
-    except ValueError:
+    except (ValueError, OverflowError):
         return np.array(values)

@@ -14,17 +14,21 @@ import numpy as np
 
 from fusedloss.atomic_io import disk_full_explained, sha256_of_file, sync_folder
 from fusedloss.features import checks
-from fusedloss.features.manifest import (
-    DTYPES,
-    MANIFEST_FILE,
-    BankError,
-    FeatureSource,
-    IncompleteBankError,
-    Manifest,
-    library_versions,
-    now,
+from fusedloss.features.bank_files import (
+    CLASSES_FILE,
+    FEATURES_FILE,
+    GROUPS_FILE,
+    LABELS_FILE,
+    PATHS_FILE,
+    load_array,
+    load_names,
+    read_manifest,
 )
-from fusedloss.features.writer import PROGRESS_FILE, BankWriter, rows_done
+from fusedloss.features.manifest import DTYPES, BankError, FeatureSource, Manifest, library_versions, now
+from fusedloss.features.writer import BankWriter, Contents
+
+# Labels above are identifiers that somebody took for class numbers; a list of so many names would fill the memory.
+MOST_CLASSES = 1 << 24
 
 
 class FeatureBank:
@@ -32,10 +36,12 @@ class FeatureBank:
 
     On disk a bank is a folder: manifest.json, features.npy, labels.npy, classes.json, and groups.npy and
     paths.json where there are any. The manifest is written last and holds the sha256 of every other file.
+    Made by `from_arrays`, `open` and `create`.
 
-    >>> bank = FeatureBank.from_arrays([[0.0, 1.0], [1.0, 0.0]], [0, 1])
-    >>> len(bank), bank.in_features, bank.num_classes
-    (2, 2, 2)
+    Example:
+        >>> bank = FeatureBank.from_arrays([[0.0, 1.0], [1.0, 0.0]], [0, 1])
+        >>> len(bank), bank.in_features, bank.num_classes
+        (2, 2, 2)
     """
 
     def __init__(
@@ -85,11 +91,23 @@ class FeatureBank:
     ) -> FeatureBank:
         """A bank in memory from numpy arrays or tensors, which are shared where the dtype allows, not copied.
 
-        float16 and float32 features are kept, others become float32. Raises BankError for shapes that
-        disagree, labels outside `[0, K)` and NaN or infinite features. Without `class_names`, K is the
-        largest label plus one and the names are the numbers.
+        Args:
+            features: ``(N, D)``; float16 and float32 are kept, other real numbers become float32.
+            labels: ``(N,)`` integers in ``[0, K)``.
+            groups: ``(N,)`` integers; rows of a group are never split between training and validation.
+            class_names: K names; without them K is the largest label plus one and the names are the numbers.
+            paths: N names of the rows, for messages and predictions.
+            source: how the features were computed, where that is known.
+
+        Raises:
+            BankError: shapes that disagree, labels outside ``[0, K)``, NaN or infinite features.
+            TypeError: anything that is not an array, or not a sequence of names.
+
+        Example:
+            >>> FeatureBank.from_arrays([[0.0, 1.0], [1.0, 0.0]], [0, 1], class_names=["ant", "bee"])
+            FeatureBank(2 rows of 2 float32, 2 classes)
         """
-        array = checks.as_numpy(features)
+        array = checks.as_numpy(features, "features")
         if array.ndim != 2 or 0 in array.shape:
             raise BankError(f"features must have shape (N, D) with N and D at least 1; got {array.shape}")
         if array.dtype.kind not in "fiu":
@@ -97,15 +115,13 @@ class FeatureBank:
         array = np.ascontiguousarray(array, dtype=array.dtype if array.dtype.name in DTYPES else np.float32)
         label_array = checks.integer_vector("labels", labels, len(array))
         group_array = None if groups is None else checks.integer_vector("groups", groups, len(array))
-        names = tuple(map(str, range(label_array.max() + 1) if class_names is None else class_names))
-        if paths is not None and len(paths) != len(array):
-            raise BankError(f"paths must have one entry per row, {len(array)}; got {len(paths)}")
+        names = tuple(_numbers(label_array) if class_names is None else checks.as_names("class_names", class_names))
+        path_list = None if paths is None else checks.as_names("paths", paths, len(array))
         checks.check_labels(label_array, len(names))
-        path_list = None if paths is None else [str(path) for path in paths]
         checks.check_finite(array, path_list)
         manifest = Manifest(
             num_rows=len(array), in_features=array.shape[1], num_classes=len(names), dtype=array.dtype.name,
-            source=source or FeatureSource(), versions=library_versions(), created=now(),
+            source=_source(source), versions=library_versions(), created=now(),
         )  # fmt: skip
         return cls(array, label_array, group_array, names, path_list, manifest)
 
@@ -113,11 +129,13 @@ class FeatureBank:
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> FeatureBank:
         """The bank in a folder, features memory-mapped; `verify=True` also checks every file's sha256.
 
-        Raises IncompleteBankError for an extraction that has not ended, and BankError for anything that
-        does not match the manifest, labels outside `[0, K)` and NaN or infinite features (a pass over the
-        features, with no copy).
+        Raises:
+            IncompleteBankError: an extraction that has not ended.
+            BankError: anything that does not match the manifest, labels outside ``[0, K)``, NaN or infinite
+                features (a pass over the features, with no copy).
+            TypeError: a path that is none.
         """
-        folder = Path(path)
+        folder = checks.as_path("path", path)
         manifest = read_manifest(folder)
         for name, expected in manifest.files.items():
             if not (folder / name).is_file():
@@ -125,12 +143,12 @@ class FeatureBank:
             if verify and sha256_of_file(folder / name) != expected:
                 raise BankError(f"{folder}: {name} does not have the sha256 of the manifest; it was changed or damaged")
         rows = manifest.num_rows
-        features = load_array(folder / "features.npy", (rows, manifest.in_features), manifest.dtype)
-        labels = np.array(load_array(folder / "labels.npy", (rows,), "int64"))
-        grouped = "groups.npy" in manifest.files
-        groups = np.array(load_array(folder / "groups.npy", (rows,), "int64")) if grouped else None
-        class_names = tuple(load_names(folder / "classes.json", manifest.num_classes))
-        paths = load_names(folder / "paths.json", rows) if "paths.json" in manifest.files else None
+        features = load_array(folder / FEATURES_FILE, (rows, manifest.in_features), manifest.dtype)
+        labels = np.array(load_array(folder / LABELS_FILE, (rows,), "int64"))
+        grouped = GROUPS_FILE in manifest.files
+        groups = np.array(load_array(folder / GROUPS_FILE, (rows,), "int64")) if grouped else None
+        class_names = tuple(load_names(folder / CLASSES_FILE, manifest.num_classes))
+        paths = load_names(folder / PATHS_FILE, rows) if PATHS_FILE in manifest.files else None
         try:
             checks.check_labels(labels, len(class_names))
             checks.check_finite(features, paths)
@@ -151,43 +169,51 @@ class FeatureBank:
         groups: Any = None,
         paths: Sequence[str] | None = None,
         inputs_sha256: str | None = None,
-    ) -> BankWriter:
+    ) -> BankWriter[FeatureBank]:
         """A writer that fills a bank on disk, or goes on where an interrupted one with the same plan stopped.
 
         `writer.rows_done` says how many rows are already safe; `writer.append(features)` adds the next ones
-        and `writer.finish()` returns the bank. Raises BankError when the folder holds something else.
+        and `writer.finish()` returns the bank.
+
+        Args:
+            path: a new folder, an empty one, or that of the interrupted bank.
+            num_rows, in_features: N and D, at least 1.
+            labels, class_names, groups, paths, source: as `from_arrays`.
+            dtype: ``"float16"`` or ``"float32"``, as features are stored.
+            inputs_sha256: identifies the inputs, so that a bank is not continued with others.
+
+        Raises:
+            BankError: arguments that disagree, or a folder that holds something else.
+            TypeError, ValueError: arguments of another kind.
+            OSError: no space for the whole bank.
         """
-        if num_rows < 1 or in_features < 1 or dtype not in DTYPES:
-            raise BankError(
-                f"num_rows and in_features must be at least 1 and dtype one of {DTYPES}; "
-                f"got {num_rows}, {in_features}, {dtype!r}"
-            )
-        label_array = checks.integer_vector("labels", labels, num_rows)
-        checks.check_labels(label_array, len(class_names))
+        rows = checks.as_integer("num_rows", num_rows, 1)
+        width = checks.as_integer("in_features", in_features, 1)
+        checks.check_choice("dtype", dtype, DTYPES)
+        label_array = checks.integer_vector("labels", labels, rows)
+        names = checks.as_names("class_names", class_names)
+        checks.check_labels(label_array, len(names))
+        group_array = None if groups is None else checks.integer_vector("groups", groups, rows)
+        path_list = None if paths is None else checks.as_names("paths", paths, rows)
         manifest = Manifest(
-            num_rows=num_rows, in_features=in_features, num_classes=len(class_names), dtype=dtype,
-            source=source or FeatureSource(), inputs_sha256=inputs_sha256, versions=library_versions(),
-            created=now(),
+            num_rows=rows, in_features=width, num_classes=len(names), dtype=dtype, source=_source(source),
+            inputs_sha256=inputs_sha256, versions=library_versions(), created=now(),
         )  # fmt: skip
-        group_array = None if groups is None else checks.integer_vector("groups", groups, num_rows)
-        path_list = None if paths is None else [str(name) for name in paths]
-        if path_list is not None and len(path_list) != num_rows:
-            raise BankError(f"paths must have one entry per row, {num_rows}; got {len(path_list)}")
-        return BankWriter(
-            Path(path), manifest, label_array, group_array, [str(name) for name in class_names], path_list
-        )
+        contents = Contents(manifest, label_array, group_array, names, path_list)
+        return BankWriter(checks.as_path("path", path), contents, FeatureBank.open)
 
     def save(self, path: str | os.PathLike[str]) -> FeatureBank:
         """Write the bank to a new folder, which appears whole or not at all, and open it there."""
-        folder = Path(path)
+        folder = checks.as_path("path", path)
         if folder.exists():
             raise FileExistsError(f"{folder} exists; a bank is saved to a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        contents = Contents(self.manifest, self.labels, self.groups, list(self.class_names), self.paths)
         try:
             with disk_full_explained(folder, "nothing was kept there"):
-                plan = (self.manifest, self.labels, self.groups, list(self.class_names), self.paths)
-                with BankWriter(temporary, *plan) as writer:
+                # The bank is opened, and its features are checked, once: under its final name.
+                with BankWriter(temporary, contents, open_bank=lambda written: written) as writer:
                     for start in range(0, len(self), checks.ROWS_PER_BLOCK):
                         writer.append(self.features[start : start + checks.ROWS_PER_BLOCK])
                     writer.finish()
@@ -198,7 +224,8 @@ class FeatureBank:
         return FeatureBank.open(folder)
 
     def require_source(self, source: FeatureSource) -> None:
-        """Raise BankError unless the features were computed as `source` says: backbone, weights, the rest."""
+        """Raise BankError unless the features were computed as `source` says: backbone, weights and so on."""
+        checks.check_instance("source", source, FeatureSource, "a FeatureSource")
         differences = self.manifest.source.differences(source)
         if differences:
             where = self.folder or "the bank"
@@ -206,6 +233,7 @@ class FeatureBank:
 
     def require_compatible(self, other: FeatureBank) -> None:
         """Raise BankError unless a head trained on this bank can be applied to the other one."""
+        checks.check_instance("other", other, FeatureBank, "a FeatureBank")
         if self.in_features != other.in_features:
             raise BankError(f"in_features differ: {self.in_features} and {other.in_features}")
         other.require_source(self.manifest.source)
@@ -224,36 +252,18 @@ class FeatureBank:
         return digest.hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    if not folder.is_dir():
-        raise BankError(f"{folder} is not a folder; a feature bank is the folder that extract or import wrote")
-    if not (folder / MANIFEST_FILE).is_file():
-        if (folder / PROGRESS_FILE).is_file():
-            done, total = rows_done(folder)
-            raise IncompleteBankError(
-                f"{folder} is incomplete: {done} of {total} rows. "
-                "Run the same extract command again, and it goes on from there"
-            )
-        raise BankError(f"{folder} is not a feature bank: it has no {MANIFEST_FILE}")
-    return Manifest.read(folder)
+def _numbers(labels: np.ndarray) -> list[str]:
+    """Names of classes that have only numbers; of one class where every label is negative, to be refused as such."""
+    largest = int(labels.max())
+    if largest >= MOST_CLASSES:
+        raise BankError(
+            f"labels must be class numbers below {MOST_CLASSES} where no class_names are given; got {largest}"
+        )
+    return [str(label) for label in range(max(largest, 0) + 1)]
 
 
-def load_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """A read-only memory map; BankError for a truncated file, a pickle, another shape or another dtype."""
-    try:
-        array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BankError(f"{file} cannot be read as a whole .npy array (truncated?): {error}") from error
-    if array.shape != shape or array.dtype.name != dtype:
-        raise BankError(f"{file} holds {array.dtype.name} {array.shape}; the manifest says {dtype} {shape}")
-    return array
-
-
-def load_names(file: Path, count: int) -> list[str]:
-    try:
-        names = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BankError(f"{file} cannot be read: {error}") from error
-    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-        raise BankError(f"{file} must be a JSON list of {count} strings")
-    return names
+def _source(source: FeatureSource | None) -> FeatureSource:
+    if source is None:
+        return FeatureSource()
+    checks.check_instance("source", source, FeatureSource, "a FeatureSource or None")
+    return source

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from fusedloss.features import checks
 from fusedloss.features.backbone import Backbone
 from fusedloss.features.bank import FeatureBank
 from fusedloss.features.inputs import Inputs
 
-ROWS_PER_SYNC = 512  # rows that an interruption can cost, at most; rounded up to whole batches
+# Rows that an interruption can cost, at most; rounded up to whole batches.
+ROWS_PER_SYNC = 512
+INPUTS = "Inputs, as read_inputs gives them"
 
 
 class PreparedInputs(Dataset[Any]):
@@ -35,10 +37,7 @@ def feature_batches(
     inputs: Inputs, backbone: Backbone, first_row: int, batch_size: int, workers: int, progress: bool
 ) -> Iterator[np.ndarray]:
     """Features of the rows from `first_row` on, batch by batch, float32 `(b, D)`."""
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"batch_size must be at least 1 and workers at least 0; got {batch_size} and {workers}")
-    if inputs.kind != backbone.kind:
-        raise ValueError(f"{backbone.source.backbone} reads {backbone.kind}s; the inputs are {inputs.kind}s")
+    check_extraction(inputs, backbone, batch_size, workers)
     loader = DataLoader(
         PreparedInputs(inputs, backbone),
         batch_size=batch_size,
@@ -53,11 +52,22 @@ def feature_batches(
             bar.update(len(features))
 
 
+def check_extraction(inputs: Inputs, backbone: Backbone, batch_size: int, workers: int) -> None:
+    """Raise TypeError or ValueError for arguments that features cannot be computed from."""
+    checks.check_instance("inputs", inputs, Inputs, INPUTS)
+    checks.check_instance("backbone", backbone, Backbone, "a Backbone, as load_backbone gives it")
+    checks.as_integer("batch_size", batch_size, 1)
+    checks.as_integer("workers", workers, 0)
+    if inputs.kind != backbone.kind:
+        raise ValueError(f"inputs must be {backbone.kind}s for {backbone.source.backbone}; got {inputs.kind}s")
+
+
 def compute_features(
     inputs: Inputs, backbone: Backbone, *, batch_size: int = 64, workers: int = 0, progress: bool = True
 ) -> np.ndarray:
-    """Features `(N, D)` of all inputs, float32, in memory; for predictions on new inputs."""
-    return np.concatenate(list(feature_batches(inputs, backbone, 0, batch_size, workers, progress)))
+    """Features `(N, D)` of all inputs, float32, in memory; for predictions on new inputs. Errors as `extract`."""
+    batches = list(feature_batches(inputs, backbone, 0, batch_size, workers, progress))
+    return np.concatenate(batches) if batches else np.empty((0, backbone.in_features), np.float32)
 
 
 def extract(
@@ -73,13 +83,27 @@ def extract(
     """Compute the features of labelled inputs into a bank, going on where an interrupted call stopped.
 
     With the same batch size an interrupted extraction ends with the same bits as an uninterrupted one,
-    because it stops and goes on between batches. Raises BankError when the folder was begun with other
-    inputs or another backbone.
+    because it stops and goes on between batches.
+
+    Args:
+        inputs: labelled, as `read_inputs` gives them.
+        backbone: as `load_backbone` gives it; it reads what the inputs are, images or texts.
+        path: the bank's folder, new or that of an interrupted extraction.
+        dtype: how features are stored, ``"float16"`` or ``"float32"``.
+        batch_size: inputs per forward pass.
+        workers: processes that read and decode inputs; 0 for the main one.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        BankError: a folder that was begun with other inputs or another backbone, or that is no bank.
+        ValueError, TypeError: inputs without labels or of another kind than the backbone reads.
     """
+    checks.check_instance("inputs", inputs, Inputs, INPUTS)
     if inputs.labels is None or inputs.class_names is None:
-        raise ValueError("inputs must be labelled to become a bank; read them with labelled=True")
+        raise ValueError("inputs must be labelled to become a bank; got no labels (read them with labelled=True)")
+    check_extraction(inputs, backbone, batch_size, workers)
     with FeatureBank.create(
-        Path(path),
+        path,
         len(inputs),
         backbone.in_features,
         labels=inputs.labels,
@@ -111,13 +135,13 @@ class SilentBar:
         pass
 
     def update(self, rows: int) -> None:
-        pass
+        """Shows nothing."""
 
 
 def progress_bar(total: int, first_row: int, shown: bool) -> Any:
+    """A bar over rows; disable=None is silent where stderr is not a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
         return SilentBar()
-    # disable=None: silent where stderr is not a terminal
     return tqdm(total=total, initial=first_row, unit="row", desc="features", disable=None if shown else True)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A list of images or texts: `load(row)` gives one, `paths` names them in messages and predictions."""
+    """A list of images or texts: `load(row)` gives one, `paths` names them in messages and predictions.
+
+    `sha256` identifies the list: which inputs, in which order.
+    """
 
     kind: Literal["image", "text"]
     load: Callable[[int], Any]
@@ -25,7 +28,7 @@ class Inputs:
     labels: np.ndarray | None
     groups: np.ndarray | None
     class_names: tuple[str, ...] | None
-    sha256: str  # of the list: which inputs, in which order
+    sha256: str
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -33,7 +36,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that are opened when they are asked for."""
+    """Images that are opened when they are loaded."""
 
     files: list[Path]
 
@@ -61,6 +64,8 @@ class PackedImages:
 
 @dataclass(frozen=True)
 class Texts:
+    """Texts in memory."""
+
     texts: list[str]
 
     def __call__(self, row: int) -> str:
@@ -74,7 +79,7 @@ def image_inputs(
     groups: np.ndarray | None,
     class_names: tuple[str, ...] | None,
 ) -> Inputs:
-    # names and sizes, not contents: reading every image before the first one is used would double the time
+    """Inputs from image files; names and sizes identify them: reading every image twice would double the time."""
     entries = [f"{name}\0{file.stat().st_size}" for name, file in zip(names, files, strict=True)]
     return Inputs("image", ImageFiles(files), names, labels, groups, class_names, sha256_of_list("image", entries))
 
@@ -82,7 +87,9 @@ def image_inputs(
 def encode_labels(
     values: list[str], class_names: Sequence[str] | None, origin: Path
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as numbers; classes in the order given, else numbers by value and names alphabetically."""
+    """Labels as numbers; classes in the order of `class_names`, else numbers by value and names alphabetically."""
+    if class_names is not None and len(set(class_names)) < len(class_names):
+        raise ValueError(f"class_names must differ; got {max(class_names, key=list(class_names).count)!r} twice")
     if class_names is None:
         distinct = set(values)
         numeric = all(value.lstrip("-").isdecimal() for value in distinct)
@@ -91,7 +98,8 @@ def encode_labels(
     unknown = sorted(set(values) - set(number))
     if unknown:
         raise ValueError(
-            f"{origin}: {len(unknown)} labels are not among the {len(number)} classes given, e.g. {unknown[0]!r}"
+            f"labels must be among the {len(number)} class_names; got {len(unknown)} in {origin} that are not, "
+            f"for example {unknown[0]!r}"
         )
     return np.array([number[value] for value in values], np.int64), tuple(map(str, class_names))
 
@@ -105,4 +113,5 @@ def encode_groups(values: list[str]) -> np.ndarray:
 
 
 def sha256_of_list(kind: str, entries: list[str]) -> str:
+    """The sha256 that identifies a list of inputs."""
     return hashlib.sha256(json.dumps([kind, entries]).encode()).hexdigest()

@@ -30,18 +30,26 @@ class FeatureSource:
     Every field is None for arrays that a user brought, unless the user names the backbone.
     """
 
-    backbone: str | None = None  # "timm:NAME" or "hf:NAME"
-    weights: str | None = None  # the file, or "pretrained"
-    weights_sha256: str | None = (
-        None  # of the loaded tensors, in order, so that it is the same for .pth and .safetensors
-    )
-    pooling: str | None = None  # "pre_logits", "cls" or "mean"
-    transform: str | None = None  # preprocessing, in words
-    image_size: int | None = None  # pixels
-    crop: float | None = None  # share of the resized image's edge that the centre crop keeps
-    max_length: int | None = None  # tokens
-    precision: str = "float32"  # of the backbone's arithmetic: "float32", "bfloat16" or "float16" (autocast)
-    normalized: bool = False  # rows have L2 norm one
+    # "timm:NAME" or "hf:NAME"
+    backbone: str | None = None
+    # the file, or "pretrained"
+    weights: str | None = None
+    # of the loaded tensors, in order, so that it is the same for .pth and .safetensors
+    weights_sha256: str | None = None
+    # "pre_logits", "cls" or "mean"
+    pooling: str | None = None
+    # preprocessing, in words
+    transform: str | None = None
+    # pixels
+    image_size: int | None = None
+    # share of the resized image's edge that the centre crop keeps
+    crop: float | None = None
+    # tokens
+    max_length: int | None = None
+    # of the backbone's arithmetic: "float32", "bfloat16" or "float16" (autocast)
+    precision: str = "float32"
+    # rows have L2 norm one
+    normalized: bool = False
 
     def differences(self, other: FeatureSource) -> list[str]:
         """What differs, in words; where the weights were read from does not count, their hash does."""
@@ -61,19 +69,28 @@ class Manifest:
     num_classes: int
     dtype: str
     source: FeatureSource = FeatureSource()
-    inputs_sha256: str | None = None  # of the list of inputs that the rows were computed from
+    # of the list of inputs that the rows were computed from
+    inputs_sha256: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    created: str = ""  # UTC, ISO 8601
-    files: dict[str, str] = field(default_factory=dict)  # name -> sha256
+    # UTC, ISO 8601
+    created: str = ""
+    # name -> sha256
+    files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
+        """The text of manifest.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder; BankError names the file and what is wrong with it."""
         file = folder / MANIFEST_FILE
-        return cls.from_json(file.read_text(encoding="utf-8"), file)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BankError(f"{file} cannot be read: {error}") from error
+        return cls.from_json(text, file)
 
     @classmethod
     def from_json(cls, text: str, origin: Path) -> Manifest:
@@ -89,10 +106,13 @@ class Manifest:
             )
         try:
             manifest = cls(**{**content, "source": FeatureSource(**content["source"])})
+            if not isinstance(manifest.files, dict):
+                raise ValueError(f"files must map names to hashes; got {type(manifest.files).__name__}")
             sizes = (manifest.num_rows, manifest.in_features, manifest.num_classes)
             if not all(isinstance(size, int) and size > 0 for size in sizes) or manifest.dtype not in DTYPES:
                 raise ValueError(
-                    f"sizes {sizes} must be positive integers and dtype {manifest.dtype!r} one of {DTYPES}"
+                    f"sizes must be positive integers and dtype one of {', '.join(DTYPES)}; "
+                    f"got {sizes} and {manifest.dtype!r}"
                 )
         except (KeyError, TypeError, ValueError) as error:
             raise BankError(f"{origin} is not a feature-bank manifest: {error}") from error
@@ -100,6 +120,7 @@ class Manifest:
 
 
 def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that features depend on."""
     versions = {"python": platform.python_version()}
     for name in ("fusedloss", "numpy", "torch", "timm", "transformers", "pillow"):
         try:
@@ -110,4 +131,5 @@ def library_versions() -> dict[str, str]:
 
 
 def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedloss.features.backbone import Backbone, explain_missing
+from fusedloss.features.backbone import Backbone, BackboneOptions, explain_missing
 from fusedloss.features.manifest import FeatureSource
 from fusedloss.features.weights import load_weights, sha256_of_weights
 
@@ -39,54 +39,59 @@ class TimmBackbone(Backbone):
         return features
 
 
-def load_timm(
-    architecture: str,
-    weights: Path | None,
-    image_size: int | None,
-    crop: float | None,
-    precision: str,
-    normalize: bool,
-    device: torch.device,
-) -> TimmBackbone:
+def load_timm(architecture: str, options: BackboneOptions) -> TimmBackbone:
+    """The network of timm with this name; errors as `load_backbone`."""
+    if options.pooling not in (None, "pre_logits"):
+        raise ValueError(f"pooling must be pre_logits for timm backbones; got {options.pooling!r}")
+    if options.max_length is not None:
+        raise ValueError(f"max_length must be None for timm backbones; got {options.max_length}")
     try:
         import timm
-        from timm.data import create_transform, resolve_model_data_config
+        import timm.data
     except (ImportError, RuntimeError) as error:
         raise explain_missing("timm", error) from error
     if not timm.is_model(architecture.split(".")[0]):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {architecture!r}" + (f"; close: {', '.join(close)}" if close else ""))
-    model = create_model(timm, architecture, weights)
+        hint = f" (close: {', '.join(close)})" if close else ""
+        raise ValueError(f"backbone must be a model of timm; got {architecture!r}{hint}")
+    model = create_model(timm, architecture, options.weights)
     classifier = model.pretrained_cfg.get("classifier") or ()
     unused = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    if weights is not None:
-        load_weights(model, weights, unused)
+    if options.weights is not None:
+        load_weights(model, options.weights, unused)
     digest = sha256_of_weights(model, unused)
-    config = resolve_model_data_config(model)
-    if image_size is not None and image_size != config["input_size"][-1]:
-        resize_input(model, architecture, image_size)
-        config["input_size"] = (3, image_size, image_size)
-    if crop is not None:
-        config["crop_pct"] = crop
-    transform = create_transform(**config, is_training=False)
+    config, transform = preprocessing(timm, model, architecture, options)
     source = FeatureSource(
         backbone=f"timm:{architecture}",
-        weights="pretrained" if weights is None else str(weights.resolve()),
+        weights=options.weights_origin(),
         weights_sha256=digest,
         pooling="pre_logits",
         transform=" ".join(str(transform).split()),
         image_size=config["input_size"][-1],
         crop=config["crop_pct"],
-        precision=precision,
-        normalized=normalize,
+        precision=options.precision,
+        normalized=options.normalize,
     )
-    return TimmBackbone(model, transform, source, device)
+    return TimmBackbone(model, transform, source, options.device)
+
+
+def preprocessing(timm: Any, model: Any, architecture: str, options: BackboneOptions) -> tuple[dict[str, Any], Any]:
+    """The network's data configuration, changed by the options, and the transform that it stands for."""
+    config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    if options.image_size is not None and options.image_size != config["input_size"][-1]:
+        resize_input(model, architecture, options.image_size)
+        config["input_size"] = (3, options.image_size, options.image_size)
+    if options.crop is not None:
+        config["crop_pct"] = options.crop
+    return config, timm.data.create_transform(**config, is_training=False)
 
 
 def create_model(timm: Any, architecture: str, weights: Path | None) -> Any:
+    """The network, pretrained unless a file of weights is given."""
     try:
         return timm.create_model(architecture, pretrained=weights is None)
-    except Exception as error:  # the hub client raises errors of several libraries
+    # The hub client raises errors of several libraries.
+    except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         hint = "" if weights else "; a local file can be given as weights"
         raise ValueError(f"timm:{architecture} cannot be loaded{hint} ({reason})") from error
@@ -97,4 +102,5 @@ def resize_input(model: Any, architecture: str, image_size: int) -> None:
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(image_size, image_size))
     elif model.pretrained_cfg.get("fixed_input_size"):
-        raise ValueError(f"timm:{architecture} takes only its own image size, {model.pretrained_cfg['input_size'][-1]}")
+        own = model.pretrained_cfg["input_size"][-1]
+        raise ValueError(f"image_size must be {own}, the only one of timm:{architecture}; got {image_size}")

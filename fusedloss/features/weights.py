@@ -11,18 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONTAINERS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "module",
-)  # keys under which training scripts nest weights
+# Keys under which training scripts nest weights.
+CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of one of torch.save, read without running pickled code."""
     if not file.is_file():
-        raise ValueError(f"weights file {file} does not exist")
+        raise ValueError(f"weights must be a file; got {file}, which does not exist")
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -45,7 +41,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         or not content
         or not all(isinstance(value, Tensor) for value in content.values())
     ):
-        raise ValueError(f"{file} does not hold a state dict (names of tensors)")
+        raise ValueError(f"{file} must hold a state dict (names of tensors); got {type(content).__name__}")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -55,34 +51,35 @@ def load_weights(model: nn.Module, file: Path, unused: Sequence[str] = ()) -> No
     Tensors whose names start with one of `unused` (the classifier, which features do not pass through) may
     be missing or have another shape. Raises ValueError with the first tensor that does not match.
     """
-    found = read_state_dict(file)
+    stored = read_state_dict(file)
     expected = model.state_dict()
     needed = {name for name in expected if not is_unused(name, unused)}
-    if needed <= set(found):
-        extra = sorted(name for name in found if name not in expected and not is_unused(name, unused))
+    if needed <= set(stored):
+        extra = sorted(name for name in stored if name not in expected and not is_unused(name, unused))
         if extra:
             raise ValueError(
-                f"{file} has {len(extra)} tensors that the backbone has no place for, the first is {extra[0]!r}"
+                f"{file} must hold the backbone's tensors alone; got {len(extra)} others, the first is {extra[0]!r}"
             )
         for name in needed:
-            if found[name].shape != expected[name].shape:
-                shapes = f"{tuple(found[name].shape)}, the backbone needs {tuple(expected[name].shape)}"
-                raise ValueError(f"{file}: {name!r} has shape {shapes}")
-        model.load_state_dict({name: found[name] for name in needed}, strict=False)
+            if stored[name].shape != expected[name].shape:
+                shapes = f"{tuple(expected[name].shape)} for the backbone; got {tuple(stored[name].shape)}"
+                raise ValueError(f"{file}: {name!r} must have shape {shapes}")
+        model.load_state_dict({name: stored[name] for name in needed}, strict=False)
         return
-    renamed = dict(zip(expected, found.values(), strict=False))
-    for position, ((name, tensor), (other, given)) in enumerate(zip(expected.items(), found.items(), strict=False)):
+    renamed = dict(zip(expected, stored.values(), strict=False))
+    for position, ((name, tensor), (other, given)) in enumerate(zip(expected.items(), stored.items(), strict=False)):
         if tensor.shape != given.shape:
             raise ValueError(
-                f"{file} does not fit the backbone: tensor {position} is {other!r} {tuple(given.shape)}, "
-                f"the backbone has {name!r} {tuple(tensor.shape)} there"
+                f"{file} must fit the backbone, whose tensor {position} is {name!r} {tuple(tensor.shape)}; "
+                f"got {other!r} {tuple(given.shape)}"
             )
-    if len(found) != len(expected):
-        raise ValueError(f"{file} does not fit the backbone: it has {len(found)} tensors, the backbone {len(expected)}")
+    if len(stored) != len(expected):
+        raise ValueError(f"{file} must hold {len(expected)} tensors, as the backbone has; got {len(stored)}")
     model.load_state_dict(renamed)
 
 
 def is_unused(name: str, unused: Sequence[str]) -> bool:
+    """Whether a tensor belongs to one of the modules that features do not pass through."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in unused)
 
 

@@ -5,42 +5,51 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import io
-import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from fusedloss.atomic_io import disk_full_explained, sha256_of_file, write_all, write_bytes
 from fusedloss.features import checks
+from fusedloss.features.bank_files import (
+    CLASSES_FILE,
+    FEATURES_FILE,
+    GROUPS_FILE,
+    LABELS_FILE,
+    PATHS_FILE,
+    PROGRESS_FILE,
+    json_bytes,
+    npy_bytes,
+    npy_header,
+    read_progress,
+)
 from fusedloss.features.manifest import MANIFEST_FILE, BankError, Manifest
 
-if TYPE_CHECKING:
-    from fusedloss.features.bank import FeatureBank
-
-PROGRESS_FILE = "progress.json"
-FEATURES_FILE = "features.npy"
+Bank = TypeVar("Bank")
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array, allow_pickle=False)
-    return file.getvalue()
+class Contents(NamedTuple):
+    """All that a bank holds, except its features."""
 
+    manifest: Manifest
+    labels: np.ndarray
+    groups: np.ndarray | None
+    class_names: list[str]
+    paths: list[str] | None
 
-def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    file = io.BytesIO()
-    description = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, description)
-    return file.getvalue()
-
-
-def json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    def small_files(self) -> dict[str, bytes]:
+        """The files that are written whole, before the features."""
+        files = {LABELS_FILE: npy_bytes(self.labels), CLASSES_FILE: json_bytes(self.class_names)}
+        if self.groups is not None:
+            files[GROUPS_FILE] = npy_bytes(self.groups)
+        if self.paths is not None:
+            files[PATHS_FILE] = json_bytes(self.paths)
+        return files
 
 
 def plan_of(manifest: Manifest, hashes: dict[str, str]) -> dict[str, Any]:
@@ -49,52 +58,25 @@ def plan_of(manifest: Manifest, hashes: dict[str, str]) -> dict[str, Any]:
     for name in ("versions", "created", "files"):
         del plan[name]
     source = plan.pop("source")
-    del source["weights"]  # where they were read from; their hash counts
+    # Where the weights were read from does not matter, their hash does.
+    del source["weights"]
     return {**plan, **source, **hashes}
 
 
-def rows_done(folder: Path) -> tuple[int, int]:
-    """Rows that are safe, and rows planned, of the unfinished bank in a folder."""
-    progress = read_progress(folder)
-    return progress["rows_done"], progress["plan"]["num_rows"]
+class BankWriter(Generic[Bank]):
+    """Fills a bank; made by `FeatureBank.create`. `open_bank` opens the folder once it is complete.
 
-
-def read_progress(folder: Path) -> dict[str, Any]:
-    file = folder / PROGRESS_FILE
-    try:
-        progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not 0 <= progress["rows_done"] <= progress["plan"]["num_rows"]:
-            raise ValueError(f"rows_done is {progress['rows_done']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise BankError(f"{file} cannot be read ({error}); delete {folder} and extract again") from error
-    return progress
-
-
-class BankWriter:
-    """Fills a bank; made by `FeatureBank.create`.
-
-    Rows are synced to the disk before they are counted in progress.json, and the manifest comes last, so
+    Rows are synced to the disk before progress.json says that they are done, and the manifest comes last, so
     whatever stops the process leaves either an unfinished bank that can be continued or a whole one.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        labels: np.ndarray,
-        groups: np.ndarray | None,
-        class_names: list[str],
-        paths: list[str] | None,
-    ) -> None:
+    def __init__(self, folder: Path, contents: Contents, open_bank: Callable[[Path], Bank]) -> None:
         self.folder = folder
-        self.manifest = manifest
-        self.paths = paths
+        self.manifest = manifest = contents.manifest
+        self.paths = contents.paths
+        self.open_bank = open_bank
         self.rows_done = 0
-        self.small_files = {"labels.npy": npy_bytes(labels), "classes.json": json_bytes(class_names)}
-        if groups is not None:
-            self.small_files["groups.npy"] = npy_bytes(groups)
-        if paths is not None:
-            self.small_files["paths.json"] = json_bytes(paths)
+        self.small_files = contents.small_files()
         self.header = npy_header(manifest.dtype, (manifest.num_rows, manifest.in_features))
         self.row_bytes = np.dtype(manifest.dtype).itemsize * manifest.in_features
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in self.small_files.items()}
@@ -107,7 +89,7 @@ class BankWriter:
         else:
             self._start()
 
-    def __enter__(self) -> BankWriter:
+    def __enter__(self) -> BankWriter[Bank]:
         return self
 
     def __exit__(
@@ -126,13 +108,16 @@ class BankWriter:
         Raises BankError for another width, too many rows, and NaN or infinite values, and OSError on a full
         disk; the rows of earlier calls are kept in every case.
         """
-        block = checks.as_numpy(features)
-        last_row = self.rows_done + len(block)
+        block = checks.as_numpy(features, "features")
         if block.ndim != 2 or block.shape[1] != self.manifest.in_features:
             raise BankError(f"features must have shape (n, {self.manifest.in_features}); got {block.shape}")
+        if block.dtype.kind not in "fiu":
+            raise BankError(f"features must be real numbers; got {block.dtype}")
+        last_row = self.rows_done + len(block)
         if self.complete or last_row > self.manifest.num_rows:
             raise BankError(
-                f"{self.folder} is planned for {self.manifest.num_rows} rows; these would be row {last_row}"
+                f"features must be the next of {self.manifest.num_rows} rows, as planned for {self.folder}; "
+                f"got rows up to {last_row}"
             )
         if len(block) == 0:
             return
@@ -148,10 +133,8 @@ class BankWriter:
             self._record_progress(last_row)
         self.rows_done = last_row
 
-    def finish(self) -> FeatureBank:
-        """Write the manifest, which makes the bank complete, and open it."""
-        from fusedloss.features.bank import FeatureBank
-
+    def finish(self) -> Bank:
+        """Write the manifest, which makes the bank complete, and open it; BankError while rows are missing."""
         if not self.complete:
             if self.rows_done != self.manifest.num_rows:
                 raise BankError(
@@ -165,7 +148,7 @@ class BankWriter:
                 write_bytes(self.folder / MANIFEST_FILE, manifest.to_json().encode())
             self.complete = True
         (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
-        return FeatureBank.open(self.folder)
+        return self.open_bank(self.folder)
 
     def _kept(self) -> str:
         return f"the first {self.rows_done} rows are safe; make room and run the same command again"
@@ -180,7 +163,7 @@ class BankWriter:
             sizes = f"it needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
             raise OSError(errno.ENOSPC, f"no space for {self.folder}: {sizes}; nothing was written")
         with disk_full_explained(self.folder, self._kept()):
-            # the progress file comes first: the folder is then known as ours whatever else is in it
+            # The progress file comes first: the folder is then known as ours whatever else is in it.
             self._record_progress(0)
             self._write_small_files()
             self._open_features()
@@ -194,18 +177,19 @@ class BankWriter:
             self._open_features()
 
     def _match_complete(self) -> None:
-        found = Manifest.read(self.folder)
-        hashes = {name: digest for name, digest in found.files.items() if name != FEATURES_FILE}
-        self._require_plan(plan_of(found, hashes), "was made")
-        self.rows_done = found.num_rows
+        stored = Manifest.read(self.folder)
+        hashes = {name: digest for name, digest in stored.files.items() if name != FEATURES_FILE}
+        self._require_plan(plan_of(stored, hashes), "was made")
+        self.rows_done = stored.num_rows
 
-    def _require_plan(self, found: dict[str, Any], how: str) -> None:
+    def _require_plan(self, stored: dict[str, Any], how: str) -> None:
         differences = []
         for name, value in self.plan.items():
-            if found.get(name) != value:
+            if stored.get(name) != value:
                 hashed = "sha256" in name or "." in name
-                differences.append(f"{name} " + ("other than now" if hashed else f"{found.get(name)!r}, not {value!r}"))
-        differences += [f"{name} other than now" for name in found if name not in self.plan]
+                before = "other than now" if hashed else f"{stored.get(name)!r}, not {value!r}"
+                differences.append(f"{name} {before}")
+        differences += [f"{name} other than now" for name in stored if name not in self.plan]
         if differences:
             raise BankError(
                 f"{self.folder} {how} with {'; '.join(differences)}. "
@@ -227,5 +211,6 @@ class BankWriter:
         elif not path.is_file() or path.stat().st_size < size:
             finished = f"its {self.rows_done} finished rows"
             raise BankError(f"{path} is shorter than {finished}; delete {self.folder} and extract again")
-        self.file = open(path, "r+b", buffering=0)  # noqa: SIM115  closed by close()
+        # Closed by close().
+        self.file = open(path, "r+b", buffering=0)  # noqa: SIM115
         self.file.truncate(size)

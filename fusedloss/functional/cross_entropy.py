@@ -101,8 +101,8 @@ def cross_entropy(
         focal_gamma: multiplies a row's loss by ``(1 - p_y) ** focal_gamma``; 0, or at least 0.5. With probability
             targets each class's share has its own factor, ``sum_j w_j q_j (1 - p_j) ** focal_gamma (-log p_j)``, in
             plain PyTorch.
-        poly_epsilon: adds ``poly_epsilon * (1 - p_y)`` to each row (PolyLoss, Leng et al. 2022), without class weight and
-            focal factor; ``sum_j q_j (1 - p_j)`` with probability targets, in plain PyTorch.
+        poly_epsilon: adds ``poly_epsilon * (1 - p_y)`` to each row (PolyLoss, Leng et al. 2022), without class weight
+            and focal factor; ``sum_j q_j (1 - p_j)`` with probability targets, in plain PyTorch.
         z_loss: adds ``z_loss * lse ** 2`` to each row, without class weight.
         margin_penalty: holds logits within a margin of the largest (``fusedloss.MarginPenalty``).
         sample_weight: multiplies each row's loss and its share of the mean's denominator; the target's shape or

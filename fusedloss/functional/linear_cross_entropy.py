@@ -225,7 +225,7 @@ def _inputs(arguments: LossArguments, head: LinearHead) -> LinearInputs:
         soft_cap = float(terms[0].cap)
     scale, bias = fold_affine(affine, arguments.num_classes, arguments.dtype, head.input.device)
     if head.bias is not None:
-        offset = head.bias.to(arguments.dtype)
+        offset = head.bias.to(arguments.dtype).contiguous()
         offset = offset if scale is None else offset * scale
         bias = offset if bias is None else bias + offset
     inputs = LinearInputs(

@@ -27,7 +27,7 @@ class LinearHead:
 
     def logits_placeholder(self) -> Tensor:
         """Shape, type and device of the logits in one element of memory."""
-        shape = (len(self.weight),) if self.one_row else (len(self.input), len(self.weight))
+        shape = self.weight.shape[:1] if self.one_row else (self.input.shape[0], self.weight.shape[0])
         return self.input.new_zeros(()).expand(shape)
 
     def of_classes(self, kept: Tensor) -> LinearHead:
@@ -49,7 +49,7 @@ def checked_head(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: 
         raise ValueError(f"input must have shape (B, D) or (D,): flatten other dimensions; got {tuple(input.shape)}")
     if weight.dim() != 2:
         raise ValueError(f"linear_weight must have shape (K, D); got {tuple(weight.shape)}")
-    if len(weight) == 0:
+    if weight.shape[0] == 0:
         raise ValueError(f"linear_weight must have at least one class; got shape {tuple(weight.shape)}")
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -68,8 +68,8 @@ def _checked_bias(bias: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"linear_bias must be a floating-point tensor; got {got}")
-    if tuple(bias.shape) != (len(weight),):
-        raise ValueError(f"linear_bias must have shape ({len(weight)},), one per class; got {tuple(bias.shape)}")
+    if tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"linear_bias must have shape ({weight.shape[0]},), one per class; got {tuple(bias.shape)}")
     if bias.device != weight.device:
         raise ValueError(f"linear_bias must be on the device of linear_weight, {weight.device}; got {bias.device}")
     return bias

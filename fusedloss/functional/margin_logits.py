@@ -10,7 +10,7 @@ from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.normalize import unit_rows
 from fusedloss.functional.arguments import check_terms
 from fusedloss.functional.linear_head import LinearHead, checked_head
-from fusedloss.terms import AngularMargin, MarginTerm, Scale, label_chain
+from fusedloss.terms import AngularMargin, MarginTerm, Scale, widened
 from fusedloss.terms.term import readable
 
 _DEFAULT_MARGIN = AngularMargin(0.5)
@@ -100,5 +100,10 @@ def _label_value(head: LinearHead, classes: Tensor, nearest: Tensor | None, marg
     if nearest is not None:
         rows = classes * (len(head.weight) // nearest.shape[1]) + nearest.gather(1, classes.unsqueeze(1)).squeeze(1)
     cosine = (unit_rows(head.input.double()) * unit_rows(head.weight[rows].double())).sum(1)
-    value, slope = label_chain(cosine.detach(), classes, (margin,))
-    return value + slope * (cosine - cosine.detach())
+    margin = widened(margin, cosine.dtype)
+    at = cosine.detach()
+    value, grad = margin.label(at, classes)
+    if not isinstance(grad, Tensor):
+        return value + grad * (cosine - at)
+    # The mean of the derivative here and there: right to the second order, where the formula's own would be infinite.
+    return value + 0.5 * (grad + margin.label(cosine, classes)[1]) * (cosine - at)

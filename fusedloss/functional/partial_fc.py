@@ -40,7 +40,7 @@ def sampled(arguments: LossArguments, head: LinearHead, rate: float) -> tuple[Lo
     if arguments.soft:
         raise ValueError("sample_rate needs labels; got probability targets")
     num_classes, target = arguments.num_classes, arguments.target
-    count = check_sample_rate(rate, num_classes, len(head.input))
+    count = check_sample_rate(rate, num_classes, head.input.shape[0])
     if readable(target):
         check_labels(target, num_classes, arguments.ignore_index, "target")
     kept_row = target != arguments.ignore_index

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from fusedloss import functional
+from fusedloss.core.checks import (
+    check_bool,
+    check_choice,
+    check_class_weight,
+    check_focal_gamma,
+    check_ignore_index,
+    check_number,
+)
 from fusedloss.core.row_loss import MarginPenalty
 from fusedloss.functional import RowStatistics
 from fusedloss.losses.folding import check_linear, folded
 from fusedloss.losses.registered_terms import StepWatch, current, registered
+from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms import AffineTerm, Prior, Term
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyKeywords(TypedDict, total=False):
+    """Options of ``CrossEntropyLoss`` that presets and heads hand on to it; each is kept under its name."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    terms: Sequence[Term] | Term
+    focal_gamma: float
+    z_loss: float
+    margin_penalty: MarginPenalty | None
+    return_stats: bool
+
+
+REDUCTIONS = ("mean", "sum", "none")
+# What is kept as it was given: a new option is a line above, a parameter and an attribute below.
+_KEPT = tuple(name for name in CrossEntropyKeywords.__annotations__ if name != "terms")
+
+
+class CrossEntropyLoss(SettingsRepr):
     """``torch.nn.CrossEntropyLoss`` with terms, focal, z-loss and sample weights: ``fusedloss.cross_entropy`` kept.
 
     Args:
@@ -50,7 +78,7 @@ class CrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
-        terms: Sequence[Term] = (),
+        terms: Sequence[Term] | Term = (),
         focal_gamma: float = 0.0,
         z_loss: float = 0.0,
         margin_penalty: MarginPenalty | None = None,
@@ -58,19 +86,23 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         if size_average is not None or reduce is not None:
-            raise ValueError("size_average and reduce were retired by torch; use reduction='mean', 'sum' or 'none'")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
-        if weight is not None and weight.device.type != "meta" and not bool((weight.detach() >= 0).all()):
-            raise ValueError("weight must be at least 0 for every class; got a negative value or NaN")
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
+            raise ValueError(
+                "size_average and reduce must be None, retired by torch for reduction='mean', 'sum' or 'none'; "
+                f"got {size_average} and {reduce}"
+            )
+        if margin_penalty is not None and not isinstance(margin_penalty, MarginPenalty):
+            raise TypeError(f"margin_penalty must be a fusedloss.MarginPenalty; got {type(margin_penalty).__name__}")
+        check_choice("reduction", reduction, REDUCTIONS)
+        if not isinstance(label_smoothing, Tensor):
+            check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+        self.register_buffer("weight", check_class_weight("weight", weight))
+        self.ignore_index = check_ignore_index(ignore_index)
         self.reduction = reduction
         self.label_smoothing = label_smoothing
-        self.focal_gamma = focal_gamma
-        self.z_loss = z_loss
+        self.focal_gamma = check_focal_gamma(focal_gamma)
+        self.z_loss = check_number("z_loss", z_loss)
         self.margin_penalty = margin_penalty
-        self.return_stats = return_stats
+        self.return_stats = check_bool("return_stats", return_stats)
         self.terms = registered(terms)
         self._step_watch = StepWatch()
 
@@ -105,32 +137,18 @@ class CrossEntropyLoss(nn.Module):
         terms = []
         for term in self._terms():
             if not isinstance(term, AffineTerm):
-                raise TypeError(f"fold_into: {type(term).__name__} is not affine and can't be folded into a layer")
+                raise TypeError(f"fold_into: terms must be affine to be folded into a layer; got {type(term).__name__}")
             term.check(linear.out_features)
             if prior or not isinstance(term, Prior):
                 terms.append(term)
         return folded(linear, tuple(terms))
 
-    def extra_repr(self) -> str:
-        shown = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "focal_gamma": 0.0, "z_loss": 0.0}
-        return ", ".join(
-            f"{name}={getattr(self, name)}" for name, usual in shown.items() if getattr(self, name) != usual
-        )
+    def settings(self) -> dict[str, Any]:
+        return {"terms": current(self.terms)}
 
     def _terms(self) -> tuple[Term, ...]:
         return current(self.terms)
 
     def _options(self, sample_weight: Tensor | None) -> dict[str, Any]:
-        """What this loss gives to the function that it keeps arguments of, beside inputs and target."""
-        return {
-            "weight": self.weight,
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            "label_smoothing": self.label_smoothing,
-            "terms": self._terms(),
-            "focal_gamma": self.focal_gamma,
-            "z_loss": self.z_loss,
-            "margin_penalty": self.margin_penalty,
-            "sample_weight": sample_weight,
-            "return_stats": self.return_stats,
-        }
+        """The arguments of ``fusedloss.cross_entropy`` but input and target."""
+        return {name: getattr(self, name) for name in _KEPT} | {"terms": self._terms(), "sample_weight": sample_weight}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedloss import functional
+from fusedloss.core.checks import check_choice, check_class_weight, check_ignore_index, check_number, check_per_row
 from fusedloss.functional import RowStatistics
+from fusedloss.losses.cross_entropy import REDUCTIONS
 from fusedloss.losses.registered_terms import current, registered
+from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms import MarginTerm, Term
 
 
-class RowLoss(nn.Module):
+class RowLoss(SettingsRepr):
     """Base of a loss given by one function of a row's statistics; weights, ignored rows and the mean are done here.
 
     A subclass defines ``row(cross_entropy, statistics, logits, target)`` and returns one loss per row.
@@ -47,13 +51,12 @@ class RowLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         *,
-        terms: Sequence[Term] = (),
+        terms: Sequence[Term] | Term = (),
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean', 'sum' and 'none'")
-        self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = ignore_index, reduction
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.register_buffer("weight", check_class_weight("weight", weight))
+        self.ignore_index, self.reduction = check_ignore_index(ignore_index), reduction
         self.terms = registered(terms)
 
     def row(self, cross_entropy: Tensor, statistics: RowStatistics, logits: Tensor, target: Tensor) -> Tensor:
@@ -69,23 +72,31 @@ class RowLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of logits `input` against labels `target`; see the class for shapes."""
-        if isinstance(target, Tensor) and target.is_floating_point():
-            raise TypeError(f"target must hold labels for {type(self).__name__}; got probabilities ({target.dtype})")
+        self._check(input, target)
         cross_entropy, statistics = functional.cross_entropy(
             input, target, None, self.ignore_index, "none", terms=self._terms(), return_stats=True
         )
-        row = self.row(cross_entropy, statistics, input, target)
-        share = (target != self.ignore_index).to(row.dtype)
-        row = torch.where(share > 0, row, torch.zeros_like(row))
-        if self.weight is not None:
-            share = share * self.weight.to(row.dtype)[target.long().clamp(0, len(self.weight) - 1)]
         if sample_weight is not None:
-            missing = (1,) * (row.dim() - sample_weight.dim())
-            share = share * sample_weight.to(row.dtype).reshape(sample_weight.shape + missing)
+            sample_weight = check_per_row("sample_weight", sample_weight, target.shape, input)
+        row = self.row(cross_entropy, statistics, input, target)
+        if not isinstance(row, Tensor) or row.shape != target.shape:
+            got = tuple(row.shape) if isinstance(row, Tensor) else type(row).__name__
+            raise ValueError(
+                f"{type(self).__name__}.row must return a tensor of shape {tuple(target.shape)}; got {got}"
+            )
+        row_weight = (target != self.ignore_index).to(row.dtype)
+        row = torch.where(row_weight > 0, row, torch.zeros_like(row))
+        if self.weight is not None:
+            row_weight = row_weight * self.weight.to(row.dtype)[target.long().clamp(0, len(self.weight) - 1)]
+        if sample_weight is not None:
+            row_weight = row_weight * sample_weight.to(row.dtype)
         if self.reduction == "none":
-            return share * row
-        total = (share * row).sum()
-        return total if self.reduction == "sum" else total / share.sum()
+            return row_weight * row
+        total = (row_weight * row).sum()
+        return total if self.reduction == "sum" else total / row_weight.sum()
+
+    def settings(self) -> dict[str, Any]:
+        return {"terms": self._terms()}
 
     def transformed(self, logits: Tensor) -> Tensor:
         """The logits after the terms, in the dtype that losses are computed in, with gradient.
@@ -96,12 +107,29 @@ class RowLoss(nn.Module):
         z = logits if logits.dtype == torch.float64 else logits.float()
         for term in self._terms():
             if isinstance(term, MarginTerm):
-                raise TypeError(f"{type(self).__name__} takes no margins; got {type(term).__name__}")
+                raise TypeError(f"terms must hold no margins for {type(self).__name__}; got {type(term).__name__}")
             z = term.apply(z)
         return z
 
     def _terms(self) -> tuple[Term, ...]:
         return current(self.terms)
+
+    def _check(self, input: Tensor, target: Tensor) -> None:
+        """What ``functional.cross_entropy`` takes and a row does not; class weights, which it is not given."""
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise TypeError(f"target must hold labels for {type(self).__name__}; got probabilities ({target.dtype})")
+        if not isinstance(input, Tensor):
+            return
+        if input.dim() < 2:
+            raise ValueError(f"input must have shape (B, K) or (B, K, d1, ...); got {tuple(input.shape)}")
+        if self.weight is None:
+            return
+        if len(self.weight) != input.shape[1]:
+            raise ValueError(
+                f"weight must have shape ({input.shape[1]},), one value per class; got {tuple(self.weight.shape)}"
+            )
+        if self.weight.device != input.device:
+            raise ValueError(f"weight must be on the device of input, {input.device}; got {self.weight.device}")
 
 
 class FLSD53Loss(RowLoss):
@@ -128,10 +156,10 @@ class FLSD53Loss(RowLoss):
         ignore_index: int = -100,
         reduction: str = "mean",
         *,
-        terms: Sequence[Term] = (),
+        terms: Sequence[Term] | Term = (),
     ) -> None:
         super().__init__(weight, ignore_index, reduction, terms=terms)
-        self.gamma = _checked("gamma", gamma, 1.0)
+        self.gamma = check_number("gamma", gamma, at_least=1.0)
 
     def row(self, cross_entropy: Tensor, statistics: RowStatistics, logits: Tensor, target: Tensor) -> Tensor:
         p = torch.exp(-cross_entropy.detach())
@@ -164,10 +192,10 @@ class DualFocalLoss(RowLoss):
         ignore_index: int = -100,
         reduction: str = "mean",
         *,
-        terms: Sequence[Term] = (),
+        terms: Sequence[Term] | Term = (),
     ) -> None:
         super().__init__(weight, ignore_index, reduction, terms=terms)
-        self.gamma = _checked("gamma", gamma, 1.0)
+        self.gamma = check_number("gamma", gamma, at_least=1.0)
 
     def row(self, cross_entropy: Tensor, statistics: RowStatistics, logits: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -207,10 +235,10 @@ class ECPLoss(RowLoss):
         ignore_index: int = -100,
         reduction: str = "mean",
         *,
-        terms: Sequence[Term] = (),
+        terms: Sequence[Term] | Term = (),
     ) -> None:
         super().__init__(weight, ignore_index, reduction, terms=terms)
-        self.strength = _checked("strength", strength, 0.0)
+        self.strength = check_number("strength", strength, at_least=0.0)
 
     def row(self, cross_entropy: Tensor, statistics: RowStatistics, logits: Tensor, target: Tensor) -> Tensor:
         log_p = _without_ignored(self.transformed(logits), target, self.ignore_index).log_softmax(1)
@@ -250,11 +278,13 @@ class ACLSLoss(RowLoss):
         ignore_index: int = -100,
         reduction: str = "mean",
         *,
-        terms: Sequence[Term] = (),
+        terms: Sequence[Term] | Term = (),
     ) -> None:
         super().__init__(weight, ignore_index, reduction, terms=terms)
-        self.strength, self.margin = _checked("strength", strength, 0.0), _checked("margin", margin, 0.0)
-        self.positive, self.negative = _checked("positive", positive, 0.0), _checked("negative", negative, 0.0)
+        self.strength = check_number("strength", strength, at_least=0.0)
+        self.margin = check_number("margin", margin, at_least=0.0)
+        self.positive = check_number("positive", positive, at_least=0.0)
+        self.negative = check_number("negative", negative, at_least=0.0)
 
     def row(self, cross_entropy: Tensor, statistics: RowStatistics, logits: Tensor, target: Tensor) -> Tensor:
         z = _without_ignored(self.transformed(logits), target, self.ignore_index)
@@ -269,11 +299,3 @@ class ACLSLoss(RowLoss):
 def _without_ignored(z: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Zeros in the rows that are ignored: whatever they hold, NaN too, reaches no gradient."""
     return z.masked_fill((target == ignore_index).unsqueeze(1), 0.0)
-
-
-def _checked(name: str, value: float, least: float) -> float:
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not least <= value < torch.inf:
-        raise ValueError(f"{name} must be finite and at least {least:g}; got {value}")
-    return float(value)

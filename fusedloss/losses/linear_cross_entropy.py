@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fusedloss import functional
+from fusedloss.core.checks import check_bool, check_integer, check_number, check_tensor
 from fusedloss.functional import RowStatistics
-from fusedloss.losses.cross_entropy import CrossEntropyLoss
+from fusedloss.losses.cross_entropy import CrossEntropyKeywords, CrossEntropyLoss
+from fusedloss.losses.keywords import forwards_keywords
 
 
 class LinearCrossEntropyLoss(CrossEntropyLoss):
@@ -25,10 +28,9 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         out_features: further dimensions ``(d1, ...)`` of the logits ``(B, K, d1, ...)``; these logits are stored.
         bias: whether the layer has one.
         device, dtype: of the layer.
-        reduction, weight, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         options: taken for torch's signature; chunks are chosen here.
         normalize, sample_rate: as in ``fusedloss.linear_cross_entropy``.
-        keywords: those of ``CrossEntropyLoss``: terms, focal_gamma, z_loss, margin_penalty, return_stats.
+        keywords: those of ``CrossEntropyLoss``; ``ignore_index=None`` is -100, as in torch.
 
     Shape:
         input ``(B, D)`` or ``(D,)``; target ``(B, d1, ...)``, ``()``, or probabilities of the logits' shape.
@@ -41,6 +43,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         (torch.Size([4, 3]), ['linear.weight', 'linear.bias'])
     """
 
+    @forwards_keywords(CrossEntropyLoss)
     def __init__(
         self,
         in_features: int,
@@ -50,30 +53,32 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
-        weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
         options: object = None,
         normalize: bool = False,
         sample_rate: float | None = None,
-        **keywords: Any,
+        **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
-        ignore_index = -100 if ignore_index is None else ignore_index
-        super().__init__(
-            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, **keywords
-        )
-        self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
-        self.normalize, self.sample_rate = normalize, sample_rate
+        if keywords.get("ignore_index", 0) is None:  # torch's default
+            del keywords["ignore_index"]
+        super().__init__(**keywords)
+        self.in_features = check_integer("in_features", in_features, at_least=1)
+        self.num_classes = check_integer("num_classes", num_classes, at_least=1)
+        self.out_features = _sizes("out_features", out_features)
+        self.normalize = check_bool("normalize", normalize)
+        self.sample_rate = sample_rate
+        if sample_rate is not None:
+            check_number("sample_rate", sample_rate, above=0.0, at_most=1.0)
         if self.out_features and (normalize or sample_rate is not None):
-            raise ValueError("out_features: normalize and sample_rate need logits (B, K); got further dimensions")
-        rows = num_classes * math.prod(self.out_features)
-        self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+            raise ValueError(f"out_features must be () with normalize or sample_rate; got {self.out_features}")
+        rows = self.num_classes * math.prod(self.out_features)
+        bias = check_bool("bias", bias)
+        self.linear = nn.Linear(self.in_features, rows, bias=bias, device=device, dtype=dtype)
 
     def forward(
         self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss of features `input` against `target`; see the class for shapes."""
+        self._check_input(input)
         if self.out_features:
             return super().forward(self.logits(input), target, sample_weight)
         if not torch.compiler.is_compiling():
@@ -90,13 +95,26 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
 
     def logits(self, input: Tensor) -> Tensor:
         """The layer's logits ``(B, K, d1, ...)`` before terms; cosines, plus bias, with `normalize`."""
+        self._check_input(input)
         if self.normalize:
             cosine = functional.margin_logits(input, self.linear.weight, scale=1.0)
             return cosine if self.linear.bias is None else cosine + self.linear.bias
-        logits = self.linear(input)
-        return logits.unflatten(-1, (self.num_classes, *self.out_features)) if self.out_features else logits
+        logits: Tensor = self.linear(input)
+        # Not unflatten, which torch leaves untyped.
+        return logits.reshape(*logits.shape[:-1], self.num_classes, *self.out_features) if self.out_features else logits
 
-    def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, num_classes={self.num_classes}"
-        more = super().extra_repr()
-        return f"{sizes}, {more}" if more else sizes
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"bias": self.linear.bias is not None}
+
+    def _check_input(self, input: Tensor) -> None:
+        check_tensor("input", input)
+        if input.dim() not in (1, 2) or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input must have shape (B, {self.in_features}) or ({self.in_features},); got {tuple(input.shape)}"
+            )
+
+
+def _sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(sizes, (str, Tensor)) or not isinstance(sizes, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers; got {type(sizes).__name__}")
+    return tuple(check_integer(name, size, at_least=1) for size in sizes)

@@ -15,7 +15,7 @@ from fusedloss.losses.cosine_weight import CosineWeight
 from fusedloss.losses.cross_entropy import CrossEntropyLoss
 from fusedloss.losses.registered_terms import RegisteredTerm
 from fusedloss.terms import AdditiveMargin, AngularMargin, CombinedMargin, MarginTerm, Scale, Term
-from fusedloss.terms.margins import Fallback, SlopeKind, angle_added
+from fusedloss.terms.margins import Fallback, GradientKind, angle_added
 
 
 class _MarginLoss(CosineWeight):
@@ -131,7 +131,7 @@ class ArcFaceLoss(_MarginLoss):
         scale: float | Tensor = 30.0,
         *,
         fallback: Fallback = "monotone",
-        gradient: SlopeKind = "exact",
+        gradient: GradientKind = "exact",
         **keywords,
     ) -> None:
         super().__init__(in_features, num_classes, AngularMargin(margin, fallback, gradient), scale, **keywords)
@@ -186,7 +186,7 @@ class CombinedMarginLoss(_MarginLoss):
         scale: float | Tensor = 30.0,
         *,
         fallback: Fallback = "monotone",
-        gradient: SlopeKind = "exact",
+        gradient: GradientKind = "exact",
         **keywords,
     ) -> None:
         if isinstance(margin, (float, int, Tensor)) or len(margin) != 3:

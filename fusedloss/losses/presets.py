@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
+from fusedloss.core.checks import check_choice, check_focal_gamma, check_number
 from fusedloss.core.row_loss import MarginPenalty
 from fusedloss.longtail import ldam_margins, log_prior, trained_prior
-from fusedloss.losses.cross_entropy import CrossEntropyLoss
-from fusedloss.terms import AdditiveMargin, Prior, Scale, Term
+from fusedloss.losses.cross_entropy import CrossEntropyKeywords, CrossEntropyLoss
+from fusedloss.losses.keywords import forwards_keywords
+from fusedloss.losses.registered_terms import current, sequence_of
+from fusedloss.terms import AdditiveMargin, Prior, Scale
 
 
 class FocalLoss(CrossEntropyLoss):
@@ -28,8 +31,13 @@ class FocalLoss(CrossEntropyLoss):
         tensor(0.1733)
     """
 
-    def __init__(self, gamma: float = 2.0, **keywords: Any) -> None:
-        super().__init__(focal_gamma=gamma, **keywords)
+    @forwards_keywords(CrossEntropyLoss, without=["focal_gamma"])
+    def __init__(self, gamma: float = 2.0, **keywords: Unpack[CrossEntropyKeywords]) -> None:
+        keywords["focal_gamma"] = check_focal_gamma(gamma, "gamma")
+        super().__init__(**keywords)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"gamma": self.focal_gamma}
 
 
 class BalancedSoftmaxLoss(CrossEntropyLoss):
@@ -42,8 +50,7 @@ class BalancedSoftmaxLoss(CrossEntropyLoss):
         strength: 1 is Balanced Softmax; another value is logit adjustment with that tau.
         floor: least count assumed of a class. 0 gives a class without samples probability 0 while training, as the
             reference code does; its logits are then never learned, and label smoothing becomes infinite.
-        terms: what else changes the logit, before the prior; no other Prior.
-        keywords: those of ``CrossEntropyLoss``.
+        keywords: those of ``CrossEntropyLoss``; its `terms` come before the prior and hold no other Prior.
 
     Raises:
         ValueError: a Prior among `terms`; a negative strength, whose sign belongs to ``adjust_logits``.
@@ -57,27 +64,34 @@ class BalancedSoftmaxLoss(CrossEntropyLoss):
         tensor(2.3026)
     """
 
+    @forwards_keywords(CrossEntropyLoss)
     def __init__(
         self,
         class_counts: Tensor,
         strength: float = 1.0,
         *,
         floor: float = 1.0,
-        terms: Sequence[Term] = (),
-        **keywords: Any,
+        **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
-        terms = (terms,) if isinstance(terms, Term) else tuple(terms)
+        terms = sequence_of(keywords.get("terms", ()))
         if any(isinstance(term, Prior) for term in terms):
             raise ValueError(
-                f"terms: got a Prior of strength {trained_prior(terms):g}; BalancedSoftmaxLoss adds the prior of "
-                "class_counts already, and a second one would apply it twice"
+                "terms must hold no Prior, for BalancedSoftmaxLoss adds the prior of class_counts already and a second "
+                f"one would apply it twice; got a Prior of strength {trained_prior(terms):g}"
             )
-        if not strength >= 0:
+        if check_number("strength", strength) < 0:
             raise ValueError(
                 f"strength must be at least 0; got {strength}: training adds the log prior, and the minus sign belongs "
                 "to longtail.adjust_logits, after a training without it"
             )
-        super().__init__(terms=(*terms, Prior(log_prior(class_counts, floor), strength)), **keywords)
+        keywords["terms"] = (*terms, Prior(log_prior(class_counts, floor), strength))
+        super().__init__(**keywords)
+        self.strength, self.floor = strength, floor
+
+    def settings(self) -> dict[str, Any]:
+        *terms, prior = current(self.terms)
+        assert isinstance(prior, Prior)
+        return {"terms": tuple(terms), "class_counts": prior.log_prior}
 
 
 class LDAMLoss(CrossEntropyLoss):
@@ -87,7 +101,8 @@ class LDAMLoss(CrossEntropyLoss):
         class_counts: samples per class ``(K,)`` of the training set; a class without samples counts as having one.
         max_margin: margin of the rarest class, in cosine.
         scale: what the cosines are multiplied with.
-        keywords: those of ``CrossEntropyLoss``; `weight` takes ``longtail.DeferredReweighting`` (LDAM-DRW).
+        keywords: those of ``CrossEntropyLoss``; its `terms` follow the scale, and `weight` takes
+            ``longtail.DeferredReweighting`` (LDAM-DRW).
 
     Shape:
         input: cosines ``(B, K)`` of normalised features and normalised class weights.
@@ -102,18 +117,24 @@ class LDAMLoss(CrossEntropyLoss):
         True
     """
 
+    @forwards_keywords(CrossEntropyLoss)
     def __init__(
         self,
         class_counts: Tensor,
         max_margin: float = 0.5,
         scale: float = 30.0,
-        *,
-        terms: Sequence[Term] = (),
-        **keywords: Any,
+        **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
-        terms = (terms,) if isinstance(terms, Term) else tuple(terms)
+        check_number("scale", scale, above=0.0)
         margin = AdditiveMargin(ldam_margins(class_counts, max_margin))
-        super().__init__(terms=(margin, Scale(scale), *terms), **keywords)
+        keywords["terms"] = (margin, Scale(scale), *sequence_of(keywords.get("terms", ())))
+        super().__init__(**keywords)
+        self.max_margin, self.scale = max_margin, scale
+
+    def settings(self) -> dict[str, Any]:
+        margin, _, *terms = current(self.terms)
+        assert isinstance(margin, AdditiveMargin)
+        return {"terms": tuple(terms), "class_counts": margin.margin}
 
 
 class MbLSLoss(CrossEntropyLoss):
@@ -134,7 +155,23 @@ class MbLSLoss(CrossEntropyLoss):
         tensor(0.5000)
     """
 
+    @forwards_keywords(CrossEntropyLoss, without=["margin_penalty"])
     def __init__(
-        self, margin: float = 10.0, strength: float = 0.1, *, over: Literal["mean", "sum"] = "mean", **keywords: Any
+        self,
+        margin: float = 10.0,
+        strength: float = 0.1,
+        *,
+        over: Literal["mean", "sum"] = "mean",
+        **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
-        super().__init__(margin_penalty=MarginPenalty(margin, strength, over), **keywords)
+        check_number("margin", margin, at_least=0.0)
+        check_number("strength", strength, at_least=0.0)
+        check_choice("over", over, ("mean", "sum"))
+        keywords["margin_penalty"] = MarginPenalty(margin, strength, over)
+        super().__init__(**keywords)
+
+    def settings(self) -> dict[str, Any]:
+        penalty = self.margin_penalty
+        assert penalty is not None
+        own = {"margin": penalty.margin, "strength": penalty.strength, "over": penalty.over}
+        return super().settings() | own

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from fusedloss.core.user_warnings import warn_user
+from fusedloss.losses.settings_repr import described
 from fusedloss.terms import Term
 
 
@@ -42,24 +44,31 @@ class RegisteredTerm(nn.Module):
             object.__setattr__(term, name, getattr(self, name))
         return term
 
-    def extra_repr(self) -> str:
-        fields = dataclasses.fields(self._template)
-        shown = [f"{f.name}={getattr(self._template, f.name)}" for f in fields if f.name not in self._names]
-        return ", ".join([type(self._template).__name__, *self._names, *shown])
+    def __repr__(self) -> str:
+        return f"RegisteredTerm({described(self.current())})"
+
+
+def sequence_of(terms: Sequence[Term] | Term) -> tuple[Term, ...]:
+    """A sequence of terms, or one."""
+    if isinstance(terms, Term):
+        return (terms,)
+    if isinstance(terms, (str, Tensor)) or not isinstance(terms, Iterable):
+        raise TypeError(f"terms must be a sequence of fusedloss.terms objects; got {type(terms).__name__}")
+    return tuple(terms)
 
 
 def registered(terms: Sequence[Term] | Term) -> nn.ModuleList:
     """A sequence of terms, or one, in order: ``terms.0.log_prior`` in a state dict."""
-    return nn.ModuleList(RegisteredTerm(term) for term in ((terms,) if isinstance(terms, Term) else terms))
+    return nn.ModuleList(RegisteredTerm(term) for term in sequence_of(terms))
 
 
 def current(terms: nn.ModuleList) -> tuple[Term, ...]:
     """What was registered, with the tensors as they are now."""
-    return tuple(term.current() for term in terms)  # type: ignore[operator, union-attr]
+    return tuple(term.current() for term in terms)  # type: ignore[operator]
 
 
 class StepWatch:
-    """Says once when a loss's own parameters get gradients and optimizers step, but never these parameters."""
+    """Warns once when a loss's own parameters get gradients and no optimizer has them."""
 
     _optimizer_steps = 0
     _hooked = False
@@ -83,13 +92,13 @@ class StepWatch:
             self._done = self._seen is not None
             self._seen = (StepWatch._optimizer_steps, versions)
         elif StepWatch._optimizer_steps >= self._seen[0] + 2:
+            # Another optimizer may have stepped twice while the one that has these parameters accumulates gradients.
             self._done = True
-            warnings.warn(
-                f"{type(loss).__name__} has parameters of its own that receive gradients but are never stepped: "
-                "give loss.parameters() to the optimizer too",
-                UserWarning,
-                stacklevel=4,
-            )
+            if not _in_an_optimizer(parameters):
+                warn_user(
+                    f"{type(loss).__name__} has parameters of its own that receive gradients but are never stepped: "
+                    "give loss.parameters() to the optimizer too"
+                )
 
     @classmethod
     def _start(cls) -> None:
@@ -100,3 +109,11 @@ class StepWatch:
     @classmethod
     def _count(cls, *_: object) -> None:
         cls._optimizer_steps += 1
+
+
+def _in_an_optimizer(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether an optimizer that is alive has one of `parameters`; looks at all objects, so once per loss at most."""
+    known = {id(p) for p in parameters}
+    optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
+    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+    return any(id(p) in known for group in groups for p in group["params"])

@@ -1,7 +1,7 @@
 """Softmax cross-entropy of a linear layer whose logits are never stored whole.
 
 ``linear_ce``        loss and its gradients in one walk over chunks or tiles of logits.
-``linear_stats``     statistics of each row; ``linear_stats_backward`` forms the logits again and carries gradients back.
+``linear_stats``     statistics of each row; ``linear_stats_backward`` carries their gradients back, logits formed anew.
 ``row_norms``        exact lengths, float64, infinite for a row of zeros.
 ``target_products``  each row's product with the row of its label, or their cosine, in float64.
 
@@ -33,12 +33,11 @@ from fusedloss.ops.library import (
     is_batched,
     is_direct,
     kernel,
-    refuse_grad_of,
     refuse_second,
     register_autograd,
     scale_in_place,
 )
-from fusedloss.ops.softmax_ce import fake_statistics, statistics_grads
+from fusedloss.ops.softmax_ce import fake_statistics, not_differentiable, statistics_grads
 
 _INPUTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? input_norm, Tensor? class_norm, Tensor? scale, Tensor? bias,"
@@ -132,14 +131,14 @@ class _LinearCE(torch.autograd.Function):
 
 def _setup_ce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     given, rows, options, mean, mask = _group_ce(*inputs)
-    ctx.set_materialize_grads(False)
     ctx.numbers = (given.soft_cap, given.ignore_index, options, mean, mask)
     _, row_loss, grads = output
+    ctx.mark_non_differentiable(row_loss, *grads)
     ctx.save_for_backward(*given[:_NUM_TENSORS], *rows, row_loss, *grads)
 
 
-def _backward_ce(ctx: Any, grad_loss: Tensor | None, grad_row_loss: Tensor | None, grad_grads: Any) -> Any:
-    refuse_grad_of(grad_row_loss, *grad_grads)
+@differentiable_once
+def _backward_ce(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     soft_cap, ignore_index, options, mean, mask = ctx.numbers
     saved, count = ctx.saved_tensors, _NUM_TENSORS + 3
     tensors, rows, row_loss, grads = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:count], saved[count], saved[count + 1 :]
@@ -196,7 +195,6 @@ class _LinearStatistics(torch.autograd.Function):
         return output
 
     @staticmethod
-    @differentiable_once
     def backward(ctx, *grads):
         return _backward_stats(ctx, *grads)
 
@@ -204,13 +202,14 @@ class _LinearStatistics(torch.autograd.Function):
 def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given, options = _group_stats(*inputs)
     statistics = SoftmaxStatistics(*output)
-    ctx.mark_non_differentiable(statistics.row_max, statistics.row_sum, statistics.prediction, statistics.confidence)
+    ctx.mark_non_differentiable(*not_differentiable(statistics, options))
     ctx.set_materialize_grads(False)
     ctx.numbers = (given.soft_cap, given.ignore_index)
     ctx.penalty_margin = options.penalty_margin
     ctx.save_for_backward(*given[:_NUM_TENSORS], statistics.row_max, statistics.row_sum, statistics.one_minus_pt)
 
 
+@differentiable_once
 def _backward_stats(ctx: Any, *grads: Tensor | None) -> Any:
     mask = _needed((*ctx.needs_input_grad[:_NUM_INPUTS], *(False,) * 3))
     inputs = LinearInputs(*ctx.saved_tensors[:_NUM_TENSORS], *ctx.numbers)

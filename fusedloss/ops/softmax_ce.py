@@ -1,7 +1,7 @@
 """Softmax cross-entropy with its gradients, row statistics, and the backward of the statistics.
 
 ``softmax_ce``              loss and its gradients in one read of the logits: what trainers run.
-``softmax_stats``           statistics of each row; ``softmax_stats_backward`` carries any gradient of them to the inputs.
+``softmax_stats``           statistics of each row; ``softmax_stats_backward`` carries any gradient of them back.
 
 All read ``core.operands.LogitInputs``; an operation's schema names its fields one by one.
 """
@@ -33,7 +33,6 @@ from fusedloss.ops.library import (
     is_direct,
     kernel,
     refuse_batched,
-    refuse_grad_of,
     refuse_second,
     register_autograd,
     scale_in_place,
@@ -150,14 +149,14 @@ def _again(ctx: Any, grad_scale: float) -> list[Tensor]:
 
 def _setup_ce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     given, rows, options, mean, mask, grad_scale = _group_ce(*inputs)
-    ctx.set_materialize_grads(False)
     ctx.numbers = (given.soft_cap, given.ignore_index, options, mean, mask, grad_scale)
     _, row_loss, grads = output
+    ctx.mark_non_differentiable(row_loss, *grads)
     ctx.save_for_backward(*given[:7], *rows, row_loss, *grads)
 
 
-def _backward_ce(ctx: Any, grad_loss: Tensor | None, grad_row_loss: Tensor | None, grad_grads: Any) -> Any:
-    refuse_grad_of(grad_row_loss, *grad_grads)
+@differentiable_once
+def _backward_ce(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     soft_cap, ignore_index, options, mean, mask, grad_scale = ctx.numbers
     tensors, row_loss, grads = ctx.saved_tensors[:10], ctx.saved_tensors[10], ctx.saved_tensors[11:]
     need = ctx.needs_input_grad
@@ -232,7 +231,6 @@ class _SoftmaxStatistics(torch.autograd.Function):
         return output
 
     @staticmethod
-    @differentiable_once
     def backward(ctx, *grads):
         return _backward_stats(ctx, *grads)
 
@@ -240,11 +238,18 @@ class _SoftmaxStatistics(torch.autograd.Function):
 def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given, options = _group_stats(*inputs)
     statistics = SoftmaxStatistics(*output)
-    ctx.mark_non_differentiable(statistics.row_max, statistics.row_sum, statistics.prediction, statistics.confidence)
+    ctx.mark_non_differentiable(*not_differentiable(statistics, options))
     ctx.set_materialize_grads(False)
     ctx.numbers = (given.soft_cap, given.ignore_index)
     ctx.penalty_margin = options.penalty_margin
     ctx.save_for_backward(*given[:7], statistics.row_max, statistics.row_sum, statistics.one_minus_pt)
+
+
+def not_differentiable(statistics: SoftmaxStatistics, options: StatisticsOptions) -> list[Tensor]:
+    """The statistics that have no gradient, or were not asked for."""
+    names = ["row_max", "row_sum", "prediction", "confidence"]
+    names += [name for name in ("smooth_loss", "hinge") if not getattr(options, name)]
+    return [getattr(statistics, name) for name in names]
 
 
 def statistics_grads(grads: Sequence[Tensor | None]) -> StatisticsGrads:
@@ -257,6 +262,7 @@ def statistics_grads(grads: Sequence[Tensor | None]) -> StatisticsGrads:
     )
 
 
+@differentiable_once
 def _backward_stats(ctx: Any, *grads: Tensor | None) -> Any:
     need = ctx.needs_input_grad
     mask = SoftmaxMask(need[0], need[2] or need[3], need[5])
@@ -327,7 +333,7 @@ def _ce_mask(inputs: LogitInputs, rows: RowInputs) -> SoftmaxMask:
 
 
 def _by_input(grads: Sequence[Tensor], mask: SoftmaxMask, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of logits, scale, bias (each None unless needed), target_override, label_smoothing, penalty_strength."""
+    """Gradients of logits, scale and bias, each None unless needed, and of the three tensors of one value per row."""
     made: Iterator[Tensor] = iter(grads)
     logits = next(made) if mask.logits else None
     scale, bias = (next(made), next(made)) if mask.affine else (None, None)

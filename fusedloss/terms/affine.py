@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedloss.terms.term import Term, check_number, check_width, per_class, per_row, readable, widened
+from fusedloss.core.checks import check_tensor
+from fusedloss.terms.term import Term, check_value, check_width, per_class, per_row, readable, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,9 @@ class AffineTerm(Term):
 
     def label(self, z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor | float]:
         scale, bias = self.coefficients()
-        slope = 1.0 if scale is None else per_row(scale, classes)
-        z = z * slope
-        return (z if bias is None else z + per_row(bias, classes)), slope
+        factor = 1.0 if scale is None else per_row(scale, classes)
+        z = z * factor
+        return (z if bias is None else z + per_row(bias, classes)), factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,6 @@ class ClassTemperature(AffineTerm):
     tau: Tensor | float
 
     def __post_init__(self) -> None:
-        check_number("ClassTemperature: tau", self.tau, minimum_exclusive=0.0)
         self.check_values()
 
     def coefficients(self) -> tuple[Tensor | float | None, Tensor | float | None]:
@@ -68,17 +68,7 @@ class ClassTemperature(AffineTerm):
 
     def check_values(self) -> None:
         """Raises ``ValueError`` unless every temperature on the CPU is positive and finite."""
-        if not readable(self.tau) or self.tau.numel() == 0:
-            return
-        # One pass: a NaN comes out of both.
-        low, high = torch.aminmax(self.tau.detach() if self.tau.requires_grad else self.tau)
-        if low.item() > 0 and high.item() < math.inf:
-            return
-        values = self.tau.detach().flatten()
-        index = int((~((values > 0) & torch.isfinite(values))).nonzero()[0])
-        raise ValueError(
-            f"ClassTemperature: tau must be positive and finite; got {float(values[index])} for class {index}"
-        )
+        check_value(self, "tau", above=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +87,7 @@ class Scale(AffineTerm):
     scale: Tensor | float
 
     def __post_init__(self) -> None:
-        check_number("Scale: scale", self.scale)
-        if readable(self.scale) and not bool(torch.isfinite(self.scale).all()):
-            raise ValueError("Scale: scale must be finite; got NaN or an infinity")
+        check_value(self, "scale")
 
     def coefficients(self) -> tuple[Tensor | float | None, Tensor | float | None]:
         return self.scale, None
@@ -132,10 +120,10 @@ class Prior(AffineTerm):
     def __post_init__(self) -> None:
         if not isinstance(self.log_prior, Tensor):
             raise TypeError(f"Prior: log_prior must be a (K,) tensor; got {type(self.log_prior).__name__}")
-        check_number("Prior: log_prior", self.log_prior)
+        check_tensor("Prior: log_prior", self.log_prior)
         if isinstance(self.strength, Tensor):
             raise TypeError("Prior: strength must be a float; got a tensor")
-        check_number("Prior: strength", self.strength)
+        check_value(self, "strength")
         if readable(self.log_prior) and bool((~(self.log_prior < math.inf)).any()):
             raise ValueError("Prior: log_prior must be below +inf; got NaN or +inf (use log class frequencies)")
 

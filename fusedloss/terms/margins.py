@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusedloss.terms.term import MarginTerm, check_number, check_width, per_row, readable
+from fusedloss.core.checks import check_choice
+from fusedloss.terms.term import MarginTerm, check_value, check_width, per_row, readable
 
 Fallback = Literal["monotone", "easy", "none"]
-SlopeKind = Literal["exact", "straight_through"]
+GradientKind = Literal["exact", "straight_through"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,7 @@ class AdditiveMargin(MarginTerm):
     margin: Tensor | float
 
     def __post_init__(self) -> None:
-        check_number("AdditiveMargin: margin", self.margin)
-        _check_finite("AdditiveMargin: margin", self.margin)
+        check_value(self, "margin")
 
     def label(self, z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor | float]:
         return z - per_row(self.margin, classes), 1.0
@@ -75,18 +75,16 @@ class AngularMargin(MarginTerm):
 
     margin: Tensor | float
     fallback: Fallback = "monotone"
-    gradient: SlopeKind = "exact"
+    gradient: GradientKind = "exact"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        check_number(f"{name}: margin", self.margin)
-        _check_angle(f"{name}: margin", self.margin)
-        _check_choices(name, self.fallback, self.gradient)
+        _check_angle(self, "margin")
+        _check_choices(self)
 
     def label(self, z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor | float]:
         margin = per_row(self.margin, classes)
-        value, slope = angle_added(checked_cosine(type(self).__name__, z), margin, self.fallback)
-        return value, (1.0 if self.straight_through else slope)
+        value, derivative = angle_added(checked_cosine(type(self).__name__, z), margin, self.fallback)
+        return value, (1.0 if self.straight_through else derivative)
 
     @property
     def straight_through(self) -> bool:
@@ -119,25 +117,22 @@ class CombinedMargin(MarginTerm):
     m2: Tensor | float
     m3: Tensor | float
     fallback: Fallback = "monotone"
-    gradient: SlopeKind = "exact"
+    gradient: GradientKind = "exact"
 
     def __post_init__(self) -> None:
-        for name, value in (("m1", self.m1), ("m2", self.m2), ("m3", self.m3)):
-            check_number(f"CombinedMargin: {name}", value, 0.0 if name == "m1" else -math.inf)
-            _check_finite(f"CombinedMargin: {name}", value)
-        if readable(self.m1) and not bool((self.m1 > 0).all()):
-            raise ValueError("CombinedMargin: m1 must be above 0; got a tensor with a value that is not")
-        _check_angle("CombinedMargin: m2", self.m2)
-        _check_choices("CombinedMargin", self.fallback, self.gradient)
+        check_value(self, "m1", above=0.0)
+        _check_angle(self, "m2")
+        check_value(self, "m3")
+        _check_choices(self)
 
     def label(self, z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor | float]:
         cosine = checked_cosine("CombinedMargin", z)
         m1, m2, m3 = (per_row(value, classes) for value in (self.m1, self.m2, self.m3))
         if isinstance(m1, (float, int)) and m1 == 1:
-            value, slope = angle_added(cosine, m2, self.fallback)
+            value, derivative = angle_added(cosine, m2, self.fallback)
         else:
-            value, slope = _angle_multiplied(cosine, m1, m2, self.fallback)
-        return value - m3, (1.0 if self.straight_through else slope)
+            value, derivative = _angle_multiplied(cosine, m1, m2, self.fallback)
+        return value - m3, (1.0 if self.straight_through else derivative)
 
     @property
     def straight_through(self) -> bool:
@@ -153,13 +148,13 @@ def angle_added(cosine: Tensor, margin: Tensor | float, fallback: Fallback) -> t
     cos_m, sin_m = _cos(margin), _sin(margin)
     sine, tiny = _sine(cosine)
     value = cosine * cos_m - sine * sin_m
-    slope = cos_m + torch.where(tiny, 0.0, sin_m * cosine / sine)
+    derivative = cos_m + torch.where(tiny, 0.0, sin_m * cosine / sine)
     if fallback == "none":
-        return value, slope
-    one = torch.ones_like(slope)
+        return value, derivative
+    one = torch.ones_like(derivative)
     if fallback == "easy":
         inside = cosine > 0
-        return torch.where(inside, value, cosine), torch.where(inside, slope, one)
+        return torch.where(inside, value, cosine), torch.where(inside, derivative, one)
     negative = margin < 0
     if isinstance(negative, bool):
         inside = cosine < cos_m if negative else cosine > -cos_m
@@ -167,7 +162,7 @@ def angle_added(cosine: Tensor, margin: Tensor | float, fallback: Fallback) -> t
     else:
         inside = torch.where(negative, cosine < cos_m, cosine > -cos_m)
         beyond = cosine + torch.where(negative, 1 - cos_m, -margin * sin_m)
-    return torch.where(inside, value, beyond), torch.where(inside, slope, one)
+    return torch.where(inside, value, beyond), torch.where(inside, derivative, one)
 
 
 def _angle_multiplied(
@@ -175,13 +170,13 @@ def _angle_multiplied(
 ) -> tuple[Tensor, Tensor]:
     sine, tiny = _sine(cosine)
     angle = m1 * torch.atan2(sine, cosine) + m2
-    value, slope = angle.cos(), m1 * angle.sin() * torch.where(tiny, sine, 1 / sine)
+    value, derivative = angle.cos(), m1 * angle.sin() * torch.where(tiny, sine, 1 / sine)
     if fallback == "none":
-        return value, slope
+        return value, derivative
     inside = cosine > 0 if fallback == "easy" else angle <= math.pi
     beyond = cosine if fallback == "easy" else -2 - value
-    beyond_slope = torch.ones_like(slope) if fallback == "easy" else -slope
-    return torch.where(inside, value, beyond), torch.where(inside, slope, beyond_slope)
+    beyond_derivative = torch.ones_like(derivative) if fallback == "easy" else -derivative
+    return torch.where(inside, value, beyond), torch.where(inside, derivative, beyond_derivative)
 
 
 def checked_cosine(name: str, z: Tensor) -> Tensor:
@@ -199,7 +194,7 @@ _ROUNDING = 0.01
 
 
 def _sine(cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """The sine, and where it is too small for a slope: there the derivative of the sine counts as 0."""
+    """The sine, and where it is too small for a derivative: there the derivative of the sine counts as 0."""
     square = (1 - cosine) * (1 + cosine)
     tiny = square <= torch.finfo(cosine.dtype).eps
     sine = torch.where(tiny, square.detach().clamp_min(0).sqrt(), torch.where(tiny, 1.0, square).sqrt())
@@ -214,13 +209,9 @@ def _sin(angle: Tensor | float) -> Tensor | float:
     return angle.sin() if isinstance(angle, Tensor) else math.sin(angle)
 
 
-def _check_finite(name: str, value: Tensor | float) -> None:
-    if readable(value) and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name} must be finite; got NaN or an infinity")
-
-
-def _check_angle(name: str, value: Tensor | float) -> None:
-    _check_finite(name, value)
+def _check_angle(term: MarginTerm, field: str) -> None:
+    check_value(term, field)
+    value = getattr(term, field)
     if isinstance(value, Tensor):
         if not readable(value) or value.numel() == 0:
             return
@@ -228,14 +219,14 @@ def _check_angle(name: str, value: Tensor | float) -> None:
     else:
         largest = abs(value)
     if largest > math.pi:
-        raise ValueError(f"{name} is an angle in radians, at most pi; got {largest:g}: degrees? use math.radians")
+        name = f"{type(term).__name__}: {field}"
+        raise ValueError(f"{name} must be an angle in radians, at most pi; got {largest:g} (degrees? use math.radians)")
 
 
-def _check_choices(name: str, fallback: str, gradient: str) -> None:
-    if fallback not in ("monotone", "easy", "none"):
-        raise ValueError(f"{name}: fallback: got {fallback!r}; allowed are 'monotone', 'easy' and 'none'")
-    if gradient not in ("exact", "straight_through"):
-        raise ValueError(f"{name}: gradient: got {gradient!r}; allowed are 'exact' and 'straight_through'")
+def _check_choices(term: AngularMargin | CombinedMargin) -> None:
+    name = type(term).__name__
+    check_choice(f"{name}: fallback", term.fallback, ("monotone", "easy", "none"))
+    check_choice(f"{name}: gradient", term.gradient, ("exact", "straight_through"))
 
 
 def _check_margin_shape(name: str, value: Tensor | float, num_classes: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedloss.terms.term import Term, check_number, readable
+from fusedloss.terms.term import Term, check_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +31,9 @@ class SoftCap(Term):
     cap: Tensor | float
 
     def __post_init__(self) -> None:
-        check_number("SoftCap: cap", self.cap, minimum_exclusive=0.0)
         if isinstance(self.cap, Tensor) and self.cap.dim() > 0:
             raise ValueError(f"SoftCap: cap must be a float or a 0-dim tensor; got shape {tuple(self.cap.shape)}")
-        if readable(self.cap) and not 0 < float(self.cap.detach()) < float("inf"):
-            raise ValueError(f"SoftCap: cap must be finite and above 0; got {float(self.cap)}")
+        check_value(self, "cap", above=0.0)
 
     def apply(self, logits: Tensor, target: Tensor | None = None) -> Tensor:
         return self.cap * torch.tanh(logits / self.cap)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+
+from fusedloss.core.checks import check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,7 @@ class Term:
         raise TypeError(f"{type(self).__name__} does not define apply(logits)")
 
     def label(self, z: Tensor, classes: Tensor) -> tuple[Tensor, Tensor | float]:
-        """``(value, slope)``: the labelled class's logit `z` after this term, and its derivative in `z`.
+        """``(value, derivative)``: the labelled class's logit `z` after this term, and its derivative in `z`.
 
         `z` and `classes` have the rows' shape, ``(B,)`` or ``(B, d)``; gradients of the term's tensors flow through
         the value.
@@ -59,16 +62,18 @@ class MarginTerm(Term):
 
 
 def label_chain(z: Tensor, classes: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """The labelled class's logit `z` after all `terms`, and its slope in `z`, detached; see ``Term.label``."""
-    slope: Tensor | float = 1.0
+    """The labelled class's logit `z` after all `terms`, and its derivative in `z`, detached; see ``Term.label``."""
+    derivative: Tensor | float = 1.0
     value = z
     for term in terms:
         before, straight = value, isinstance(term, MarginTerm) and term.straight_through
         value, factor = widened(term, z.dtype).label(before.detach() if straight else before, classes)
         if straight:
             value = value + (before - before.detach())
-        slope = slope * (factor.detach() if isinstance(factor, Tensor) else factor)
-    return value, (slope.to(z.dtype).expand(z.shape) if isinstance(slope, Tensor) else torch.full_like(z, slope))
+        derivative = derivative * (factor.detach() if isinstance(factor, Tensor) else factor)
+    if isinstance(derivative, Tensor):
+        return value, derivative.to(z.dtype).expand(z.shape)
+    return value, torch.full_like(z, derivative)
 
 
 def tensors_of(term: Term) -> dict[str, Tensor]:
@@ -97,8 +102,18 @@ def per_class(value: Tensor | float, logits: Tensor) -> Tensor | float:
 
 
 def readable(value: object) -> TypeGuard[Tensor]:
-    """Whether values may be looked at: on the CPU, and not while a graph is traced."""
-    return isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may be looked at: on the CPU, and not while a graph is traced or under torch.func."""
+    return (
+        isinstance(value, Tensor)
+        and not torch.compiler.is_compiling()
+        and type(value) in _PLAIN
+        and value.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def per_row(value: Tensor | float, classes: Tensor) -> Tensor | float:
@@ -110,18 +125,35 @@ def per_row(value: Tensor | float, classes: Tensor) -> Tensor | float:
     return value.reshape(-1, *[1] * (classes.dim() - 1))
 
 
-def check_number(name: str, value: Tensor | float, minimum_exclusive: float = -math.inf) -> None:
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a float or a floating-point tensor; got dtype {value.dtype}")
+def check_value(term: Term, field: str, *, above: float = -math.inf) -> None:
+    """A field that holds a finite number above `above`, or a floating-point tensor of such; see ``readable``."""
+    name, value = f"{type(term).__name__}: {field}", getattr(term, field)
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a float or a tensor; got {type(value).__name__}")
+        number = check_number(name, value, above=above)
+        if not isinstance(value, (float, int)):  # one of numpy's
+            object.__setattr__(term, field, number)
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or a tensor; got {type(value).__name__}")
-    if not math.isfinite(value) or value <= minimum_exclusive:
-        allowed = "finite" if minimum_exclusive == -math.inf else f"finite and above {minimum_exclusive:g}"
-        raise ValueError(f"{name} must be {allowed}; got {value}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a float or a floating-point tensor; got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
+    if not readable(value) or value.numel() == 0:
+        return
+    # One pass: a NaN comes out of both.
+    low, high = (bound.item() for bound in torch.aminmax(value.detach() if value.requires_grad else value))
+    if not (above < low and -math.inf < low and high < math.inf):
+        values = value.detach().flatten()
+        index = int((~((values > above) & torch.isfinite(values))).nonzero()[0])
+        allowed = (
+            "positive and finite" if above == 0 else "finite" if above == -math.inf else f"finite, above {above:g}"
+        )
+        place = f" for class {index}" if value.dim() == 1 else f" at {index}" if value.dim() else ""
+        raise ValueError(f"{name} must be {allowed}; got {float(values[index])}{place}")
 
 
 def check_width(name: str, value: Tensor | float, num_classes: int) -> None:
+    """Raises ``ValueError`` unless `value` is a number, a 0-dim or a ``(K,)`` tensor."""
     if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) != (num_classes,):
         raise ValueError(f"{name} must have shape ({num_classes},), one value per class; got {tuple(value.shape)}")

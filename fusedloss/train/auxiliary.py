@@ -23,9 +23,10 @@ class ContrastiveLoss(nn.Module):
         self.loss = fusedloss.SupConLoss(recipe.supcon_temperature, class_balance=recipe.supcon_prototypes)
         self.register_buffer("classes", torch.arange(num_classes), persistent=False)
 
-    def forward(self, hidden: Tensor, labels: Tensor, classifier: nn.Linear) -> Tensor:
-        """`hidden` ``(B, width)`` is what `classifier` reads."""
+    def forward(self, hidden: Tensor, labels: Tensor, class_weight: Tensor) -> Tensor:
+        """`hidden` ``(B, width)`` is what the head's last layer reads, `class_weight` ``(K, width)`` that layer's."""
         centres = {}
         if self.prototypes:
-            centres = {"prototypes": self.projection(classifier.weight), "prototype_labels": self.classes}
-        return self.weight * self.loss(self.projection(hidden), labels, **centres)
+            centres = {"prototypes": self.projection(class_weight), "prototype_labels": self.classes}
+        loss: Tensor = self.loss(self.projection(hidden), labels, **centres)
+        return self.weight * loss

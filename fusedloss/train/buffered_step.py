@@ -28,7 +28,7 @@ class BufferedStep:
     ) -> None:  # fmt: skip
         device = features.device
         if capture and device.type != "cuda":
-            raise ValueError(f"capture replays steps on a GPU; the features are on {device}")
+            raise ValueError(f"capture must be False unless the features are on a GPU; got features on {device}")
         self.features, self.labels, self.gradients, self.optimizer = features, labels, gradients, optimizer
         self.rows = torch.empty(batch_size, dtype=torch.int64, device=device)
         self.batch_features = features.new_empty(batch_size, features.shape[1])
@@ -42,7 +42,7 @@ class BufferedStep:
     def __call__(self, rows: Tensor, lr: float) -> None:
         """One step on the rows of these numbers (int64, on the device)."""
         for group in self.optimizer.param_groups:
-            # A restored optimizer has copies of its own.
+            # A restored optimizer has its own copy of the rate.
             group["lr"] = self.rate
         self.rate.fill_(lr)
         self.rows[: len(rows)].copy_(rows)

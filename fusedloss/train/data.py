@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +13,29 @@ from torch import Tensor
 from fusedloss.features import FeatureBank
 from fusedloss.longtail import class_counts
 from fusedloss.train.heads import FeatureTransform, build_transform
-from fusedloss.train.loop import ValidationData
-from fusedloss.train.objectives import TrainingData
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.split import Split, split_rows
 
 CHUNK_ROWS = 8192
 BACKGROUND_PREFIX = "__bg_"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Prepared rows on the device: features ``(N, D)``, labels ``(N,)``, counts per class ``(K,)``."""
+
+    features: Tensor
+    labels: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Prepared validation rows on the device, and which classes are background ``(K,)``."""
+
+    features: Tensor
+    labels: Tensor
+    background: np.ndarray
 
 
 class Prepared(NamedTuple):
@@ -42,7 +59,7 @@ def prepare(bank: FeatureBank, recipe: Recipe, device: torch.device) -> Prepared
         seed=recipe.split_seed,
     )  # fmt: skip
     if len(split.train) == 0:
-        raise ValueError("bank has no row left to train on after the split")
+        raise ValueError("bank must have rows to train on after the split; got none")
     transform = build_transform(recipe, bank.in_features).to(device)
     raw = gather(bank.features, split.train, device)
     if recipe.standardize:
@@ -84,7 +101,7 @@ def _warn_of_absent_classes(counts: Tensor, class_names: list[str]) -> None:
         shown = ", ".join(class_names[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
         warnings.warn(
             f"{len(absent)} of {len(class_names)} classes have no sample in the training split and cannot "
-            f"be learned: {shown}",
+            f"be predicted: {shown}",
             UserWarning,
             stacklevel=4,
         )

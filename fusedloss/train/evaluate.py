@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fusedloss.features import FeatureBank
-from fusedloss.features.backbone import choose_device
+from fusedloss.features.checks import as_path, check_choice, check_instance
+from fusedloss.features.device import choose_device
 from fusedloss.metrics import classification_report
 from fusedloss.retrieval import retrieval_report
 from fusedloss.train.data import gather
@@ -48,25 +49,25 @@ def evaluate_run(
     of the features that the last layer sees, under ``report["retrieval"]``.
 
     Raises:
-        ValueError: a bank of another backbone, width or classes, or parts of a split that the bank does not
-            have; a prior applied twice.
+        ValueError, TypeError: a bank of another backbone, width or classes, or parts of a split that the bank
+            does not have; a prior applied twice.
         StorageError: no finished run in the folder.
     """
-    if rows not in ROWS:
-        raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
+    check_choice("rows", rows, ROWS)
+    folder = as_path("folder", folder)
     predictor = Predictor.load(folder).to(choose_device(device))
-    config = RunFolder(Path(folder)).config()
+    config = RunFolder(folder).config()
     recorded = config["bank"]
     if bank is None:
         if recorded["folder"] is None:
-            raise ValueError(f"bank must be given: {folder} was trained on arrays in memory")
+            raise ValueError(f"bank must be a FeatureBank, since {folder} was trained on arrays in memory; got None")
         bank = FeatureBank.open(recorded["folder"])
     check_bank(predictor, bank)
     own = bank.fingerprint() == recorded["fingerprint"]
     if rows == "auto":
         rows = "test" if own else "all"
     if rows != "all" and not own:
-        raise ValueError(f"rows must be all or auto for a bank that the run was not trained on, got {rows!r}")
+        raise ValueError(f"rows must be all or auto for a bank that the run was not trained on; got {rows!r}")
     chosen = np.arange(len(bank)) if rows == "all" else _part(Recipe.from_dict(config["recipe"]), bank, rows)
     features, labels = gather(bank.features, chosen), np.asarray(bank.labels)[chosen]
     logits = predictor.logits(features, calibrated, adjust_prior)
@@ -80,18 +81,20 @@ def check_bank(predictor: Predictor, bank: FeatureBank, labelled: bool = True) -
     """Refuse features of another width or backbone, and, where labels count, of other classes.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError, TypeError: naming what differs.
     """
+    check_instance("bank", bank, FeatureBank, "a FeatureBank")
     if bank.in_features != predictor.in_features:
         raise ValueError(
-            f"bank has features of width {bank.in_features}, the head was trained on {predictor.in_features}"
+            f"bank must have features of width {predictor.in_features}, as the head was trained on; "
+            f"got width {bank.in_features}"
         )
     bank.require_source(predictor.source)
     if labelled and list(bank.class_names) != predictor.class_names:
         other = sorted(set(bank.class_names) ^ set(predictor.class_names))
         what = f"for example {', '.join(other[:3])}" if other else "in another order"
         raise ValueError(
-            f"bank has {bank.num_classes} classes, not the {len(predictor.class_names)} of the head: {what}"
+            f"bank must have the {len(predictor.class_names)} classes of the head; got {bank.num_classes}, {what}"
         )
 
 
@@ -105,5 +108,5 @@ def _part(recipe: Recipe, bank: FeatureBank, rows: str) -> np.ndarray:
     )
     part: np.ndarray = getattr(split, rows)
     if len(part) == 0:
-        raise ValueError(f"rows {rows!r} of this run's split are empty")
+        raise ValueError(f"rows must be a part of the split that has rows; got {rows!r}, which is empty")
     return part

@@ -6,50 +6,30 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import fusedloss
-from fusedloss.calibration import calibration_error, fit_temperature
+from fusedloss.calibration import fit_temperature
 from fusedloss.features import FeatureBank
-from fusedloss.features.backbone import choose_device
+from fusedloss.features.checks import as_path, check_instance
+from fusedloss.features.device import choose_device
 from fusedloss.metrics import classification_report
-from fusedloss.train.data import Prepared, gather, prepare
-from fusedloss.train.loop import Trained, Training, ValidationData, head_logits
+from fusedloss.train.data import Prepared, ValidationData, gather, prepare
+from fusedloss.train.loop import Trained, Training, head_logits
 from fusedloss.train.objectives import checked_loss
 from fusedloss.train.predictor import Predictor
 from fusedloss.train.recipe import Recipe
+from fusedloss.train.result import Result, cost_columns, data_columns, score_columns, settings_columns
 from fusedloss.train.run_folder import RunFolder
-from fusedloss.train.split import Split
 
 OnEpoch = Callable[[float, dict[str, Any]], None]
 
 
 class DivergedError(ValueError):
     """The training loss became NaN or infinite at every learning rate."""
-
-
-@dataclass
-class Result:
-    """A finished run: the head, its scores on the test rows, and how it came about.
-
-    ``report`` is ``metrics.classification_report`` of the test rows; ``row`` is the flat line that tables are
-    made of; ``trials`` lists each learning rate with its validation score; ``history`` has one entry per
-    epoch.
-    """
-
-    recipe: Recipe
-    predictor: Predictor
-    lr: float
-    report: dict[str, Any]
-    row: dict[str, Any]
-    history: list[dict[str, Any]]
-    trials: list[dict[str, Any]]
-    folder: Path | None = None
 
 
 def fit(
@@ -80,6 +60,7 @@ def fit(
 
     Raises:
         ValueError: a recipe or a bank that cannot be trained on.
+        TypeError: arguments of another kind.
         StorageError: a folder that exists without ``resume``, belongs to another run, or cannot be written.
         DivergedError: a loss that is not finite at every learning rate.
 
@@ -113,10 +94,14 @@ class Run:
         on_epoch: OnEpoch | None = None,
         prepared: Prepared | None = None,
     ) -> None:
+        check_instance("bank", bank, FeatureBank, "a FeatureBank")
+        check_instance("recipe", recipe, Recipe, "a Recipe")
+        if on_epoch is not None and not callable(on_epoch):
+            raise TypeError(f"on_epoch must be a function or None; got {type(on_epoch).__name__}")
         checked_loss(recipe.loss)
         self.bank, self.recipe, self.pictures, self.on_epoch = bank, recipe, pictures, on_epoch
         self.device = choose_device(device)
-        self.folder = None if folder is None else RunFolder(Path(folder))
+        self.folder = None if folder is None else RunFolder(as_path("folder", folder))
         self.prepared = prepared
         self.trained: list[Trained] = []
         finished = self.folder is not None and self.folder.begin(recipe, bank, resume)
@@ -135,32 +120,55 @@ class Run:
         if self.result is not None:
             if self.result.lr == lr:
                 return self.result
-            # another choice, with more runs to agree with: the trainings are read from checkpoints
+            # Another choice, with more runs to agree with: the trainings are read from checkpoints.
             self.result = None
             self.train()
         assert self.prepared is not None
-        bank, recipe, (split, training, validation, transform) = self.bank, self.recipe, self.prepared
         chosen = next(one for one in self.trained if one.lr == lr)
         if chosen.diverged:
-            raise DivergedError(f"the loss was not finite at lr {', '.join(f'{r:g}' for r in recipe.lr)}: lower lr")
-        predictor = Predictor(
-            recipe, transform, chosen.head, chosen.temperature, list(bank.class_names),
-            training.counts.tolist(), lr, chosen.epoch, _calibration(chosen, validation),
-            bank.manifest.source,
-        )  # fmt: skip
-        logits = predictor.logits(gather(bank.features, split.test))
-        labels = np.asarray(bank.labels)[split.test]
+            rates = ", ".join(f"{rate:g}" for rate in self.recipe.lr)
+            raise DivergedError(f"lr must be lower for this bank; got a loss that is not finite at lr {rates}")
+        predictor = self._predictor(self.prepared, chosen)
+        split = self.prepared.split
+        logits = predictor.logits(gather(self.bank.features, split.test))
+        labels = np.asarray(self.bank.labels)[split.test]
+        self.result = self._judge(chosen, predictor, logits, labels)
+        if self.folder is not None:
+            self.folder.finish(self.result, split, logits, labels, self.pictures)
+        return self.result
+
+    def _predictor(self, prepared: Prepared, chosen: Trained) -> Predictor:
+        return Predictor(
+            recipe=self.recipe,
+            transform=prepared.transform,
+            head=chosen.head,
+            temperature=chosen.temperature,
+            class_names=list(self.bank.class_names),
+            train_counts=prepared.training.counts.tolist(),
+            lr=chosen.lr,
+            epoch=chosen.epoch,
+            calibration=_calibration(chosen, prepared.validation),
+            source=self.bank.manifest.source,
+        )
+
+    def _judge(self, chosen: Trained, predictor: Predictor, logits: torch.Tensor, labels: np.ndarray) -> Result:
+        """The scores of the test rows, and the row of tables."""
+        assert self.prepared is not None
+        recipe = self.recipe
         report = classification_report(logits, labels, predictor.class_names, train_counts=predictor.train_counts)
-        row = result_row(bank, recipe, split, predictor, chosen, report, logits, labels)
+        row = (
+            data_columns(self.bank, self.prepared.split, predictor.train_counts, report)
+            | settings_columns(recipe, chosen.lr)
+            | {"params": sum(p.numel() for p in predictor.head.parameters())}
+            | score_columns(predictor, report, logits, labels)
+            | cost_columns(predictor, chosen.history[-1])
+        )
         trials = [
             {"lr": t.lr, "epoch": t.epoch, recipe.select: t.score(recipe.select), "diverged": t.diverged}
             for t in self.trained
         ]
         path = self.folder.path if self.folder else None
-        self.result = Result(recipe, predictor, lr, report, row, chosen.history, trials, path)
-        if self.folder is not None:
-            self.folder.finish(self.result, split, logits, labels, self.pictures)
-        return self.result
+        return Result(recipe, predictor, chosen.lr, report, row, chosen.history, trials, path)
 
 
 def _not_nan(score: float) -> float:
@@ -173,7 +181,7 @@ def load_result(folder: str | Path) -> Result:
     Raises:
         StorageError: a folder without a finished run.
     """
-    run = RunFolder(Path(folder))
+    run = RunFolder(as_path("folder", folder))
     values, predictor = run.result(), Predictor.load(folder)
     return Result(
         predictor.recipe,
@@ -205,56 +213,3 @@ def _calibration(chosen: Trained, validation: ValidationData | None) -> dict[str
         return None
     logits = head_logits(chosen.head, chosen.temperature, validation.features)
     return dataclasses.asdict(fit_temperature(logits.cpu(), validation.labels.cpu()))
-
-
-def result_row(
-    bank: FeatureBank,
-    recipe: Recipe,
-    split: Split,
-    predictor: Predictor,
-    chosen: Trained,
-    report: dict[str, Any],
-    logits: torch.Tensor,
-    labels: np.ndarray,
-) -> dict[str, Any]:
-    """One flat line about a run: data, settings, scores on the test rows, cost."""
-    counts = np.array(predictor.train_counts)
-    present = counts[counts > 0]
-    calibration = predictor.calibration
-    scaled = None if calibration is None else torch.softmax(logits / calibration["temperature"], 1)
-    last = chosen.history[-1]
-    return (
-        {
-            "n_train": len(split.train),
-            "n_val": len(split.val),
-            "n_test": len(split.test),
-            "n_groups": len(bank) if bank.groups is None else len(np.unique(bank.groups)),
-            "K": bank.num_classes,
-            "K_test": sum(row["support"] > 0 for row in report["per_class"]),
-            "imbalance": float(present.max() / present.min()),
-            "backbone": bank.manifest.source.backbone,
-            "dim": bank.in_features,
-            "head": recipe.head,
-            "loss": recipe.loss,
-            "class_weight": recipe.class_weights,
-            "ls": recipe.label_smoothing,
-            "la_tau": recipe.added_prior,
-            "seed": recipe.seed,
-            "split_seed": recipe.split_seed,
-            "epochs": recipe.epochs,
-            "batch": recipe.batch_size,
-            "lr": chosen.lr,
-            "wd": recipe.weight_decay,
-            "params": sum(p.numel() for p in predictor.head.parameters()),
-        }
-        | {name: value for name, value in report.items() if name not in ("per_class", "n")}
-        | {
-            "T": math.nan if calibration is None else calibration["temperature"],
-            "ece15_ts": math.nan if scaled is None else calibration_error(scaled, labels),
-            "train_s": last["train_s"],
-            "ms_step": last["ms_step"],
-            "device": str(predictor.transform.mean.device),
-            "version": fusedloss.__version__,
-            "status": "done",
-        }
-    )

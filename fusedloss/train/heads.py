@@ -1,12 +1,147 @@
-"""Heads on prepared features, and the preparation: standardise, normalise."""
+"""The heads that a recipe can name, and the preparation of features before them: a new head is one class here."""
 
 from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import ClassVar, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedloss.train.recipe import Recipe
+
+class HeadSettings(Protocol):
+    """The settings of a recipe that heads and the preparation read."""
+
+    @property
+    def head(self) -> str: ...
+    @property
+    def hidden(self) -> tuple[int, ...]: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def cosine_scale(self) -> float: ...
+    @property
+    def normalize(self) -> bool: ...
+
+
+class Head(nn.Module, abc.ABC):
+    """A classifier on prepared features ``(B, D)``: hidden layers, if any, and a layer that gives logits ``(B, K)``.
+
+    ``unit_rows`` says that the features must have unit length.
+    """
+
+    unit_rows: ClassVar[bool] = False
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, settings: HeadSettings, in_features: int, num_classes: int) -> Head:
+        """The untrained head, initialised from torch's global generator."""
+
+    @property
+    @abc.abstractmethod
+    def class_weight(self) -> Tensor:
+        """``(K, width)``: the last layer's row of each class."""
+
+    @abc.abstractmethod
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Logits ``(B, K)`` of what the last layer reads."""
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """What the last layer reads, ``(B, width)``: the features themselves for a head without hidden layers."""
+        return features
+
+    def as_linear(self) -> nn.Linear | None:
+        """The head as one linear layer with a bias, whose gradients can be written into buffers, or None."""
+        return None
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.classify(self.hidden(features))
+
+
+HeadClass = TypeVar("HeadClass", bound=type[Head])
+HEADS: dict[str, type[Head]] = {}
+
+
+def head(name: str) -> Callable[[HeadClass], HeadClass]:
+    """Register a class of heads under the name that recipes use."""
+
+    def register(kind: HeadClass) -> HeadClass:
+        HEADS[name] = kind
+        return kind
+
+    return register
+
+
+@head("linear")
+class LinearHead(Head, nn.Linear):
+    """``W x + b``."""
+
+    @classmethod
+    def build(cls, settings: HeadSettings, in_features: int, num_classes: int) -> LinearHead:
+        return cls(in_features, num_classes)
+
+    @property
+    def class_weight(self) -> Tensor:
+        return self.weight
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+    def as_linear(self) -> nn.Linear:
+        return self
+
+
+@head("cosine")
+class CosineHead(Head):
+    """``scale * x·w_k / |w_k|``: scaled cosines for rows x of unit length."""
+
+    unit_rows = True
+
+    def __init__(self, in_features: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    @classmethod
+    def build(cls, settings: HeadSettings, in_features: int, num_classes: int) -> CosineHead:
+        return cls(in_features, num_classes, settings.cosine_scale)
+
+    @property
+    def class_weight(self) -> Tensor:
+        return self.weight
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, F.normalize(self.weight, dim=1) * self.scale)
+
+
+@head("mlp")
+class MlpHead(Head, nn.Sequential):
+    """Linear, GELU, LayerNorm, dropout for each hidden width, then a linear classifier."""
+
+    @classmethod
+    def build(cls, settings: HeadSettings, in_features: int, num_classes: int) -> MlpHead:
+        layers: list[nn.Module] = []
+        for width in settings.hidden:
+            layers += [nn.Linear(in_features, width), nn.GELU(), nn.LayerNorm(width), nn.Dropout(settings.dropout)]
+            in_features = width
+        return cls(*layers, nn.Linear(in_features, num_classes))
+
+    @property
+    def class_weight(self) -> Tensor:
+        return cast(nn.Linear, self[-1]).weight
+
+    def hidden(self, features: Tensor) -> Tensor:
+        x: Tensor = features
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self[-1](hidden)
+        return logits
 
 
 class FeatureTransform(nn.Module):
@@ -23,10 +158,7 @@ class FeatureTransform(nn.Module):
 
     def standardize_by(self, features: Tensor) -> None:
         """Take mean and deviation from these rows; a constant feature is only shifted."""
-        mean, square = (
-            torch.zeros_like(self.mean, dtype=torch.float64),
-            torch.zeros_like(self.mean, dtype=torch.float64),
-        )
+        mean, square = (torch.zeros_like(self.mean, dtype=torch.float64) for _ in range(2))
         for chunk in features.split(8192):
             mean += chunk.double().sum(0)
         mean /= len(features)
@@ -41,37 +173,11 @@ class FeatureTransform(nn.Module):
         return F.normalize(prepared, dim=1) if self.normalize else prepared
 
 
-class CosineHead(nn.Module):
-    """``scale * x·w_k / |w_k|``: scaled cosines for rows x of unit length."""
-
-    def __init__(self, in_features: int, num_classes: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
-        nn.init.normal_(self.weight, std=in_features**-0.5)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features, F.normalize(self.weight, dim=1) * self.scale)
-
-
-def mlp(in_features: int, num_classes: int, hidden: tuple[int, ...], dropout: float) -> nn.Sequential:
-    """Linear, GELU, LayerNorm, dropout for each hidden width, then a linear classifier."""
-    layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(in_features, width), nn.GELU(), nn.LayerNorm(width), nn.Dropout(dropout)]
-        in_features = width
-    return nn.Sequential(*layers, nn.Linear(in_features, num_classes))
-
-
-def build_head(recipe: Recipe, in_features: int, num_classes: int) -> nn.Module:
+def build_head(settings: HeadSettings, in_features: int, num_classes: int) -> Head:
     """The untrained head of a recipe, initialised from torch's global generator."""
-    if recipe.head == "cosine":
-        return CosineHead(in_features, num_classes, recipe.cosine_scale)
-    if recipe.head == "mlp":
-        return mlp(in_features, num_classes, recipe.hidden, recipe.dropout)
-    return nn.Linear(in_features, num_classes)
+    return HEADS[settings.head].build(settings, in_features, num_classes)
 
 
-def build_transform(recipe: Recipe, in_features: int) -> FeatureTransform:
-    """The preparation of a recipe, not yet fitted; a cosine head needs rows of unit length."""
-    return FeatureTransform(in_features, recipe.normalize or recipe.head == "cosine")
+def build_transform(settings: HeadSettings, in_features: int) -> FeatureTransform:
+    """The preparation of a recipe, not yet fitted; some heads need rows of unit length."""
+    return FeatureTransform(in_features, settings.normalize or HEADS[settings.head].unit_rows)

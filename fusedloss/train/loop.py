@@ -9,39 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedloss.atomic_io import StorageError, json_line, write_json_lines
 from fusedloss.metrics import class_scores, summary_scores
 from fusedloss.train.buffered_step import BufferedStep
-from fusedloss.train.heads import build_head
-from fusedloss.train.objectives import TrainingData, build_objective
+from fusedloss.train.checkpoint import Checkpoint, flatten_optimizer, select_prefix, unflatten_optimizer, with_prefix
+from fusedloss.train.data import TrainingData, ValidationData
+from fusedloss.train.heads import Head, build_head
+from fusedloss.train.objectives import build_objective
 from fusedloss.train.order import RowOrder
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.step import adamw, gradient_step, schedule
-from fusedloss.train.storage import (
-    Checkpoint,
-    StorageError,
-    flatten_optimizer,
-    json_line,
-    select_prefix,
-    unflatten_optimizer,
-    with_prefix,
-    write_json_lines,
-)
 
 EVALUATION_ROWS = 8192
-
-
-@dataclass(frozen=True)
-class ValidationData:
-    """Prepared validation rows on the device, and which classes are background ``(K,)``."""
-
-    features: Tensor
-    labels: Tensor
-    background: np.ndarray
 
 
 @dataclass
@@ -49,7 +32,7 @@ class Trained:
     """A finished training: the kept head, its epoch, and what each epoch measured."""
 
     lr: float
-    head: nn.Module
+    head: Head
     temperature: Tensor | None
     epoch: int
     history: list[dict[str, Any]]
@@ -203,7 +186,7 @@ class Training:
         self.history, self.diverged = values["history"], values["diverged"]
         best = {name: tensor.to(self.device) for name, tensor in select_prefix(tensors, "best.").items()}
         self.best = Best(values["best"]["value"], values["best"]["epoch"], best)
-        # a kill between the checkpoint and the line after it leaves the file one line short
+        # A kill between the checkpoint and the line after it leaves the file one line short.
         write_json_lines(self.folder / "metrics.jsonl", self.history)
 
     def _finished(self) -> Trained:

@@ -19,16 +19,8 @@ from fusedloss.longtail import (
 )
 from fusedloss.terms import AdditiveMargin, ClassTemperature, Prior, Term
 from fusedloss.train.auxiliary import ContrastiveLoss
+from fusedloss.train.data import TrainingData
 from fusedloss.train.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Prepared rows on the device: features ``(N, D)``, labels ``(N,)``, counts per class ``(K,)``."""
-
-    features: Tensor
-    labels: Tensor
-    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class Objective:
     auxiliary: ContrastiveLoss | None = None
 
     def begin_epoch(self, epoch: int) -> None:
-        """Puts the class weights of an epoch, counted from 0, into the loss."""
+        """Put the class weights of an epoch, from 0, into the loss."""
         if self.schedule is not None:
             self.schedule.apply_to(self.loss, epoch)
 
@@ -83,7 +75,7 @@ def build_objective(recipe: Recipe, data: TrainingData) -> Objective:
 def checked_loss(name: str) -> str:
     """The name, if a loss is registered under it."""
     if name not in OBJECTIVES:
-        raise ValueError(f"loss must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+        raise ValueError(f"loss must be one of {', '.join(OBJECTIVES)}; got {name!r}")
     return name
 
 
@@ -113,7 +105,7 @@ def balanced(recipe: Recipe, data: TrainingData) -> Objective:
 
 @objective("ldam")
 def ldam(recipe: Recipe, data: TrainingData) -> Objective:
-    # the cosine head's logits carry its scale already, so the margins are scaled too
+    # The cosine head's logits carry its scale already, so the margins are scaled too.
     margins = recipe.cosine_scale * ldam_margins(data.counts, recipe.max_margin)
     return Objective(_cross_entropy(recipe, data, AdditiveMargin(margins)))
 
@@ -173,5 +165,5 @@ def _cross_entropy(recipe: Recipe, data: TrainingData, *terms: Term, **options: 
 def _prior(recipe: Recipe, counts: Tensor) -> tuple[Prior, ...]:
     if recipe.added_prior == 0.0:
         return ()
-    # a finite floor keeps label smoothing finite on classes without training samples
+    # A finite floor keeps label smoothing finite on classes without training samples.
     return (Prior(log_prior(counts, floor=1.0).to(counts.device), recipe.added_prior),)

@@ -100,7 +100,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # the object interface needs no global backend and leaves the caller's pyplot alone
+    # The object interface needs no global backend and leaves the caller's pyplot alone
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     share = options.pop("sharex", False)

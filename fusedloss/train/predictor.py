@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fusedloss.atomic_io import StorageError, read_json, read_tensors, write_json, write_tensors
 from fusedloss.features import FeatureSource
+from fusedloss.features.checks import as_numpy, as_path, check_instance
 from fusedloss.longtail import adjust_logits, log_prior
-from fusedloss.train.heads import FeatureTransform, build_head, build_transform
+from fusedloss.train.checkpoint import select_prefix, with_prefix
+from fusedloss.train.heads import FeatureTransform, Head, build_head, build_transform
 from fusedloss.train.loop import head_logits
 from fusedloss.train.recipe import Recipe
-from fusedloss.train.storage import (
-    StorageError,
-    read_json,
-    read_tensors,
-    select_prefix,
-    with_prefix,
-    write_json,
-    write_tensors,
-)
 
 TENSORS, DESCRIPTION = "head.safetensors", "head.json"
 CHUNK_ROWS = 8192
@@ -37,11 +33,22 @@ class Predictor:
     ``prior`` says whether a class prior was added while training; if so the logits are right as they are, and
     a post-hoc adjustment would apply it twice. ``calibration`` is the temperature fitted on the validation
     rows; ``source`` says which backbone, weights and preprocessing the features came from.
+
+    Raises:
+        TypeError, ValueError: parts of another kind, or numbers of classes that disagree.
+
+    Example:
+        >>> from fusedloss.features import FeatureBank
+        >>> from fusedloss.train import fit
+        >>> bank = FeatureBank.from_arrays(np.random.RandomState(0).randn(90, 4), np.arange(90) % 3)
+        >>> predictor = fit(bank, Recipe(epochs=1), device="cpu").predictor
+        >>> predictor.probabilities(bank.features[:2]).shape
+        torch.Size([2, 3])
     """
 
     recipe: Recipe
     transform: FeatureTransform
-    head: nn.Module
+    head: Head
     temperature: Tensor | None
     class_names: list[str]
     train_counts: list[int]
@@ -50,12 +57,24 @@ class Predictor:
     calibration: dict[str, Any] | None = None
     source: FeatureSource = field(default_factory=FeatureSource)
 
+    def __post_init__(self) -> None:
+        check_instance("recipe", self.recipe, Recipe, "a Recipe")
+        check_instance("transform", self.transform, FeatureTransform, "a FeatureTransform")
+        check_instance("head", self.head, Head, "a Head")
+        check_instance("source", self.source, FeatureSource, "a FeatureSource")
+        if len(self.class_names) != len(self.train_counts):
+            raise ValueError(
+                f"train_counts must have one entry per class, {len(self.class_names)}; got {len(self.train_counts)}"
+            )
+
     @property
     def in_features(self) -> int:
+        """Width of the features."""
         return len(self.transform.mean)
 
     @property
     def prior(self) -> dict[str, Any]:
+        """The class prior that training added, as ``longtail.adjust_logits`` takes it."""
         strength = self.recipe.added_prior
         return {"applied": "training" if strength else "none", "strength": strength}
 
@@ -72,44 +91,46 @@ class Predictor:
                 the prior, which would be applied twice.
         """
         if calibrated and self.calibration is None:
-            raise ValueError("calibrated needs a temperature, but this head was trained without validation rows")
-        if not isinstance(features, Tensor):
-            features = np.asanyarray(features)
-        if features.ndim != 2 or features.shape[1] != self.in_features:
-            raise ValueError(f"features must be (N, {self.in_features}) as in training, got {tuple(features.shape)}")
+            raise ValueError("calibrated must be False for a head trained without validation rows; got True")
         self.head.eval()
-        device = self.transform.mean.device
-        parts = []
-        for start in range(0, len(features), CHUNK_ROWS):
-            chunk = features[start : start + CHUNK_ROWS]
-            # a memory map is copied chunk by chunk: it is read-only, and may be larger than the memory
-            chunk = (chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk, dtype=np.float32))).to(
-                device
-            )
-            finite = torch.isfinite(chunk).all(1)
-            if not bool(finite.all()):
-                rows = (start + (~finite).nonzero()[:5, 0]).tolist()
-                raise ValueError(f"features must be finite, rows {rows} hold NaN or infinity")
-            parts.append(head_logits(self.head, self.temperature, self.transform(chunk)).cpu())
+        parts = [head_logits(self.head, self.temperature, chunk).cpu() for chunk in self._prepared(features)]
         logits = torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
         if calibrated and self.calibration:
             logits = logits / self.calibration["temperature"]
-        if adjust_prior == 0:
+        if isinstance(adjust_prior, Real) and adjust_prior == 0:
             return logits
-        # as in training, a class without samples counts as having one
+        # As in training, a class without samples is treated as having one.
         prior = log_prior(torch.tensor(self.train_counts), floor=1.0)
         return adjust_logits(logits, prior, adjust_prior, trained_with=self.prior)
 
+    @torch.no_grad()
     def embeddings(self, features: Any) -> Tensor:
-        """What the head's last layer sees of the features, ``(N, width)``, on the CPU; see ``logits``."""
-        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
-        seen: list[Tensor] = []
-        handle = last.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].cpu()))
-        try:
-            self.logits(features)
-        finally:
-            handle.remove()
-        return torch.cat(seen) if seen else torch.empty(0, self.in_features)
+        """What the head's last layer reads of the features, ``(N, width)``, on the CPU; errors as `logits`."""
+        self.head.eval()
+        parts = [self.head.hidden(chunk).cpu() for chunk in self._prepared(features)]
+        return torch.cat(parts) if parts else torch.empty(0, self.head.class_weight.shape[1])
+
+    def _prepared(self, features: Any) -> Iterator[Tensor]:
+        """Checked rows as the head reads them, on its device, in chunks: they may be larger than the memory."""
+        if not isinstance(features, Tensor):
+            features = as_numpy(features, "features")
+        if features.ndim != 2 or features.shape[1] != self.in_features:
+            raise ValueError(f"features must be (N, {self.in_features}) as in training; got {tuple(features.shape)}")
+        real = not features.is_complex() if isinstance(features, Tensor) else features.dtype.kind in "fiu"
+        if not real:
+            raise TypeError(f"features must be real numbers; got {features.dtype}")
+        device = self.transform.mean.device
+        for start in range(0, len(features), CHUNK_ROWS):
+            chunk = features[start : start + CHUNK_ROWS]
+            if not isinstance(chunk, Tensor):
+                # A copy, since a memory map is read-only.
+                chunk = torch.from_numpy(np.array(chunk, dtype=np.float32))
+            chunk = chunk.detach().to(device)
+            finite = torch.isfinite(chunk).all(1)
+            if not bool(finite.all()):
+                rows = (start + (~finite).nonzero()[:5, 0]).tolist()
+                raise ValueError(f"features must be finite; got NaN or infinity in rows {rows}")
+            yield self.transform(chunk)
 
     def probabilities(self, features: Any, calibrated: bool = False, adjust_prior: float = 0.0) -> Tensor:
         """Softmax of the logits ``(N, K)``; arguments and errors as ``logits``."""
@@ -157,25 +178,24 @@ class Predictor:
         Raises:
             StorageError: a folder without a finished head, or files that do not fit together.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         if not (folder / DESCRIPTION).exists():
             raise StorageError(f"{folder} holds no trained head ({DESCRIPTION}): not a run folder, or not finished")
         values, tensors = read_json(folder / DESCRIPTION), read_tensors(folder / TENSORS)
-        recipe = Recipe.from_dict(values["recipe"])
-        with torch.random.fork_rng(devices=[]):
-            head = build_head(recipe, values["in_features"], values["num_classes"])
-        transform = build_transform(recipe, values["in_features"])
+        try:
+            recipe = Recipe.from_dict(values["recipe"])
+            with torch.random.fork_rng(devices=[]):
+                head = build_head(recipe, values["in_features"], values["num_classes"])
+            transform = build_transform(recipe, values["in_features"])
+            source = FeatureSource(**values["features"])
+            own = {name: values[name] for name in ("class_names", "train_counts", "lr", "epoch")}
+            own["calibration"] = values.get("calibration")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise StorageError(f"{folder / DESCRIPTION} does not describe a trained head: {error!r}") from error
         try:
             head.load_state_dict(select_prefix(tensors, "head."))
             transform.load_state_dict(select_prefix(tensors, "transform."))
         except RuntimeError as error:
             raise StorageError(f"{folder / TENSORS} does not fit {DESCRIPTION}: {error}") from error
-        taken = {f.name for f in dataclasses.fields(cls)} & values.keys() - {"recipe", "head"}
-        return cls(
-            recipe=recipe,
-            transform=transform,
-            head=head.eval(),
-            temperature=tensors.get("temperature"),
-            source=FeatureSource(**values["features"]),
-            **{name: values[name] for name in taken},
-        )
+        temperature = tensors.get("temperature")
+        return cls(recipe=recipe, transform=transform, head=head.eval(), temperature=temperature, source=source, **own)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HEADS = ("linear", "cosine", "mlp")
+from fusedloss.features.checks import as_path
+from fusedloss.train.heads import HEADS
+
 CLASS_WEIGHTS = ("none", "effective", "inverse")
 FEDLAS_BASES, FEDLAS_GATES = ("smoothing", "margin"), ("learned", "positive")
 SELECTIONS = ("macro_f1_fg", "bal_acc", "top1", "nll")
@@ -18,7 +21,7 @@ KEEPS = ("last", "best")
 PRECISIONS = ("float32", "bfloat16")
 
 
-def knob(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+def knob(default: Any, meaning: str, choices: Collection[str] = ()) -> Any:
     """A dataclass field whose meaning the command line shows as its help."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "choices": choices})
 
@@ -27,8 +30,10 @@ def knob(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
 class Recipe:
     """All settings of one training run; unknown names and values out of range are refused by name.
 
+    Every field and its meaning: ``fusedloss train --help``.
+
     Raises:
-        ValueError: a value outside its range or choices, naming the field.
+        ValueError: a value of another type, or outside its range or choices, naming the field.
 
     Example:
         >>> Recipe(loss="vace", lr=(1e-3, 3e-3)).replace(seed=1).seed
@@ -100,24 +105,26 @@ class Recipe:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
             if not values or not all(allowed(v) for v in values):
-                raise ValueError(f"{name} must be {meaning}, got {value}")
+                raise ValueError(f"{name} must be {meaning}; got {value}")
         if self.tau_min > self.tau_max:
-            raise ValueError(f"tau_min must not exceed tau_max, got {self.tau_min} > {self.tau_max}")
+            raise ValueError(f"tau_min must be at most tau_max, {self.tau_max}; got {self.tau_min}")
         if (self.reweight_epoch or self.reweight_ramp) and self.class_weights == "none":
-            raise ValueError("reweight_epoch and reweight_ramp need class_weights: effective or inverse")
+            raise ValueError(
+                "class_weights must be effective or inverse for reweight_epoch and reweight_ramp; got 'none'"
+            )
         if self.loss == "ldam" and self.head != "cosine":
-            raise ValueError(f"loss ldam subtracts margins from cosines and needs head cosine, got {self.head!r}")
+            raise ValueError(f"head must be cosine for loss ldam, whose margins are cosines; got {self.head!r}")
         if self.supcon and self.head != "mlp":
-            raise ValueError(f"supcon trains hidden layers and needs head mlp, got {self.head!r}")
+            raise ValueError(f"head must be mlp for supcon, which trains hidden layers; got {self.head!r}")
         if self.supcon_prototypes and not self.supcon:
-            raise ValueError("supcon_prototypes needs supcon, the weight of the contrastive loss, above 0")
+            raise ValueError("supcon must be above 0 for supcon_prototypes; got 0")
         if self.test_fraction + self.val_fraction >= 1:
             raise ValueError(
-                "test_fraction + val_fraction must leave rows to train on, got "
+                "test_fraction + val_fraction must be below 1, to leave rows to train on; got "
                 f"{self.test_fraction} + {self.val_fraction}"
             )
         if self.val_fraction == 0 and (len(self.lr) > 1 or self.keep == "best"):
-            raise ValueError("val_fraction must be above 0 to choose between learning rates or to keep the best epoch")
+            raise ValueError("val_fraction must be above 0 to choose a learning rate or to keep the best epoch; got 0")
 
     @property
     def added_prior(self) -> float:
@@ -125,7 +132,7 @@ class Recipe:
         return self.prior_strength or float(self.loss == "balanced")
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed; an unknown name is refused."""
+        """A copy with some fields changed; an unknown name is a ValueError."""
         return Recipe.from_dict(dataclasses.asdict(self) | changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,13 +141,20 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The recipe with these fields, the others at their defaults."""
+        """The recipe with these fields, the others at their defaults.
+
+        Raises:
+            ValueError: an unknown name, or as the recipe itself.
+            TypeError: anything but a mapping.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values must be a mapping of settings; got {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-                raise ValueError(f"recipe has no setting {name!r}{hint}")
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else f" (known are {', '.join(known)})"
+                raise ValueError(f"recipe must be made of known settings; got {name!r}{hint}")
         return cls(**values)
 
     @classmethod
@@ -150,17 +164,21 @@ class Recipe:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a JSON recipe, or the ``config.json`` of a run, gives."""
+    """The settings that a JSON recipe, or the ``config.json`` of a run, gives.
+
+    Raises:
+        ValueError: a file that cannot be read, or is not a JSON object.
+    """
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(as_path("path", path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"recipe {path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"recipe {path} must be a JSON object of settings, got {type(values).__name__}")
-    recipe = values.get("recipe", values)
-    return dict(recipe)
+    settings = values.get("recipe", values) if isinstance(values, dict) else values
+    if not isinstance(settings, dict):
+        raise ValueError(f"recipe {path} must be a JSON object of settings; got {type(settings).__name__}")
+    return settings
 
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
@@ -168,18 +186,23 @@ def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
     accepted = (int, float) if kind is float else (kind,)
     for item in value if isinstance(field.default, tuple) else (value,):
         if not isinstance(item, accepted) or (isinstance(item, bool) and kind is not bool):
-            raise ValueError(f"{field.name} must be {kind.__name__}, got {item!r}")
+            raise ValueError(f"{field.name} must be {kind.__name__}; got {item!r}")
     choices = field.metadata["choices"]
     if choices and value not in choices:
-        raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _finite(value: float) -> bool:
+    # An int may be too large for a float.
+    return abs(value) <= sys.float_info.max
 
 
 def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return _finite(value) and value > 0
 
 
 def _not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+    return _finite(value) and value >= 0
 
 
 _RANGES: dict[str, tuple[Any, str]] = {
@@ -196,7 +219,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "split_seed": (lambda v: 0 <= v < 2**32, "in [0, 2**32)"),
     "cosine_scale": (_positive, "positive and finite"),
     "lr": (_positive, "positive and finite"),
-    "focal_gamma": (lambda v: v == 0 or (math.isfinite(v) and v >= 0.5), "0, or finite and at least 0.5"),
+    "focal_gamma": (lambda v: v == 0 or (_finite(v) and v >= 0.5), "0, or finite and at least 0.5"),
     "max_margin": (_positive, "positive and finite"),
     "margin": (_not_negative, "at least 0 and finite"),
     "penalty": (_not_negative, "at least 0 and finite"),
@@ -212,5 +235,5 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "strength": (_not_negative, "at least 0 and finite"),
     "power": (_not_negative, "at least 0 and finite"),
     "weight_decay": (_not_negative, "at least 0 and finite"),
-    "prior_strength": (math.isfinite, "finite"),
+    "prior_strength": (_finite, "finite"),
 }

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from fusedloss.atomic_io import StorageError
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.run_folder import CONFIG, RunFolder
-from fusedloss.train.storage import StorageError
 
-# column of a run's row -> heading, and whether more is better (None: not judged)
+# Column of a run's row -> heading, and whether more is better (None: not judged).
 METRICS: dict[str, tuple[str, bool | None]] = {
     "top1": ("top-1", True),
     "macro_f1_fg": ("macro F1", True),
@@ -45,7 +45,7 @@ MARKS = {"better": "*", "worse": "*", "=": " ", "?": "?"}
 
 
 @dataclass(frozen=True)
-class Row:
+class RecipeRuns:
     """The runs of one recipe, by seed."""
 
     name: str
@@ -65,7 +65,7 @@ class Difference:
     verdict: str
 
 
-def collect_rows(folders: Sequence[str | Path]) -> list[Row]:
+def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
     """Finished runs in and below the folders; runs that differ only in their seed make one row.
 
     Raises:
@@ -84,7 +84,7 @@ def collect_rows(folders: Sequence[str | Path]) -> list[Row]:
         data = (config["bank"]["fingerprint"], recipe.split_seed, recipe.test_fraction)
         if common not in (None, data):
             raise StorageError(
-                f"{run.path} was judged on another bank or split than {finished[0].path}: report them apart"
+                f"{run.path} was judged on another bank or split than {finished[0].path}: report them separately"
             )
         common = data
         name = _name(run.path)
@@ -94,10 +94,10 @@ def collect_rows(folders: Sequence[str | Path]) -> list[Row]:
         if recipe.seed in by_seed:
             raise StorageError(f"{run.path} repeats recipe and seed {recipe.seed} of another run: remove one of them")
         by_seed[recipe.seed] = run.result()["row"]
-    return [Row(names[key], by_seed) for key, by_seed in rows.items()]
+    return [RecipeRuns(names[key], by_seed) for key, by_seed in rows.items()]
 
 
-def difference(row: Row, baseline: Row, metric: str) -> Difference:
+def difference(row: RecipeRuns, baseline: RecipeRuns, metric: str) -> Difference:
     """Mean of the differences over common seeds, with the verdict of two standard errors.
 
     ``"better"`` and ``"worse"`` lie beyond two standard errors, ``"="`` within, ``"?"`` has fewer than three
@@ -121,7 +121,7 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def summary_cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
+def summary_cells(rows: Sequence[RecipeRuns], metrics: Sequence[str]) -> list[list[str]]:
     """Heading and one line per row: name, seeds, learning rates, mean ± standard error of metrics."""
     lines = [["row", "n", "lr", *(_heading(metric) for metric in metrics)]]
     for row in rows:
@@ -131,7 +131,7 @@ def summary_cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]
     return lines
 
 
-def difference_cells(rows: Sequence[Row], baseline: Row, metrics: Sequence[str]) -> list[list[str]]:
+def difference_cells(rows: Sequence[RecipeRuns], baseline: RecipeRuns, metrics: Sequence[str]) -> list[list[str]]:
     """Heading and one line per other row: paired differences, marked ``*`` beyond two standard errors."""
     metrics = [metric for metric in metrics if METRICS.get(metric, ("", None))[1] is not None]
     lines = [[f"difference to {baseline.name}", "n", *(_heading(metric) for metric in metrics)]]
@@ -147,28 +147,28 @@ def difference_cells(rows: Sequence[Row], baseline: Row, metrics: Sequence[str])
     return lines
 
 
-def verdicts(rows: Sequence[Row], baseline: Row, metrics: Sequence[str]) -> list[str]:
+def verdicts(rows: Sequence[RecipeRuns], baseline: RecipeRuns, metrics: Sequence[str]) -> list[str]:
     """One sentence per row: where it is better, worse, or not told apart from the baseline."""
     lines = []
     for row in rows:
         if row is baseline:
             continue
-        found: dict[str, list[str]] = {}
+        judged: dict[str, list[str]] = {}
         for metric in metrics:
             if METRICS.get(metric, ("", None))[1] is not None:
-                found.setdefault(difference(row, baseline, metric).verdict, []).append(_heading(metric))
+                judged.setdefault(difference(row, baseline, metric).verdict, []).append(_heading(metric))
         words = {
             "better": "better in",
             "worse": "worse in",
             "=": "within 2 standard errors in",
             "?": "too few seeds for",
         }
-        parts = [f"{words[kind]} {', '.join(found[kind])}" for kind in words if kind in found]
+        parts = [f"{words[kind]} {', '.join(judged[kind])}" for kind in words if kind in judged]
         lines.append(f"{row.name} against {baseline.name}: {'; '.join(parts)}.")
     return lines
 
 
-def find_baseline(rows: Sequence[Row], name: str | None) -> Row:
+def find_baseline(rows: Sequence[RecipeRuns], name: str | None) -> RecipeRuns:
     """The row of that name, or the first.
 
     Raises:
@@ -177,7 +177,7 @@ def find_baseline(rows: Sequence[Row], name: str | None) -> Row:
     for row in rows:
         if name in (None, row.name):
             return row
-    raise ValueError(f"baseline must be one of {', '.join(row.name for row in rows)}, got {name!r}")
+    raise ValueError(f"baseline must be one of {', '.join(row.name for row in rows)}; got {name!r}")
 
 
 def as_text(cells: Sequence[Sequence[str]]) -> str:
@@ -199,7 +199,7 @@ def as_markdown(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[RecipeRuns]) -> str:
     """All columns of every run, one line each."""
     runs = [{"row": row.name} | row.by_seed[seed] for row in rows for seed in sorted(row.by_seed)]
     buffer = io.StringIO()

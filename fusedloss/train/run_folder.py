@@ -1,4 +1,4 @@
-"""A run on disk: what it was asked, how far it is, and what came out."""
+"""A run on disk: its settings, how far it is, and its results."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 import fusedloss
+from fusedloss.atomic_io import StorageError, read_json, write_bytes, write_json, write_json_lines
 from fusedloss.features import FeatureBank
+from fusedloss.train.pictures import draw_recall_by_frequency, draw_reliability, draw_training_curves
 from fusedloss.train.recipe import Recipe
+from fusedloss.train.result import Result
 from fusedloss.train.split import Split
-from fusedloss.train.storage import StorageError, read_json, write_atomically, write_json, write_json_lines
-
-if TYPE_CHECKING:
-    from fusedloss.train.fit import Result
 
 CONFIG, RESULT, METRICS, PREDICTIONS = "config.json", "result.json", "metrics.jsonl", "predictions.npz"
 TOP_CLASSES = 5
@@ -60,7 +59,7 @@ class RunFolder:
             return False
         if not resume:
             raise StorageError(f"{self.path} already holds a run; resume it, or name a new folder")
-        self._refuse_another(read_json(config), recipe, bank)
+        self._refuse_another(self.config(), recipe, bank)
         return (self.path / RESULT).exists()
 
     def trial(self, lr: float, alone: bool) -> Path:
@@ -83,20 +82,27 @@ class RunFolder:
         """``row``, ``report`` and ``trials`` of a finished run, null scores as NaN."""
         if not (self.path / RESULT).exists():
             raise StorageError(f"{self.path} holds no finished run ({RESULT} is missing)")
-        values: dict[str, Any] = _with_nan(read_json(self.path / RESULT))
+        values = _with_nan(read_json(self.path / RESULT))
+        if not isinstance(values, dict) or not {"row", "report", "trials"} <= values.keys():
+            raise StorageError(f"{self.path / RESULT} must hold row, report and trials of a run; it does not")
         return values
 
     def history(self) -> list[dict[str, Any]]:
         """The metrics of each epoch of the kept training."""
-        return [_with_nan(json.loads(line)) for line in (self.path / METRICS).read_text().splitlines()]
+        path = self.path / METRICS
+        try:
+            return [_with_nan(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise StorageError(error.errno, f"{error.strerror}: {path}") from error
+        except ValueError as error:
+            raise StorageError(f"{path} is not JSON in every line: {error}") from error
 
     def config(self) -> dict[str, Any]:
-        """What the run was asked to do, and on which bank."""
+        """The settings of the run, and the bank that it is on."""
         config = self.path / CONFIG
         if not config.exists():
             raise StorageError(f"{self.path} is not a run folder ({CONFIG} is missing)")
-        values: dict[str, Any] = read_json(config)
-        return values
+        return _checked_config(config, read_json(config))
 
     def clear(self) -> None:
         """Remove the run; only a folder that holds one, or nothing, is removed."""
@@ -107,15 +113,13 @@ class RunFolder:
         shutil.rmtree(self.path)
 
     def _holds_something(self) -> bool:
-        # a kill during the very first write leaves its unfinished file alone in the folder
+        # A kill during the very first write leaves its unfinished file alone in the folder.
         return self.path.is_dir() and any(path.name != f"{CONFIG}.tmp" for path in self.path.iterdir())
 
     def _refuse_another(self, config: dict[str, Any], recipe: Recipe, bank: FeatureBank) -> None:
-        asked = recipe.to_dict()
+        now = recipe.to_dict()
         before = Recipe.from_dict(config["recipe"]).to_dict()
-        changed = [
-            f"{name} was {before[name]} and is now {asked[name]}" for name in asked if asked[name] != before[name]
-        ]
+        changed = [f"{name} was {before[name]} and is now {now[name]}" for name in now if now[name] != before[name]]
         if changed:
             raise StorageError(f"{self.path} holds a run of another recipe: {'; '.join(changed)}")
         if config["bank"]["fingerprint"] != bank.fingerprint():
@@ -134,15 +138,20 @@ class RunFolder:
             train_rows=split.train,
             val_rows=split.val,
         )
-        write_atomically(self.path / PREDICTIONS, buffer.getvalue())
+        write_bytes(self.path / PREDICTIONS, buffer.getvalue())
 
     def _draw(self, result: Result, probs: np.ndarray, labels: np.ndarray) -> None:
-        from fusedloss.train.pictures import draw_recall_by_frequency, draw_reliability, draw_training_curves
-
         draw_training_curves(self.path / "training_curves.png", result.history)
         if len(labels):
             draw_reliability(self.path / "reliability.png", probs, labels, result.report["ece15"])
             draw_recall_by_frequency(self.path / "recall_by_frequency.png", result.report)
+
+
+def _checked_config(path: Path, values: Any) -> dict[str, Any]:
+    bank = values.get("bank") if isinstance(values, dict) else None
+    if not isinstance(bank, dict) or not {"folder", "fingerprint"} <= bank.keys() or "recipe" not in values:
+        raise StorageError(f"{path} must hold the recipe and the bank of a run; it does not")
+    return dict(values)
 
 
 def _with_nan(value: Any) -> Any:

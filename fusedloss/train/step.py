@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusedloss.train.auxiliary import ContrastiveLoss
 from fusedloss.train.buffered_step import rate_tensor
+from fusedloss.train.heads import Head
 from fusedloss.train.objectives import Objective
 
 
@@ -33,43 +33,23 @@ def adamw(modules: list[nn.Module], weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(used, lr=rate_tensor(device), fused=True, capturable=device.type == "cuda")
 
 
-def gradient_step(head: nn.Module, objective: Objective, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+def gradient_step(head: Head, objective: Objective, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Function of a batch that fills the gradients and returns the detached loss."""
-    loss_of = objective.loss
-    if isinstance(head, nn.Linear) and head.bias is not None:
-        return LinearStep(head, loss_of, batch_size, objective.features)
-    if objective.features and isinstance(head, nn.Sequential):
-        loss_of.watch(head[-1])  # type: ignore[operator]
-    if objective.auxiliary is not None:
-        return _with_auxiliary(head, objective, objective.auxiliary)
-    # a head without hidden layers reads the features themselves
-    given = objective.features and not isinstance(head, nn.Sequential)
+    linear, auxiliary = head.as_linear(), objective.auxiliary
+    if linear is not None and auxiliary is None:
+        return LinearStep(linear, objective.loss, batch_size, objective.features)
+    modules = [module for module in (head, objective.loss, auxiliary) if module is not None]
 
     def step(features: Tensor, labels: Tensor) -> Tensor:
-        head.zero_grad(set_to_none=True)
-        loss_of.zero_grad(set_to_none=True)
-        with _multiplying_in(features):
-            logits = head(features)
-        loss: Tensor = loss_of(logits, labels, *([features] if given else []))
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def _with_auxiliary(
-    head: nn.Module, objective: Objective, auxiliary: ContrastiveLoss
-) -> Callable[[Tensor, Tensor], Tensor]:
-    assert isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear)
-    body, classifier = head[:-1], head[-1]
-
-    def step(features: Tensor, labels: Tensor) -> Tensor:
-        for module in (head, objective.loss, auxiliary):
+        for module in modules:
             module.zero_grad(set_to_none=True)
         with _multiplying_in(features):
-            hidden = body(features)
-            logits, contrast = classifier(hidden), auxiliary(hidden, labels, classifier)
-        loss: Tensor = objective.loss(logits, labels) + contrast
+            hidden = head.hidden(features)
+            logits = head.classify(hidden)
+            contrast = None if auxiliary is None else auxiliary(hidden, labels, head.class_weight)
+        loss: Tensor = objective.loss(logits, labels, *([hidden] if objective.features else []))
+        if contrast is not None:
+            loss = loss + contrast
         loss.backward()
         return loss.detach()
 

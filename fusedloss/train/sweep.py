@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusedloss.features import FeatureBank
-from fusedloss.train.fit import Result, Run
+from fusedloss.features.checks import as_integer, as_path, check_choice, check_instance
+from fusedloss.train.fit import Run
 from fusedloss.train.recipe import Recipe
+from fusedloss.train.result import Result
 
 OnEpoch = Callable[[str, int, float, dict[str, Any]], None]
 LR_PER = ("row", "run")
@@ -35,16 +37,14 @@ def sweep(
     whose validation score is the best on average over the seeds; ``"run"`` chooses for every seed by itself.
 
     Raises:
-        ValueError: no row, no seed, a seed twice, or names that cannot be told apart as folders.
+        ValueError, TypeError: no row, no seed, a seed twice, or names that are the same as folders.
         StorageError, DivergedError: as ``fit``.
     """
-    if lr_per not in LR_PER:
-        raise ValueError(f"lr_per must be one of {', '.join(LR_PER)}, got {lr_per!r}")
-    if not rows or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"rows and seeds must not be empty and seeds must differ, got {list(rows)} and {list(seeds)}")
-    folders = {name: Path(folder) / folder_name(name) for name in rows}
-    if len(set(folders.values())) < len(rows):
-        raise ValueError(f"rows must have names that differ as folders, got {list(rows)}")
+    folders = _row_folders(rows, as_path("folder", folder))
+    check_choice("lr_per", lr_per, LR_PER)
+    seeds = [as_integer("seeds", seed, 0, 2**63) for seed in _listed("seeds", seeds)]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must differ and be at least one; got {seeds}")
     results: dict[str, list[Result]] = {}
     for name, recipe in rows.items():
         prepared, runs = None, []
@@ -63,8 +63,25 @@ def sweep(
     return results
 
 
+def _row_folders(rows: dict[str, Recipe], folder: Path) -> dict[str, Path]:
+    """The folder of every row."""
+    check_instance("rows", rows, dict, "a dict of recipes by name")
+    for recipe in rows.values():
+        check_instance("rows", recipe, Recipe, "a dict of recipes by name")
+    folders = {name: folder / folder_name(name) for name in rows}
+    if not rows or len(set(folders.values())) < len(rows):
+        raise ValueError(f"rows must have names that differ as folders, and be at least one; got {list(rows)}")
+    return folders
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence; got {values!r}")
+    return list(values)
+
+
 def grid_rows(base: dict[str, Any], grid: dict[str, Sequence[Any]]) -> dict[str, Recipe]:
-    """One recipe per combination of the grid's values, named after them."""
+    """One recipe per combination of the grid's values, named after them; errors as `Recipe.from_dict`."""
     rows = {}
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))

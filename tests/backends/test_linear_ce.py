@@ -228,19 +228,6 @@ class TestCompile:
         ):
             torch.testing.assert_close(a, b)
 
-    @pytest.mark.parametrize("normalize", [False, True])
-    def test_opcheck(self, normalize):
-        from fusedloss import ops
-
-        head = random_head(normalize=normalize)
-        norms = tuple(ops.row_norms(rows) if normalize else None for rows in (head.x, head.w))
-        inputs = ops.LinearInputs(head.x, head.w, head.case.target, *norms)
-        arguments = (*inputs, *ops.RowInputs(), *ops.SoftmaxOptions(), [True, True, *[False] * 5])
-        torch.library.opcheck(torch.ops.fusedloss.linear_ce.default, arguments)
-        arguments = (*inputs, *ops.StatisticsOptions())
-        torch.library.opcheck(torch.ops.fusedloss.linear_stats.default, arguments)
-        torch.library.opcheck(torch.ops.fusedloss.row_norms.default, (head.x,))
-
 
 class TestSampledClasses:
     def test_value_and_gradient_are_those_of_the_classes_kept(self, backend):
@@ -308,7 +295,7 @@ class TestRefusals:
             (TypeError, "input must be float32", (x.long(), w, y), {}),
             (TypeError, "linear_weight must be a tensor", (x, [1], y), {}),
             (ValueError, r"target must have shape \(4,\)", (x, w, y[:3]), {}),
-            (ValueError, "reduction: got 'max'", (x, w, y), {"reduction": "max"}),
+            (ValueError, "reduction must be 'mean', 'sum' or 'none'; got 'max'", (x, w, y), {"reduction": "max"}),
             (IndexError, "target: got label 5 at row 3; allowed are 0 to 4", (x, w, y + 1), {}),
             (IndexError, "target: got label -1 at row 0", (x, w, y - 1), {"normalize": True}),
             (IndexError, "target: got label 5", (x, w, y + 1), {"terms": [fusedloss.AdditiveMargin(0.1)]}),

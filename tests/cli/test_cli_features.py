@@ -80,7 +80,7 @@ def test_a_missing_command_line_library_is_named():
 def test_a_traceback_can_be_asked_for(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("FUSEDLOSS_TRACEBACK", "1")
     status, _, errors = call(capsys, "import", tmp_path / "none.npy", tmp_path / "bank")
-    assert status == 2 and "Traceback" in errors and "none.npy does not exist" in errors
+    assert status == 2 and "Traceback" in errors and "none.npy, which does not exist" in errors
 
 
 # import
@@ -167,11 +167,14 @@ def test_import_numbers_names(capsys, tmp_path, arrays):
     [
         (
             {"labels": np.full(ROWS, 3), "class_names": np.array(["a", "b"])},
-            r"labels must lie in \[0, 2\); 12 do not",
+            r"labels must lie in \[0, 2\); got 12 that do not",
         ),
         ({"labels": np.zeros(5, int)}, r"labels must have shape \(12,\)"),
         ({"labels": np.zeros(ROWS)}, "labels must be integers; got float64"),
-        ({"features": np.full((ROWS, 2), np.nan)}, "NaN or infinite values in 12 rows: row 0, row 1"),
+        (
+            {"features": np.full((ROWS, 2), np.nan)},
+            "NaN or infinite values in 12 rows: row 0, row 1",
+        ),
         ({"features": np.zeros((ROWS, 2, 2))}, r"features must have shape \(N, D\)"),
     ],
 )
@@ -188,18 +191,18 @@ def test_import_explains_what_it_cannot_read(capsys, tmp_path, arrays):
         return refused(capsys, "import", tmp_path / name, tmp_path / "bank", *options)
 
     np.save(tmp_path / "only.npy", arrays["features"])
-    assert "no labels: " in refused(capsys, "import", tmp_path / "only.npy", tmp_path / "bank")
+    assert "labels must be in " in refused(capsys, "import", tmp_path / "only.npy", tmp_path / "bank")
     assert "bad.npy cannot be read" in error("bad.npy", b"nothing")
     assert "bad.npz cannot be read" in error("bad.npz", b"nothing")
     assert "bad.pt cannot be read" in error("bad.pt", b"nothing")
     assert "bad.safetensors cannot be read" in error("bad.safetensors", b"nothing")
     assert "bad.csv.gz cannot be read" in error("bad.csv.gz", b"nothing")
-    assert "is not .npy, .npz, .csv" in error("bad.parquet", b"nothing")
+    assert "must be in a file: .npy, .npz, .csv" in error("bad.parquet", b"nothing")
     assert "line 3: 2 values, the header has 3" in error("a.csv", b"label,a,b\n0,1,2\n0,1\n")
     assert "row 0: could not convert string to float: 'x'" in error("b.csv", b"label,a\n0,x\n")
-    assert "has no rows below its header" in error("c.csv", b"label,a\n")
+    assert "must have rows below its header; got none" in error("c.csv", b"label,a\n")
     assert "dtype must be one of float16, float32; got 'int8'" in error("d.csv", b"label,a\n0,1\n", "--dtype", "int8")
-    assert "1 rows overflow float16 (the first is row 1)" in error(
+    assert "got 1 rows that overflow it, the first is row 1" in error(
         "e.csv", b"label,a\n0,1\n0,1e6\n", "--dtype", "float16"
     )
     (tmp_path / "twice.txt").write_text("a\na\n")
@@ -276,13 +279,16 @@ def test_extract_with_the_classes_of_another_bank(capsys, tmp_path, packed):
     ("options", "message"),
     [
         (["--backbone", "vgg"], "backbone must be timm:NAME or hf:NAME; got 'vgg'"),
-        (["--backbone", "timm:vggg16"], "timm has no model 'vggg16'; close: vgg16"),
-        (["--weights", "nowhere.pth"], "weights file nowhere.pth does not exist"),
-        (["--dtype", "int8"], "dtype one of ('float16', 'float32')"),
+        (["--backbone", "timm:vggg16"], "backbone must be a model of timm; got 'vggg16' (close: vgg16"),
+        (["--weights", "nowhere.pth"], "weights must be a file; got nowhere.pth, which does not exist"),
+        (["--dtype", "int8"], "dtype must be one of float16, float32; got 'int8'"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--device", "abacus"], "device must be auto, cpu, cuda or cuda:N"),
         (["--precision", "int8"], "precision must be one of float32, bfloat16, float16"),
-        (["--classes", "nowhere.txt"], "nowhere.txt is neither a feature bank nor a file"),
+        (
+            ["--classes", "nowhere.txt"],
+            "classes must be a feature bank or a file with",
+        ),
     ],
 )
 def test_extract_refuses_in_one_line(capsys, packed, options, message):

@@ -99,23 +99,23 @@ def test_train_resumes_overwrites_and_refuses(folder, tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["train", "{root}/nowhere", "{tmp}/r"], "is not a folder"),
     (["train", "{root}/bank", "{tmp}/r", "--loss", "hinge"], "loss must be one of ce, "),
-    (["train", "{root}/bank", "{tmp}/r", "--lr", "fast"], "lr must be float, got 'fast'"),
+    (["train", "{root}/bank", "{tmp}/r", "--lr", "fast"], "lr must be float; got 'fast'"),
     (["train", "{root}/bank", "{tmp}/r", "--device", "tpu9"], "device must be"),
     (["train", "{root}/bank", "{root}/bank"], "is not a run folder"),
     (["train", "{root}/bank", "{root}/bank", "--overwrite"], "is not a run folder"),
     (["evaluate", "{root}/bank"], "holds no trained head"),
     (["evaluate", "{root}/run", "--rows", "some"], "rows must be one of"),
-    (["predict", "{root}/run", "{root}/bank", "--abstain-below", "1.5"], r"abstain_below must lie in [0, 1]"),
-    (["predict", "{root}/run", "{root}/bank", "--top", "9"], "top must lie in [1, 5], got 9"),
+    (["predict", "{root}/run", "{root}/bank", "--abstain-below", "1.5"], "abstain_below must be in [0, 1]; got 1.5"),
+    (["predict", "{root}/run", "{root}/bank", "--top", "9"], "top must be in [1, 6); got 9"),
     (["predict", "{root}/run", "{root}/missing.csv"], "does not exist"),
-    (["sweep", "{root}/bank", "{tmp}/s", "--row", "CE"], "row must be 'NAME: setting=value ...', got 'CE'"),
-    (["sweep", "{root}/bank", "{tmp}/s", "--row", "A: losss=ce"], "no setting 'losss', did you mean 'loss'"),
+    (["sweep", "{root}/bank", "{tmp}/s", "--row", "CE"], "row must be 'NAME: setting=value ...'; got 'CE'"),
+    (["sweep", "{root}/bank", "{tmp}/s", "--row", "A: losss=ce"], "got 'losss' (did you mean 'loss'?)"),
     (["sweep", "{root}/bank", "{tmp}/s", "--grid", "loss"], "grid must be"),
     (["sweep", "{root}/bank", "{tmp}/s", "--seeds", "a"], "seeds must be whole numbers"),
     (["sweep", "{root}/bank", "{tmp}/s", "--seeds", "0,0"], "seeds must differ"),
     (["report", "{tmp}"], "no finished run"),
     (["report", "{root}/run", "--metrics", "top9"], "metrics must be among"),
-    (["report", "{root}/run", "--baseline", "B"], "baseline must be one of run, got 'B'"),
+    (["report", "{root}/run", "--baseline", "B"], "baseline must be one of run; got 'B'"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_mistakes_are_one_clear_line(folder, tmp_path, capsys, arguments, message):
     assert call(*(text.format(root=folder, tmp=tmp_path) for text in arguments)) == 2
@@ -237,19 +237,19 @@ def test_identical_rows_differ_by_nothing(folder, tmp_path, capsys):
 
 
 def test_verdicts_follow_two_standard_errors():
-    from fusedloss.train.report import Row
+    from fusedloss.train.report import RecipeRuns
 
-    base = Row("base", {seed: {"top1": 0.5, "ece15": 0.1} for seed in range(3)})
-    other = Row("other", {s: {"top1": 0.5 + d, "ece15": 0.1 + d} for s, d in enumerate((0.02, 0.03, 0.04))})
+    base = RecipeRuns("base", {seed: {"top1": 0.5, "ece15": 0.1} for seed in range(3)})
+    other = RecipeRuns("other", {s: {"top1": 0.5 + d, "ece15": 0.1 + d} for s, d in enumerate((0.02, 0.03, 0.04))})
     found = difference(other, base, "top1")
     assert (found.mean, found.error) == (
         pytest.approx(0.03),
         pytest.approx(0.01 / 3**0.5),
     ) and found.verdict == "better"
     assert difference(other, base, "ece15").verdict == "worse"
-    noisy = Row("noisy", {s: {"top1": 0.5 + d} for s, d in enumerate((-0.02, 0.03, 0.04))})
+    noisy = RecipeRuns("noisy", {s: {"top1": 0.5 + d} for s, d in enumerate((-0.02, 0.03, 0.04))})
     assert difference(noisy, base, "top1").verdict == "="
-    assert difference(Row("two", {s: {"top1": 1.0} for s in (0, 1)}), base, "top1").verdict == "?"
+    assert difference(RecipeRuns("two", {s: {"top1": 1.0} for s in (0, 1)}), base, "top1").verdict == "?"
 
 
 def test_runs_on_other_data_are_not_compared(folder, tmp_path):

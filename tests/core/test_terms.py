@@ -231,12 +231,24 @@ X, Y = torch.zeros(3, 5), torch.tensor([0, 1, 2])
         (ValueError, "AngularMargin: margin .*radians.*28.6.*degrees", lambda: AngularMargin(28.6)),
         (ValueError, "AngularMargin: margin .*28.6", lambda: AngularMargin(torch.tensor([0.1, 28.6]))),
         (ValueError, "AngularMargin: margin .*nan", lambda: AngularMargin(math.nan)),
-        (ValueError, "fallback: got 'hard'", lambda: AngularMargin(0.5, fallback="hard")),
-        (ValueError, "gradient: got 'ste'", lambda: AngularMargin(0.5, gradient="ste")),
+        (
+            ValueError,
+            "AngularMargin: fallback must be 'monotone', 'easy' or 'none'; got 'hard'",
+            lambda: AngularMargin(0.5, fallback="hard"),
+        ),
+        (
+            ValueError,
+            "AngularMargin: gradient must be 'exact' or 'straight_through'; got 'ste'",
+            lambda: AngularMargin(0.5, gradient="ste"),
+        ),
         (ValueError, "CombinedMargin: m1 .*above 0.*0", lambda: CombinedMargin(0.0, 0.1, 0.1)),
         (ValueError, "CombinedMargin: m2 .*radians", lambda: CombinedMargin(1.0, 20.0, 0.1)),
-        (ValueError, "AdditiveMargin: margin .*NaN", lambda: AdditiveMargin(torch.tensor([math.nan]))),
-        (ValueError, "SoftCap: cap .*above 0.*-1", lambda: SoftCap(-1.0)),
+        (
+            ValueError,
+            "AdditiveMargin: margin must be finite; got nan for class 0",
+            lambda: AdditiveMargin(torch.tensor([math.nan])),
+        ),
+        (ValueError, "SoftCap: cap must be finite and above 0; got -1", lambda: SoftCap(-1.0)),
         (ValueError, "SoftCap: cap .*0-dim.*\\(5,\\)", lambda: SoftCap(torch.ones(5))),
         (ValueError, "MarginPenalty: margin .*-1", lambda: MarginPenalty(-1.0, 0.1)),
         (ValueError, "MarginPenalty: strength .*at most 1.*1.5", lambda: MarginPenalty(1.0, 1.5, mix=True)),
@@ -276,6 +288,77 @@ X, Y = torch.zeros(3, 5), torch.tensor([0, 1, 2])
 def test_bad_arguments(error, pattern, call):
     with pytest.raises(error, match=pattern):
         call()
+
+
+OF_A_VECTOR = {
+    "additive": lambda v: [AdditiveMargin(v), Scale(4.0)],
+    "angular": lambda v: [AngularMargin(v), Scale(4.0)],
+    "straight through": lambda v: [AngularMargin(v, gradient="straight_through"), Scale(4.0)],
+    "combined": lambda v: [CombinedMargin(v + 0.5, v, v)],
+    "temperature": lambda v: [ClassTemperature(v + 0.5)],
+    "prior": lambda v: [fusedloss.Prior(v, 0.5)],
+    "cap": lambda v: [SoftCap(v[0] + 0.1)],
+}
+
+
+@pytest.mark.parametrize("name", OF_A_VECTOR)
+class TestUnderTransforms:
+    """``torch.func`` and batched gradients over a term's own tensor: the same as a loop."""
+
+    def functions(self, name):
+        x, target = cosines(6, 5)
+        z = x.gather(1, target.unsqueeze(1)).squeeze(1)
+
+        def applied(v):
+            logits = x
+            for term in OF_A_VECTOR[name](v):
+                logits = term.apply(logits, target)
+            return logits.sum(1)
+
+        return (
+            applied,
+            lambda v: fusedloss.terms.label_chain(z, target, OF_A_VECTOR[name](v))[0],
+            lambda v: fusedloss.cross_entropy(x, target, terms=OF_A_VECTOR[name](v), reduction="none"),
+        )
+
+    def test_vmap(self, name):
+        values = torch.rand(3, 5, dtype=torch.float64)
+        for function in self.functions(name):
+            expected = torch.stack([function(value) for value in values])
+            torch.testing.assert_close(torch.vmap(function)(values), expected)
+
+    def test_gradients(self, name, backend):
+        value = torch.rand(5, dtype=torch.float64)
+        # An operation's backward over a batch of gradients is tested with the operations.
+        for function in self.functions(name)[: 3 if backend == "reference" else 2]:
+            leaf = value.clone().requires_grad_()
+            rows = function(leaf)
+            each = [torch.autograd.grad(row, leaf, retain_graph=True)[0] for row in rows]
+            expected = torch.stack(each)
+            torch.testing.assert_close(torch.func.jacrev(function)(value), expected)
+            eye = torch.eye(6, dtype=torch.float64)
+            batched = torch.autograd.grad(rows, leaf, eye, is_grads_batched=True)[0]
+            torch.testing.assert_close(batched, expected)
+
+
+def test_terms_of_fake_tensors_are_not_read():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = torch.full((5,), 0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for make in OF_A_VECTOR.values():
+            make(torch.full((5,), 0.5))
+        ClassTemperature(real)
+
+
+@pytest.mark.parametrize("kind", [AdditiveMargin, ClassTemperature, Scale, SoftCap, AngularMargin])
+def test_numbers_of_numpy_are_taken_as_floats(kind):
+    import numpy as np
+
+    term = kind(np.float32(0.5))
+    assert all(type(value) is not np.float32 for value in vars(term).values())
+    with pytest.raises(TypeError, match="must be a float or a tensor; got bool"):
+        kind(np.bool_(True))
 
 
 def test_a_row_without_any_class_has_no_confidence():

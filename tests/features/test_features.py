@@ -96,9 +96,9 @@ def test_banks_with_other_rows_have_other_fingerprints(bank, arrays):
         ({"labels": np.zeros(ROWS)}, "labels must be integers; got float64"),
         (
             {"labels": np.full(ROWS, 5), "class_names": list("abcde")},
-            r"\[0, 5\); 40 do not \(row 0: 5, row 1: 5",
+            r"\[0, 5\); got 40 that do not \(row 0: 5, row 1: 5",
         ),
-        ({"labels": np.full(ROWS, -1), "class_names": list("abcde")}, r"\[0, 5\); 40 do not \(row 0: -1"),
+        ({"labels": np.full(ROWS, -1), "class_names": list("abcde")}, r"\[0, 5\); got 40 that do not \(row 0: -1"),
         ({"groups": np.zeros((ROWS, 1), int)}, r"groups must have shape \(40,\)"),
         ({"paths": ["a"]}, "paths must have one entry per row, 40; got 1"),
     ],
@@ -155,10 +155,10 @@ def edit_manifest(**changes):
     ("damage", "message"),
     [
         (truncate, r"features.npy cannot be read as a whole .npy array \(truncated\?\)"),
-        (other_shape, r"features.npy holds float32 \(40, 7\); the manifest says float32 \(40, 6\)"),
-        (other_dtype, r"labels.npy holds int32 \(40,\); the manifest says int64"),
+        (other_shape, r"features.npy must hold float32 \(40, 6\), as the manifest says; got float32 \(40, 7\)"),
+        (other_dtype, r"labels.npy must hold int64 \(40,\), as the manifest says; got int32"),
         (pickled, "labels.npy cannot be read"),
-        (label_out_of_range, r"labels must lie in \[0, 5\); 40 do not"),
+        (label_out_of_range, r"labels must lie in \[0, 5\); got 40 that do not"),
         (not_finite, r"NaN or infinite values in 40 rows: row 0 \(image 0.png\)"),
         (lambda folder: (folder / "groups.npy").unlink(), "groups.npy is missing"),
         (lambda folder: (folder / "classes.json").write_text('["a"]'), "must be a JSON list of 5 strings"),
@@ -275,7 +275,9 @@ def test_a_writer_refuses_wrong_rows(arrays, tmp_path):
         writer.append(arrays[0][:10])
         with pytest.raises(BankError, match=r"shape \(n, 6\); got \(5, 7\)"):
             writer.append(np.zeros((5, 7)))
-        with pytest.raises(BankError, match="planned for 40 rows; these would be row 41"):
+        with pytest.raises(
+            BankError, match="must be the next of 40 rows, as planned for"
+        ):
             writer.append(np.zeros((31, 6)))
         with pytest.raises(BankError, match=r"in 1 rows: row 12 \(12.png\)"):
             writer.append(np.array([[0] * 6, [0] * 6, [np.nan] * 6]))
@@ -429,17 +431,17 @@ def test_packed_images(tmp_path, colour):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", "", "has no rows"),
-        ("t.csv", "text,label\n", "has no rows"),
+        ("t.csv", "", "must have rows; got none"),
+        ("t.csv", "text,label\n", "must have rows; got none"),
         ("t.csv", "words,label\na,b\n", "must have a column 'path' .* or 'text'"),
         ("t.csv", "text,path,label\na,b,c\n", "not both"),
         ("t.csv", "text\na\n", "must have a column 'label'"),
-        ("t.csv", "text,label\na,x\nb\n", "line 3: no value for 'label'"),
-        ("t.csv", "text,label\na,x,1\n", "line 2: more values than the header"),
+        ("t.csv", "text,label\na,x\nb\n", "value for 'label' in every row; got none in line 3"),
+        ("t.csv", "text,label\na,x,1\n", "got more in line 2 than the header has"),
         ("t.csv", "path,label\nmissing.png,x\n", "1 of 1 images do not exist, the first is .*missing.png"),
         ("t.jsonl", '{"text": "a", "label": "x"}\n{', "line 2 is not JSON"),
         ("t.jsonl", "[1]\n", "line 1 must be an object"),
-        ("t.parquet", "x", "is not a kind of input"),
+        ("t.parquet", "x", "path must be a folder of images, or a .csv, .tsv, .jsonl or .npz file; got .*t.parquet"),
         ("t.npz", "x", "cannot be read as .npz"),
     ],
 )
@@ -453,15 +455,17 @@ def test_wrong_folders_and_packs_are_refused(photos, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_inputs(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match=r"must hold images .*; got none"):
         read_inputs(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"2 labels are not among the 1 classes given, e.g. 'cat'"):
+    with pytest.raises(
+        ValueError, match=r"among the 1 class_names; got 2 in .* that are not, for example 'cat'"
+    ):
         read_inputs(photos, class_names=["emu"])
     save_image(photos / "loose.png", 9)
-    with pytest.raises(ValueError, match=r"1 images lie beside them \(loose.png\)"):
+    with pytest.raises(ValueError, match=r"one folder per class; got 1 images in none \(loose.png\)"):
         read_inputs(photos)
     np.savez(tmp_path / "p.npz", images=np.zeros((2, 8, 8), np.float32), labels=np.zeros(2, int))
-    with pytest.raises(ValueError, match=r"it holds float32 \(2, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"got float32 \(2, 8, 8\)"):
         read_inputs(tmp_path / "p.npz")
     np.savez(tmp_path / "q.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.zeros(3, int))
     with pytest.raises(ValueError, match=r"labels must have shape \(2,\)"):
@@ -494,7 +498,7 @@ def test_safetensors_and_a_new_classifier(tmp_path):
     given, network = tiny_network(), tiny_network()
     state = {name: tensor for name, tensor in given.state_dict().items() if not name.startswith("2.")}
     save_file({**state, "2.weight": torch.zeros(9, 3), "2.bias": torch.zeros(9)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"'2.*' has shape"):
+    with pytest.raises(ValueError, match=r"'2.*' must have shape"):
         weights.load_weights(network, tmp_path / "w.safetensors")
     weights.load_weights(network, tmp_path / "w.safetensors", unused=("2",))
     assert weights.sha256_of_weights(network, ("2",)) == weights.sha256_of_weights(given, ("2",))
@@ -508,12 +512,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
             weights.load_weights(tiny_network(), tmp_path / name)
 
     wide = {f"net.{name}": tensor for name, tensor in tiny_network(width=5).state_dict().items()}
-    check(wide, r"tensor 0 is 'net.0.weight' \(5, 4\), the backbone has '0.weight' \(3, 4\) there")
+    check(wide, r"tensor 0 is '0.weight' \(3, 4\); got 'net.0.weight' \(5, 4\)")
     short = [(f"net.{name}", tensor) for name, tensor in tiny_network().state_dict().items()][:-1]
-    check(dict(short), "it has 8 tensors, the backbone 9")
-    check({**tiny_network().state_dict(), "extra": torch.zeros(1)}, "no place for, the first is 'extra'")
-    check([1, 2], "does not hold a state dict")
-    check({"a": 1}, "does not hold a state dict")
+    check(dict(short), "must hold 9 tensors, as the backbone has; got 8")
+    check({**tiny_network().state_dict(), "extra": torch.zeros(1)}, "got 1 others, the first is 'extra'")
+    check([1, 2], "must hold a state dict")
+    check({"a": 1}, "must hold a state dict")
     check(tiny_network(), "cannot be read as weights .*weights_only=True")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ValueError, match="cannot be read as weights"):
@@ -647,7 +651,7 @@ def test_long_texts_are_cut(tmp_path, tiny_bert):
     np.testing.assert_allclose(features[0], features[1], rtol=1e-5, atol=1e-6)
     whole = compute_features(inputs, load_backbone(f"hf:{tiny_bert}", device="cpu"), progress=False)
     assert not np.allclose(whole[0], whole[1])
-    with pytest.raises(ValueError, match=r"max_length of hf:.* is at most 24; got 25"):
+    with pytest.raises(ValueError, match=r"max_length must be at most 24 for hf:.*; got 25"):
         load_backbone(f"hf:{tiny_bert}", max_length=25)
 
 
@@ -681,17 +685,17 @@ def test_local_weights_of_a_transformers_network(photos, tiny_vit, tmp_path):
     [
         ("resnet10t", {}, "must be timm:NAME or hf:NAME; got 'resnet10t'"),
         ("keras:a", {}, "must be timm:NAME or hf:NAME"),
-        ("timm:test_vitt", {}, "timm has no model 'test_vitt'; close: test_vit"),
-        ("timm:test_vit", {"pooling": "cls"}, "timm backbones have pooling 'pre_logits'"),
+        ("timm:test_vitt", {}, "backbone must be a model of timm; got 'test_vitt' .close: test_vit"),
+        ("timm:test_vit", {"pooling": "cls"}, "pooling must be pre_logits for timm backbones; got 'cls'"),
         (
             "timm:test_vit",
             {"precision": "int8"},
             "precision must be one of float32, bfloat16, float16; got 'int8'",
         ),
         ("timm:test_vit", {"image_size": 0}, "image_size must be at least 1; got 0"),
-        ("timm:test_vit", {"crop": 1.5}, r"crop must lie in \(0, 1\]; got 1.5"),
+        ("timm:test_vit", {"crop": 1.5}, r"crop must be in \(0, 1\]; got 1.5"),
         ("timm:test_vit", {"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N; got 'abacus'"),
-        ("hf:nowhere", {"image_size": 32}, "image_size and crop are for timm backbones"),
+        ("hf:nowhere", {"image_size": 32}, "image_size must be None for hf backbones"),
     ],
 )
 def test_wrong_backbones_are_refused(name, options, message):
@@ -700,13 +704,13 @@ def test_wrong_backbones_are_refused(name, options, message):
 
 
 def test_wrong_poolings_and_kinds_are_refused(photos, tiny_bert, tmp_path):
-    with pytest.raises(ValueError, match="pooling of hf backbones must be one of cls, mean; got 'max'"):
+    with pytest.raises(ValueError, match="pooling must be one of cls, mean for hf backbones; got 'max'"):
         load_backbone(f"hf:{tiny_bert}", pooling="max")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"hf:.* cannot be loaded"):
         load_backbone(f"hf:{tmp_path}")
     backbone = load_backbone(f"hf:{tiny_bert}", device="cpu")
-    with pytest.raises(ValueError, match="reads texts; the inputs are images"):
+    with pytest.raises(ValueError, match=r"inputs must be texts for hf:.*; got images"):
         compute_features(read_inputs(photos), backbone, progress=False)
     with pytest.raises(ValueError, match="must be labelled to become a bank"):
         extract(read_inputs(photos, labelled=False), backbone, tmp_path / "bank")

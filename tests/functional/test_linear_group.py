@@ -88,7 +88,7 @@ def test_refusals(ranks):
 
 def test_options_that_need_all_classes():
     x, w, y, _ = tensors()
-    with pytest.raises(ValueError, match="sample_rate and return_stats"):
+    with pytest.raises(ValueError, match="sample_rate or return_stats"):
         fusedloss.linear_cross_entropy(x, w, y, group=object(), sample_rate=0.5)
     with pytest.raises(ValueError, match="label_smoothing and margin_penalty"):
         fusedloss.linear_cross_entropy(x, w, y, group=object(), label_smoothing=0.1)

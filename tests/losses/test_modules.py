@@ -99,6 +99,38 @@ class TestCrossEntropyLoss:
             for _ in range(8):
                 step()
         assert len(caught) == 1
+        assert caught[0].filename == __file__
+
+    @pytest.mark.parametrize("kind", ["rare steps", "learning rate 0", "a frozen group"])
+    def test_says_nothing_where_an_optimizer_has_them(self, kind):
+        model = nn.Linear(6, 5)
+        tau = nn.Parameter(torch.ones(5), requires_grad=kind != "a frozen group")
+        loss = CrossEntropyLoss(terms=[ClassTemperature(tau)])
+        often = torch.optim.SGD(model.parameters(), lr=0.1)
+        own = torch.optim.SGD(loss.parameters(), lr=0.0 if kind == "learning rate 0" else 0.1)
+        features, _, labels = data()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for step in range(8):
+                often.zero_grad()
+                loss(model(features), labels).backward()
+                often.step()
+                if kind != "rare steps" or step == 7:
+                    own.step()
+
+    def test_an_optimizer_of_another_model_does_not_count_while_gradients_accumulate(self):
+        model, other = nn.Linear(6, 5), nn.Linear(6, 5)
+        loss = CrossEntropyLoss(terms=[ClassTemperature(nn.Parameter(torch.ones(5)))])
+        optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+        unrelated = torch.optim.SGD(other.parameters(), lr=0.1)
+        features, _, labels = data()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(8):
+                loss(model(features), labels).backward()
+                F.cross_entropy(other(features), labels).backward()
+                unrelated.step()
+            optimizer.step()
 
     def test_says_nothing_when_they_are(self):
         model = nn.Linear(6, 5)

@@ -1,6 +1,7 @@
 """The named losses and the rows over statistics, against their formulas written out in float64 and each other."""
 
 import copy
+import inspect
 import math
 import pickle
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import fusedloss
 from fusedloss import Prior, Scale, backends
 from fusedloss.longtail import ldam_margins, log_prior
+from fusedloss.losses.cross_entropy import CrossEntropyKeywords
 
 COUNTS = torch.tensor([400, 100, 40, 10, 1])
 
@@ -151,11 +153,11 @@ class TestPresets:
     @pytest.mark.parametrize(
         ("make", "error", "message"),
         [
-            (lambda: fusedloss.FocalLoss(0.2)(*batch()), ValueError, "focal_gamma must be 0, or finite and at least 0"),
-            (lambda: fusedloss.FocalLoss(math.nan)(*batch()), ValueError, "focal_gamma"),
+            (lambda: fusedloss.FocalLoss(0.2), ValueError, "^gamma must be 0, or finite and at least 0"),
+            (lambda: fusedloss.FocalLoss(math.nan), ValueError, "^gamma must be finite"),
             (lambda: fusedloss.MbLSLoss(-1.0), ValueError, "margin must be finite and at least 0"),
             (lambda: fusedloss.MbLSLoss(1.0, math.nan), ValueError, "strength must be finite"),
-            (lambda: fusedloss.MbLSLoss(1.0, over="max"), ValueError, "over: got 'max'"),
+            (lambda: fusedloss.MbLSLoss(1.0, over="max"), ValueError, "over must be 'mean' or 'sum'; got 'max'"),
             (lambda: fusedloss.LDAMLoss(COUNTS, -0.5), ValueError, "max_margin must be positive"),
             (lambda: fusedloss.LDAMLoss(torch.zeros(3)), ValueError, "at least one sample"),
             (lambda: fusedloss.LDAMLoss(COUNTS, scale=math.inf), ValueError, "scale must be finite"),
@@ -168,12 +170,59 @@ class TestPresets:
             (lambda: fusedloss.ACLSLoss(margin="6"), TypeError, "margin must be a number"),
             (lambda: fusedloss.ECPLoss()(torch.zeros(2, 3), torch.rand(2, 3)), TypeError, "must hold labels"),
             (lambda: fusedloss.RowLoss()(*batch()), NotImplementedError, "RowLoss must define row"),
-            (lambda: fusedloss.RowLoss(reduction="max"), ValueError, "reduction: got 'max'"),
+            (
+                lambda: fusedloss.RowLoss(reduction="max"),
+                ValueError,
+                "reduction must be 'mean', 'sum' or 'none'; got 'max'",
+            ),
         ],
     )
     def test_bad_arguments_are_named(self, make, error, message):
         with pytest.raises(error, match=message):
             make()
+
+
+FORWARDING = {
+    fusedloss.FocalLoss: ((), {"focal_gamma"}),
+    fusedloss.BalancedSoftmaxLoss: ((COUNTS,), set()),
+    fusedloss.LDAMLoss: ((COUNTS,), set()),
+    fusedloss.MbLSLoss: ((), {"margin_penalty"}),
+    fusedloss.LinearCrossEntropyLoss: ((4, 5), set()),
+}
+
+
+@pytest.mark.parametrize("kind", FORWARDING)
+class TestForwardedKeywords:
+    """What CrossEntropyLoss takes, presets and heads take too, and they name themselves where they do not."""
+
+    def test_every_option_reaches_the_loss(self, kind):
+        arguments, own = FORWARDING[kind]
+        options = {
+            "weight": torch.rand(5),
+            "ignore_index": 3,
+            "reduction": "none",
+            "label_smoothing": 0.125,
+            "terms": Scale(2.0),
+            "focal_gamma": 3.0,
+            "z_loss": 0.25,
+            "margin_penalty": fusedloss.MarginPenalty(2.0, 0.5),
+            "return_stats": True,
+        }
+        assert set(CrossEntropyKeywords.__annotations__) == set(options)
+        given = {name: value for name, value in options.items() if name not in own}
+        loss = kind(*arguments, **given)
+        for name, value in given.items():
+            if name != "terms":
+                assert getattr(loss, name) is value, name
+        assert any(isinstance(term, Scale) and term.scale == 2.0 for term in loss._terms())
+        assert set(given) <= set(inspect.signature(kind).parameters)
+
+    @pytest.mark.parametrize("name", ["s", "size_average"])
+    def test_an_unknown_one_names_the_class_that_was_called(self, kind, name):
+        arguments, own = FORWARDING[kind]
+        for wrong in (name, *own):
+            with pytest.raises(TypeError, match=rf"^{kind.__name__}.* unexpected keyword argument '{wrong}'.*weight"):
+                kind(*arguments, **{wrong: 1.0})
 
 
 def flsd53(z, y):
@@ -294,9 +343,56 @@ def test_acls_ties_multiply_the_gradient_of_one_logit():
 
 
 def test_a_row_over_statistics_refuses_margins_where_it_reads_all_logits():
-    with pytest.raises(TypeError, match="ECPLoss takes no margins; got AdditiveMargin"):
+    with pytest.raises(TypeError, match="terms must hold no margins for ECPLoss; got AdditiveMargin"):
         fusedloss.ECPLoss(terms=[fusedloss.AdditiveMargin(0.1)])(*batch())
     logits, labels = batch(ignored=False)
     shifted = logits - 0.1 * F.one_hot(labels, 5)
     found = fusedloss.FLSD53Loss(terms=[fusedloss.AdditiveMargin(0.1)])(logits, labels)
     torch.testing.assert_close(found, flsd53(shifted, labels).mean())
+
+
+@pytest.mark.parametrize("name", ROWS)
+class TestWrongArgumentsOfARow:
+    @pytest.mark.parametrize("count", [1, 4, 6])
+    def test_class_weights_of_the_wrong_length(self, name, count):
+        loss = ROWS[name][0](weight=torch.ones(count))
+        with pytest.raises(ValueError, match=rf"weight must have shape \(5,\), one value per class; got \({count},\)"):
+            loss(*batch())
+
+    @pytest.mark.parametrize(
+        ("error", "message", "options", "arguments"),
+        [
+            (TypeError, "weight must be a floating-point tensor; got list", {"weight": [1.0]}, ()),
+            (ValueError, r"weight must have shape \(K,\); got \(5, 1\)", {"weight": torch.ones(5, 1)}, ()),
+            (TypeError, "ignore_index must be an integer; got NoneType", {"ignore_index": None}, ()),
+            (TypeError, "terms must be a sequence of fusedloss.terms objects; got float", {"terms": 2.0}, ()),
+            (ValueError, r"input must have shape \(B, K\).*; got \(5,\)", {}, (torch.ones(5), torch.tensor(0))),
+            (TypeError, "input must be a tensor of logits; got list", {}, ([[1.0, 2.0]], torch.tensor([0]))),
+            (TypeError, "target must be a tensor", {}, (torch.ones(1, 5), [0])),
+            (
+                ValueError,
+                r"sample_weight must have shape \(2,\); got \(3,\)",
+                {},
+                (torch.ones(2, 5), torch.tensor([0, 1]), torch.ones(3)),
+            ),
+            (
+                TypeError,
+                "sample_weight must be a floating-point tensor with one value per row; got list",
+                {},
+                (torch.ones(2, 5), torch.tensor([0, 1]), [1.0, 1.0]),
+            ),
+        ],
+    )
+    def test_are_named(self, name, error, message, options, arguments):
+        with pytest.raises(error, match="^" + message):
+            ROWS[name][0](**options)(*arguments)
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(2), torch.zeros(())])
+def test_a_row_of_ones_own_that_returns_something_else(returned):
+    class Wrong(fusedloss.RowLoss):
+        def row(self, cross_entropy, statistics, logits, target):
+            return returned
+
+    with pytest.raises(ValueError, match=r"Wrong.row must return a tensor of shape \(12,\); got"):
+        Wrong()(*batch())

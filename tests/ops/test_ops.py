@@ -1,17 +1,15 @@
-"""The softmax operations under torch: opcheck, torch.compile, export, autograd, modes and autocast."""
+"""Losses on logits under torch: torch.compile, export, autograd, modes and autocast."""
 
 import itertools
 
 import pytest
 import torch
-from torch.library import opcheck
 
 import fusedloss
 from fusedloss.backends.cpp import unavailable_reason
 
 needs_kernels = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="no compiled module")
 CPP = pytest.param("cpp", marks=needs_kernels)
-OPS = torch.ops.fusedloss
 
 # torch's own compiler warns about its own plans, differently in each version.
 pytestmark = [
@@ -47,47 +45,6 @@ def inputs(rows=6, num_classes=7, inner=(), dtype=torch.float32, learned=()):
     for position in learned:
         tensors[position].requires_grad_()
     return (*tensors, target)
-
-
-class TestOpcheck:
-    @pytest.mark.parametrize("inner", [(), (3,)])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    @pytest.mark.parametrize(
-        "wanted", [[True] * 5, [True, *[False] * 4], [False, True, False, True, False], [False] * 5]
-    )
-    def test_softmax_ce(self, wanted, dtype, inner):
-        logits, tau, smoothing, sample_weight, target = inputs(inner=inner, dtype=dtype)
-        labels = (logits, target, tau, tau, tau, smoothing, smoothing, smoothing, sample_weight, smoothing)
-        plain = (*[None] * 8, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0, False, -100, True, [*wanted[:1], *[False] * 4])
-        for arguments in (
-            (*labels, 0.0, 0.0, 2.0, 0.1, 0.5, 0.0, 1.0, True, -100, False, wanted),
-            (logits, target, *plain),
-            (logits, logits.softmax(1), *plain),
-        ):
-            opcheck(OPS.softmax_ce.default, arguments, test_utils=("test_schema", "test_faketensor"))
-
-    def test_tracing(self):
-        logits, tau, smoothing, sample_weight, target = inputs()
-        per_row = (smoothing, smoothing, smoothing, sample_weight, smoothing)
-        numbers = (3.0, 0.0, 2.0, 0.1, 0.5, 0.0, 1.0, False, -100, False)
-        opcheck(OPS.softmax_ce.default, (logits, target, tau, tau, tau, *per_row, *numbers, [True] * 5))
-        arguments = (logits, target, tau, tau, tau, smoothing, 3.0, 0.5, -100, True, True, True)
-        opcheck(OPS.softmax_stats.default, arguments)
-
-    @pytest.mark.parametrize("inner", [(), (3,)])
-    @pytest.mark.parametrize("want_uniform, want_prediction", list(itertools.product([False, True], repeat=2)))
-    def test_softmax_stats_and_sweep(self, want_uniform, want_prediction, inner):
-        logits, tau, smoothing, _, target = inputs(inner=inner)
-        arguments = (logits, target, tau, None, None, smoothing, 3.0, 0.5, -100, want_uniform, True, want_prediction)
-        opcheck(OPS.softmax_stats.default, arguments, test_utils=("test_schema", "test_faketensor"))
-        row_max, row_sum, _, _, _, _, rest, *_ = OPS.softmax_stats.default(*arguments)
-        upstream = (smoothing, None, smoothing, smoothing if want_uniform else None, smoothing, smoothing)
-        inputs_of_sweep = (logits, target, tau, None, None, smoothing, smoothing, row_max, row_sum, rest)
-        opcheck(
-            OPS.softmax_stats_backward.default,
-            (*inputs_of_sweep, 3.0, 0.5, -100, *upstream, [True] * 3),
-            test_utils=("test_schema", "test_faketensor"),
-        )
 
 
 def step(logits, tau, smoothing, sample_weight, target):

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import fusedloss
+from fusedloss.core.row_loss import RowOptions
 from fusedloss.ops import upstream
 from fusedloss.terms import AdditiveMargin, ClassTemperature
 
 
 @pytest.fixture(autouse=True)
 def nothing_expected(monkeypatch):
-    monkeypatch.setattr(upstream, "_expected", 1.0)
-    monkeypatch.setattr(upstream, "_last", 1.0)
+    monkeypatch.setattr(upstream, "_seen", {})
 
 
 class _Inputs:
@@ -28,6 +28,10 @@ class _Inputs:
     def loss(self):
         terms = [ClassTemperature(self.tau), AdditiveMargin(self.margin)]
         return fusedloss.cross_entropy(self.logits, self.target, label_smoothing=self.smoothing, terms=terms)
+
+    def expected(self):
+        """What the next forward of this loss multiplies its gradients by."""
+        return upstream.expected_upstream((self.logits.shape[1], self.logits.dtype, RowOptions()))
 
     def gradients(self, factor, loss=None):
         leaves = (self.logits, self.tau, self.margin, self.smoothing)
@@ -53,7 +57,7 @@ def test_a_power_of_two_is_expected_once_seen_twice():
     expected = []
     for factor in (0.25, 0.25, 0.25, 1.0, 1.0, 0.5, 0.25, 3.0, 3.0, 0.0, 0.0):
         inputs.gradients(factor)
-        expected.append(upstream.expected_upstream())
+        expected.append(inputs.expected())
     assert expected == [1.0, 0.25, 0.25, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
@@ -62,7 +66,7 @@ def test_what_can_not_be_multiplied_exactly_is_not_expected(factor):
     inputs = _Inputs()
     for _ in range(3):
         inputs.gradients(factor)
-    assert upstream.expected_upstream() == 1.0
+    assert inputs.expected() == 1.0
 
 
 def test_a_wrong_guess_and_two_losses_alive_at_once():
@@ -70,7 +74,7 @@ def test_a_wrong_guess_and_two_losses_alive_at_once():
     wanted, wanted_of_other = inputs.gradients(3.0), other.gradients(0.5)
     for _ in range(2):
         inputs.gradients(0.25)
-    assert upstream.expected_upstream() == 0.25
+    assert inputs.expected() == 0.25
     one, two = inputs.loss(), other.loss()
     found_of_other = other.gradients(0.5, two)
     assert _equal(found_of_other, wanted_of_other)
@@ -93,5 +97,16 @@ def test_the_loss_itself_is_not_multiplied():
     first = inputs.loss()
     for _ in range(3):
         inputs.gradients(0.125)
-    assert upstream.expected_upstream() == 0.125
+    assert inputs.expected() == 0.125
     assert torch.equal(inputs.loss(), first)
+
+
+def test_a_loss_of_other_classes_type_or_options_is_another_one():
+    inputs, others = _Inputs(), [_Inputs(columns=41), _Inputs(torch.float64)]
+    for _ in range(3):
+        inputs.gradients(0.25)
+    assert inputs.expected() == 0.25
+    assert all(other.expected() == 1.0 for other in others)
+    for other in others:
+        other.gradients(1.0)
+    assert inputs.expected() == 0.25

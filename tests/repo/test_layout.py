@@ -70,6 +70,45 @@ def test_imports_go_down(path, name):
             assert layer(imported) <= layer(name), f"{name} imports {imported}"
 
 
+def test_no_module_imports_itself_in_a_circle():
+    """Imports inside functions and under TYPE_CHECKING too; a package's __init__ is a module like any other."""
+    graph = {name: set(imports_of(path, name)) - {name} for path, name in module_names()}
+    order, waiting = [], set(graph)
+    while ready := {name for name in waiting if not graph[name] & waiting}:
+        order += sorted(ready)
+        waiting -= ready
+    # What is left is in a circle, or imports one: the latter is imported by nobody that is left.
+    while outer := {name for name in waiting if not any(name in graph[other] for other in waiting)}:
+        waiting -= outer
+    assert not waiting, {name: sorted(graph[name] & waiting) for name in sorted(waiting)}
+
+
+# Modules that still take private names of others; the list may only become shorter.
+BORROWERS: set[tuple[str, str]] = set()
+
+
+def private_names_of_others(path, name):
+    """Private names that a module imports from another, or reads from a module that it imports."""
+    tree = ast.parse(path.read_text())
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "fusedloss"):
+            for alias in node.names:
+                if alias.name.startswith("_") and alias.name != "_C":
+                    yield alias.name
+                modules.add(alias.asname or alias.name)
+    names = {module.rpartition(".")[2] for _, module in module_names()}
+    for node in ast.walk(tree):
+        private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if private and isinstance(node.value, ast.Name) and node.value.id in modules & names and node.attr != "_C":
+            yield f"{node.value.id}.{node.attr}"
+
+
+def test_nobody_takes_private_names_of_another_module():
+    borrowed = {(name, private) for path, name in module_names() for private in private_names_of_others(path, name)}
+    assert borrowed == BORROWERS
+
+
 def test_terms_and_core_are_leaves():
     for path, name in module_names():
         if name.split(".")[1:2] in (["terms"], ["core"]):

@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fusedloss.atomic_io import StorageError
 from fusedloss.features import FeatureBank, FeatureSource
 from fusedloss.train import Predictor, Recipe, fit, split_rows
+from fusedloss.train.data import TrainingData
 from fusedloss.train.evaluate import evaluate_run
 from fusedloss.train.fit import load_result
 from fusedloss.train.heads import build_head, build_transform
-from fusedloss.train.objectives import OBJECTIVES, Objective, TrainingData, build_objective, objective
+from fusedloss.train.objectives import OBJECTIVES, Objective, build_objective, objective
 from fusedloss.train.step import gradient_step, schedule
-from fusedloss.train.storage import StorageError
 
 
 def long_tailed_bank(classes=8, width=12, seed=0, **options):
@@ -155,7 +156,7 @@ def test_a_diverging_rate_loses_and_alone_is_an_error(bank):
     recipe = QUICK.replace(standardize=False, lr=(1e-2, 1e38), epochs=2)
     result = fit(bad, recipe, device="cpu")
     assert result.lr == 1e-2 and [trial["diverged"] for trial in result.trials] == [False, True]
-    with pytest.raises(ValueError, match=r"not finite at lr 1e\+38"):
+    with pytest.raises(ValueError, match=r"lr must be lower for this bank; got a loss that is not finite at lr 1e\+38"):
         fit(bad, recipe.replace(lr=1e38), device="cpu")
 
 
@@ -303,9 +304,9 @@ def test_evaluating_a_run_repeats_its_report(tmp_path):
     assert evaluate_run(tmp_path / "run", other, device="cpu").rows == "all"
     with pytest.raises(ValueError, match="rows must be all or auto"):
         evaluate_run(tmp_path / "run", other, rows="test")
-    with pytest.raises(ValueError, match="width 5"):
+    with pytest.raises(ValueError, match=r"features of width 12.*got width 5"):
         evaluate_run(tmp_path / "run", long_tailed_bank(width=5))
-    with pytest.raises(ValueError, match="9 classes, not the 8"):
+    with pytest.raises(ValueError, match="the 8 classes of the head; got 9"):
         evaluate_run(tmp_path / "run", long_tailed_bank(classes=9))
     with pytest.raises(ValueError, match="backbone is 'timm:x'"):
         evaluate_run(tmp_path / "run", long_tailed_bank(source=FeatureSource(backbone="timm:x")))
@@ -332,8 +333,8 @@ def test_a_folder_is_never_mixed_up(bank, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"epoch": 3}, "no setting 'epoch', did you mean 'epochs'"),
-    ({"head": "conv"}, "head must be one of linear, cosine, mlp, got 'conv'"),
+    ({"epoch": 3}, "known settings; got 'epoch' .did you mean 'epochs'"),
+    ({"head": "conv"}, "head must be one of linear, cosine, mlp; got 'conv'"),
     ({"epochs": 0}, "epochs must be at least 1"),
     ({"epochs": 1.5}, "epochs must be int"),
     ({"epochs": True}, "epochs must be int"),
@@ -341,11 +342,11 @@ def test_a_folder_is_never_mixed_up(bank, tmp_path):
     ({"lr": float("nan")}, "lr must be positive and finite"),
     ({"beta": 1.0}, r"beta must be in \[0, 1\)"),
     ({"label_smoothing": 1.1}, "label_smoothing must be in"),
-    ({"tau_min": 3.0}, "tau_min must not exceed tau_max"),
-    ({"test_fraction": 0.95}, "must leave rows to train on"),
+    ({"tau_min": 3.0}, "tau_min must be at most tau_max, 2.0; got 3.0"),
+    ({"test_fraction": 0.95}, "must be below 1, to leave rows to train on; got 0.95"),
     ({"val_fraction": 0.0, "lr": (1e-3, 1e-2)}, "val_fraction must be above 0"),
     ({"val_fraction": 0.0, "keep": "best"}, "val_fraction must be above 0"),
-    ({"dropout": "much"}, "dropout must be float, got 'much'"),
+    ({"dropout": "much"}, "dropout must be float; got 'much'"),
 ], ids=str)  # fmt: skip
 def test_recipes_refuse_by_name(change, message):
     with pytest.raises(ValueError, match=message):
@@ -353,7 +354,7 @@ def test_recipes_refuse_by_name(change, message):
 
 
 def test_an_unknown_loss_is_refused(bank):
-    with pytest.raises(ValueError, match=r"loss must be one of ce, .*vace.*, got 'hinge'"):
+    with pytest.raises(ValueError, match=r"loss must be one of ce, .*vace.*; got 'hinge'"):
         fit(bank, QUICK.replace(loss="hinge"))
 
 

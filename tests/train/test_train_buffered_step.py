@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from fusedloss.atomic_io import StorageError
 from fusedloss.features import FeatureBank
 from fusedloss.train import Recipe, fit
 from fusedloss.train.buffered_step import BufferedStep
+from fusedloss.train.data import TrainingData
 from fusedloss.train.heads import build_head
-from fusedloss.train.objectives import TrainingData, build_objective
+from fusedloss.train.objectives import build_objective
 from fusedloss.train.step import adamw, gradient_step
-from fusedloss.train.storage import StorageError
 
 ROWS, WIDTH, CLASSES, BATCH = 70, 12, 5, 16
 RECIPES = [
@@ -132,7 +133,7 @@ def test_a_replayed_step_has_them_too(monkeypatch):
 
 
 def test_capture_needs_a_gpu():
-    with pytest.raises(ValueError, match="capture replays steps on a GPU; the features are on cpu"):
+    with pytest.raises(ValueError, match="capture must be False unless the features are on a GPU; got features on cpu"):
         fit(bank(), Recipe(epochs=1, capture=True), device="cpu")
 
 

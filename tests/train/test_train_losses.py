@@ -13,9 +13,10 @@ from fusedloss.cli.main import run as command_line
 from fusedloss.features import FeatureBank
 from fusedloss.longtail import effective_number_weights, ldam_margins, log_prior
 from fusedloss.train import Recipe, fit
+from fusedloss.train.data import TrainingData
 from fusedloss.train.evaluate import evaluate_run
 from fusedloss.train.heads import build_head
-from fusedloss.train.objectives import OBJECTIVES, TrainingData, build_objective
+from fusedloss.train.objectives import OBJECTIVES, build_objective
 from fusedloss.train.step import gradient_step
 
 QUICK = Recipe(epochs=4, batch_size=32, lr=5e-2)
@@ -164,7 +165,7 @@ class TestPrior:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": "ldam"}, "needs head cosine, got 'linear'"),
+        ({"loss": "ldam"}, "head must be cosine for loss ldam.*; got 'linear'"),
         ({"focal_gamma": 0.2}, "focal_gamma must be 0, or finite and at least 0.5"),
         ({"max_margin": 0.0}, "max_margin must be positive"),
         ({"margin": -1.0}, "margin must be at least 0"),
@@ -172,7 +173,10 @@ class TestPrior:
         ({"fedlas_strength": 0.7}, r"fedlas_strength must be in \[0, 0.5\]"),
         ({"fedlas_gate": "fixed"}, "fedlas_gate must be one of learned, positive"),
         ({"fedlas_base": "focal"}, "fedlas_base must be one of smoothing, margin"),
-        ({"reweight_epoch": 3}, "reweight_epoch and reweight_ramp need class_weights"),
+        (
+            {"reweight_epoch": 3},
+            "class_weights must be effective or inverse for reweight_epoch",
+        ),
         ({"reweight_epoch": -1, "class_weights": "inverse"}, "reweight_epoch must be at least 0"),
     ],
     ids=str,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from fusedloss import atomic_io
+from fusedloss.atomic_io import StorageError, read_tensors
 from fusedloss.features import FeatureBank
 from fusedloss.train import Recipe, fit
-from fusedloss.train.storage import StorageError, read_tensors
 
 RECIPE = Recipe(head="mlp", hidden=(16,), loss="vace", epochs=6, batch_size=32, lr=(1e-3, 1e-2), keep="best")
 

@@ -64,9 +64,9 @@ def test_rows_in_order():
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="supcon trains hidden layers and needs head mlp, got 'linear'"):
+    with pytest.raises(ValueError, match="head must be mlp for supcon, which trains hidden layers; got 'linear'"):
         Recipe(supcon=0.1)
-    with pytest.raises(ValueError, match="supcon_prototypes needs supcon"):
+    with pytest.raises(ValueError, match="supcon must be above 0 for supcon_prototypes"):
         recipe(supcon_prototypes=True)
     with pytest.raises(ValueError, match="supcon_temperature must be positive"):
         recipe(**CONTRAST, supcon_temperature=0.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedloss.core.checks import check_labels as check_labels
+
 _ROWS_AT_ONCE = 4096
 
 
@@ -120,17 +122,6 @@ def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
     mean = wide.sum() / count.clamp(min=1)
     square = torch.where(kept, wide - mean, 0.0).square().sum() / count.clamp(min=1)
     return torch.stack([count, mean, square])
-
-
-def check_labels(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:
-    """IndexError naming the first row whose label is neither in [0, K) nor `ignore_index`; waits for the device."""
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
-    if bad.any():
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"{name}: got label {int(labels.flatten()[row])} at row {row}; "
-            f"allowed are 0 to {num_classes - 1} and ignore_index={ignore_index}"
-        )
 
 
 def _start_new_classes(features: Tensor, slot: Tensor, shift: Tensor, new: Tensor) -> None:

@@ -113,7 +113,8 @@ def _leaves(inputs: LinearInputs, mask: LinearMask) -> LinearInputs:
 
 def _row_leaves(rows: RowInputs, mask: LinearMask) -> RowInputs:
     smoothing, strength = mask.label_smoothing, mask.penalty_strength
-    return RowInputs(_leaf(rows.label_smoothing, smoothing), rows.sample_weight, _leaf(rows.penalty_strength, strength))
+    tensors = (rows.label_smoothing, rows.sample_weight, rows.penalty_strength)
+    return RowInputs(*map(_leaf, tensors, (smoothing, False, strength)))
 
 
 def _logit_inputs(inputs: LinearInputs) -> LogitInputs:

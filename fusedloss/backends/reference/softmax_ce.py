@@ -37,7 +37,7 @@ def softmax_ce(
         loss = total.sum()
         if mean:
             loss = loss / mean_denominator(inputs.target, inputs.class_weight, inputs.ignore_index, dtype=loss.dtype)
-    grads = leaves.grads(loss * grad_scale)
+        grads = leaves.grads(loss * grad_scale)
     return loss.detach(), of_rows.detach(), grads
 
 
@@ -117,7 +117,7 @@ class _Leaves:
         )
         self.rows = RowInputs(
             leaf(rows.label_smoothing, mask.label_smoothing),
-            rows.sample_weight,
+            leaf(rows.sample_weight, False),
             leaf(rows.penalty_strength, mask.penalty_strength),
         )
         self._dtype = logits.dtype
@@ -130,8 +130,9 @@ class _Leaves:
         if not leaves:
             return []
         if not total.requires_grad:
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+            grads: tuple[Tensor, ...] = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        else:
+            grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         dtypes = [self._dtype if leaf is inputs.logits else leaf.dtype for leaf in leaves]
         return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
