@@ -20,7 +20,7 @@ def unit_rows(rows: Tensor) -> Tensor:
         # A graph plans its own memory; an exported one would lose the derivative of a Function.
         scale, length = _scale_and_length(wide)
         return (wide / scale / length).to(rows.dtype)
-    unit: Tensor = _UnitRows.apply(wide)[0]  # type: ignore[no-untyped-call]
+    unit: Tensor = _UnitRows.apply(wide)[0]
     return unit.to(rows.dtype)
 
 

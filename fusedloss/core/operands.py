@@ -134,8 +134,8 @@ class LinearMask(NamedTuple):
 class SupConInputs(NamedTuple):
     """What every contrastive operation reads: M rows, of which the first A are the anchors and all are contrasts.
 
-    ``codes`` are equal and not negative for positives; rows of code ``IGNORED`` are neither anchors nor contrasts, those
-    of code ``NEGATIVE`` are nobody's positives. A mask replaces codes: ``M = V * B`` rows, view-major, so that row i is
+    ``codes`` are equal and not negative for positives; rows of code ``IGNORED`` are neither anchors nor contrasts,
+    those of code ``NEGATIVE`` are nobody's positives. A mask replaces codes: ``M = V * B`` rows, view-major: row i is
     sample ``i % B``.
     """
 
@@ -150,7 +150,13 @@ class SupConInputs(NamedTuple):
 
     @property
     def num_anchors(self) -> int:
+        """A."""
         return self.per_positive.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+        """All but the two numbers, in order."""
+        return self.features, self.codes, self.mask, self.weights, self.per_positive, self.temperature
 
 
 class AnchorSums(NamedTuple):

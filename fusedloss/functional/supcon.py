@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fusedloss import backends, distributed, ops
 from fusedloss.backends.reference import supcon as reference
-from fusedloss.core.operands import SupConInputs
 from fusedloss.functional.engine import transformed
 from fusedloss.functional.supcon_checks import (
     ExtraRows,
@@ -49,7 +48,7 @@ def supcon(
     ``l_i = log sum_{j != i} exp(s_ij) - mean_{j in P_i} s_ij`` with ``s_ij = <x_i, x_j> / T`` and P_i the other rows
     of i's class. The N x N similarities (N = B * V) are never stored: memory is O(N * D), and rows of any length, any
     T and classes of one row give finite values. Similarities are float32 (float64 for float64 features). A row with NaN
-    or infinity makes the loss of every anchor NaN that is contrasted with it, unless it is ignored; with
+    or infinity makes the loss of every anchor that is contrasted with it NaN, unless the row is ignored; with
     ``FUSEDLOSS_CHECK=1`` it is an error that names the row.
 
     Args:
@@ -190,9 +189,7 @@ def _of_all_ranks(
     return own_first[0], own_first[1], extra, temperature
 
 
-def _check_positives(
-    labels: object, mask: object, options: SupConOptions, group: dist.ProcessGroup | None
-) -> None:
+def _check_positives(labels: object, mask: object, options: SupConOptions, group: dist.ProcessGroup | None) -> None:
     """What can't be joined with a mask."""
     if mask is None:
         return

@@ -1,17 +1,24 @@
-"""What a contrastive loss is called with, checked: options that are numbers and words, and tensors of rows and labels."""
+"""Checks of what a contrastive loss is called with: options, and tensors of rows and labels."""
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedloss.core.checks import check_labels
+from fusedloss.core.checks import (
+    check_bool,
+    check_choice,
+    check_ignore_index,
+    check_labels,
+    check_number,
+    check_tensor,
+)
 from fusedloss.core.dtypes import FLOATING, compute_dtype
+from fusedloss.terms.term import readable
 
 REDUCTIONS = ("mean", "mean_all", "sum", "none")
 MODES = ("all", "one")
@@ -31,14 +38,13 @@ class SupConOptions(NamedTuple):
 
     def check(self) -> None:
         """Raises for an option of the wrong type or out of range."""
+        check_bool("normalize", self.normalize)
         check_choice("reduction", self.reduction, REDUCTIONS)
+        check_bool("class_balance", self.class_balance)
+        check_ignore_index(self.ignore_index)
         check_choice("contrast_mode", self.contrast_mode, MODES)
-        for name in ("normalize", "class_balance"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {_shown(getattr(self, name))}")
-        check_integer("ignore_index", self.ignore_index)
-        for name in ("prototype_weight", "focal_gamma"):
-            check_number(name, getattr(self, name), "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        check_number("prototype_weight", self.prototype_weight, at_least=0.0)
+        check_number("focal_gamma", self.focal_gamma, at_least=0.0)
 
 
 class ExtraRows(NamedTuple):
@@ -51,56 +57,17 @@ class ExtraRows(NamedTuple):
     contrast_labels: Tensor | None = None  # (Q,)
 
 
-def readable(value: Tensor) -> bool:
-    """Whether values may be looked at: a plain tensor of a CPU, and no graph, mode or transform around it."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(value) in (Tensor, torch.nn.Parameter)
-        and value.is_cpu
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """ValueError unless `value` is one of the words."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}; got {value!r}")
-
-
-def check_number(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> None:
-    """TypeError unless `value` is a number, ValueError unless it fits."""
-    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name} must be a number; got {_shown(value)}")
-    if not fits(value):  # type: ignore[arg-type]
-        raise ValueError(f"{name} must be {allowed}; got {value}")
-
-
-def check_integer(name: str, value: object, least: int | None = None) -> None:
-    """TypeError unless `value` is an integer, ValueError below `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"{name} must be an integer; got {_shown(value)}")
-    if least is not None and value < least:  # type: ignore[operator]
-        raise ValueError(f"{name} must be at least {least}; got {value}")
-
-
 def check_temperature(temperature: object, like: Tensor) -> None:
     """Raises unless T is a positive finite number, or a tensor of one (its value is read on a CPU alone)."""
     if not isinstance(temperature, Tensor):
-        if isinstance(temperature, bool) or not isinstance(temperature, (float, int, numbers.Real)):
-            raise TypeError(f"temperature must be a number or a tensor; got {_shown(temperature)}")
-        check_number("temperature", temperature, "positive and finite", lambda x: 0 < x < math.inf)
+        check_number("temperature", temperature, above=0.0)
         return
     if temperature.numel() != 1 or not temperature.is_floating_point():
-        raise ValueError(
-            f"temperature must be a number or a floating-point tensor with one element; got {temperature.dtype} of "
-            f"shape {tuple(temperature.shape)}"
-        )
+        got = f"{temperature.dtype} of shape {tuple(temperature.shape)}"
+        raise ValueError(f"temperature must be a number or a floating-point tensor with one element; got {got}")
     _check_device("temperature", temperature, like)
     if readable(temperature):
-        value = float(temperature.detach())
-        if not 0 < value < math.inf:
-            raise ValueError(f"temperature must be positive and finite; got {value}")
+        check_number("temperature", float(temperature.detach()), above=0.0)
 
 
 def check_features(name: str, value: object, like: Tensor | None = None) -> None:
@@ -172,12 +139,9 @@ def checked_extra(extra: ExtraRows, rows: Tensor, labels: Tensor | None, mask: T
 
 def checked_class_weight(value: object, like: Tensor | None = None) -> Tensor:
     """The weights of the classes ``(K,)``, on the device of `like` where given."""
-    weight = _checked_tensor("class_weight", value, "a floating-point tensor of shape (K,)")
-    if weight.dim() != 1 or weight.shape[0] == 0 or not weight.is_floating_point():
-        got = f"{weight.dtype} of shape {tuple(weight.shape)}"
-        raise ValueError(f"class_weight must be a floating-point tensor of shape (K,); got {got}")
-    if like is not None:
-        _check_device("class_weight", weight, like)
+    weight = check_tensor("class_weight", value, ("K",), like=like, of="features")
+    if weight.shape[0] == 0:
+        raise ValueError("class_weight must have shape (K,) with at least one class; got (0,)")
     _check_values("class_weight", weight, "at least 0 and finite", lambda x: (x >= 0) & (x < math.inf))
     return weight
 
@@ -213,13 +177,7 @@ def _prototype_bias(extra: ExtraRows, rows: Tensor) -> Tensor | None:
         return None
     if extra.prototypes is None:
         raise ValueError("prototype_bias must be None where there are no prototypes; got a value")
-    bias = _checked_tensor("prototype_bias", extra.prototype_bias, "a floating-point tensor of shape (P,)")
-    count = extra.prototypes.shape[0]
-    if not bias.is_floating_point():
-        raise TypeError(f"prototype_bias must be a floating-point tensor of shape ({count},); got {bias.dtype}")
-    if bias.dim() != 1 or bias.shape[0] != count:
-        raise ValueError(f"prototype_bias must have shape ({count},), one per prototype; got {tuple(bias.shape)}")
-    _check_device("prototype_bias", bias, rows)
+    bias = check_tensor("prototype_bias", extra.prototype_bias, extra.prototypes.shape[:1], like=rows, of="features")
     # exp(bias) has to be a float32.
     _check_values("prototype_bias", bias, "at most 80 (-inf leaves a prototype out)", lambda x: x <= 80)
     return bias.detach()
@@ -237,7 +195,7 @@ def _contrast_labels(extra: ExtraRows, rows: Tensor, labels: Tensor | None) -> T
 
 def _checked_tensor(name: str, value: object, allowed: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be {allowed}; got {_shown(value)}")
+        raise TypeError(f"{name} must be {allowed}; got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
     return value
@@ -256,7 +214,3 @@ def _check_values(name: str, value: Tensor, allowed: str, fits: Callable[[Tensor
     if bool(bad.any()):
         place = int(bad.nonzero()[0])
         raise ValueError(f"{name} must be {allowed}; got {value[place].item()} at {place}")
-
-
-def _shown(value: object) -> str:
-    return f"the string {value!r}" if isinstance(value, str) else type(value).__name__

@@ -12,7 +12,8 @@ from fusedloss.backends.reference.supcon import IGNORED, NEGATIVE
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.normalize import unit_rows
 from fusedloss.core.operands import SupConInputs
-from fusedloss.functional.supcon_checks import ExtraRows, SupConOptions, readable
+from fusedloss.functional.supcon_checks import ExtraRows, SupConOptions
+from fusedloss.terms.term import readable
 
 
 class BatchRows(NamedTuple):

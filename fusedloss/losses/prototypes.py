@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedloss.core.checks import check_labels
+from fusedloss.core.checks import check_choice, check_ignore_index, check_integer, check_labels, check_number
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.normalize import unit_rows
-from fusedloss.functional.supcon_checks import (
-    check_choice,
-    check_features,
-    check_integer,
-    check_number,
-    checked_labels,
-    readable,
-)
+from fusedloss.functional.supcon_checks import check_features, checked_labels
 from fusedloss.losses.registered_terms import StepWatch
+from fusedloss.losses.settings_repr import SettingsRepr
+from fusedloss.terms.term import readable
 
 _DISTANCES = ("l2", "cosine")
 _REDUCTIONS = ("mean", "sum", "none")
 _UPDATES = ("gradient", "delta")
 
 
-class PrototypeLoss(nn.Module):
+class PrototypeLoss(SettingsRepr):
     """Distance of each row to its class's prototype, a parameter: ``|x_i - c_y|^2``, or ``1 - cos(x_i, c_y)``.
 
     The prototypes of the batch's labels are gathered: O(B * D), where the usual code masks a (B, K) matrix. The loss
@@ -74,20 +67,17 @@ class PrototypeLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        check_integer("in_features", in_features, 1)
-        check_integer("num_classes", num_classes, 1)
         check_choice("distance", distance, _DISTANCES)
-        check_number("separation", separation, "at least 0 and finite", lambda x: 0 <= x < math.inf)
-        check_number("separation_margin", separation_margin, "finite", math.isfinite)
         check_choice("center_update", center_update, _UPDATES)
         if center_update == "delta" and distance != "l2":
             raise ValueError(f"center_update must be 'gradient' with distance={distance!r}; got {center_update!r}")
         check_choice("reduction", reduction, _REDUCTIONS)
-        check_integer("ignore_index", ignore_index)
-        self.in_features, self.num_classes = in_features, num_classes
+        self.in_features = check_integer("in_features", in_features, at_least=1)
+        self.num_classes = check_integer("num_classes", num_classes, at_least=1)
         self.distance, self.center_update, self.reduction = distance, center_update, reduction
-        self.separation, self.separation_margin = separation, separation_margin
-        self.ignore_index = ignore_index
+        self.separation = check_number("separation", separation, at_least=0.0)
+        self.separation_margin = check_number("separation_margin", separation_margin)
+        self.ignore_index = check_ignore_index(ignore_index)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         nn.init.normal_(self.weight, std=in_features**-0.5)
         self._step_watch = StepWatch()
@@ -114,9 +104,6 @@ class PrototypeLoss(nn.Module):
             return loss
         loss = loss.sum() if self.reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)
         return loss + self.separation * self._likeness().to(loss.dtype) if self.separation else loss
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, distance={self.distance}"
 
     def _distances(self, rows: Tensor, prototypes: Tensor, label: Tensor, kept: Tensor) -> Tensor:
         if self.distance == "cosine":

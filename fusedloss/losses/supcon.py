@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedloss import functional
-from fusedloss.functional.supcon_checks import SupConOptions, check_number, checked_class_weight
+from fusedloss.core.checks import check_bool, check_number
+from fusedloss.functional.supcon_checks import SupConOptions, checked_class_weight
 from fusedloss.losses.registered_terms import StepWatch
+from fusedloss.losses.settings_repr import SettingsRepr
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(SettingsRepr):
     """Supervised contrastive loss (Khosla et al. 2020, L_out) without N x N similarities: ``fusedloss.supcon`` kept.
 
     The call of the SupContrast repository's ``SupConLoss`` works: the same three arguments first, ``(B, V, D)``
@@ -61,20 +63,16 @@ class SupConLoss(nn.Module):
         SupConOptions(
             normalize, reduction, class_balance, ignore_index, contrast_mode, prototype_weight, focal_gamma
         ).check()
-        for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
-            if name == "temperature" or value is not None:
-                check_number(name, value, "positive and finite", lambda x: 0 < x < math.inf)
-        if class_weight is not None:
-            checked_class_weight(class_weight)
-        if not isinstance(learn_temperature, bool):
-            raise TypeError(f"learn_temperature must be True or False; got {type(learn_temperature).__name__}")
+        self.learn_temperature = check_bool("learn_temperature", learn_temperature)
+        self.fixed_temperature = check_number("temperature", temperature, above=0.0)
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log()) if learn_temperature else None
-        self.fixed_temperature = temperature
+        if base_temperature is not None:
+            check_number("base_temperature", base_temperature, above=0.0)
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
         self.normalize = normalize
         self.reduction = reduction
-        self.register_buffer("class_weight", class_weight)
+        self.register_buffer("class_weight", None if class_weight is None else checked_class_weight(class_weight))
         self.class_balance = class_balance
         self.ignore_index = ignore_index
         self.prototype_weight = prototype_weight
@@ -123,6 +121,6 @@ class SupConLoss(nn.Module):
         )
         return loss if self.base_temperature is None else loss * (temperature / self.base_temperature)
 
-    def extra_repr(self) -> str:
-        temperature = "learned" if self.log_temperature is not None else self.fixed_temperature
-        return f"temperature={temperature}, contrast_mode={self.contrast_mode}, reduction={self.reduction}"
+    def settings(self) -> dict[str, Any]:
+        """T as it was given."""
+        return {"temperature": self.fixed_temperature}

@@ -7,7 +7,7 @@ Both read ``core.operands.SupConInputs``; a schema names its fields one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +76,7 @@ define(
 
 def supcon_stats(inputs: SupConInputs) -> AnchorSums:
     """The loss of each anchor, differentiable in features and temperature."""
-    tensors = inputs[:_NUM_TENSORS]
-    if not is_direct(*tensors):
+    if not is_direct(*inputs.tensors):
         return AnchorSums(*torch.ops.fusedloss.supcon_stats.default(*inputs))
     if torch.is_grad_enabled() and (inputs.features.requires_grad or inputs.temperature.requires_grad):
         return AnchorSums(*_SupConStats.apply(*inputs))
@@ -105,7 +104,7 @@ def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(sums.shift, sums.sum)
     ctx.set_materialize_grads(False)
     ctx.numbers = (given.num_grad_rows, given.normalized)
-    ctx.save_for_backward(*given[:_NUM_TENSORS], sums.shift, sums.sum)
+    ctx.save_for_backward(*given.tensors, sums.shift, sums.sum)
 
 
 def _backward_stats(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
@@ -154,6 +153,8 @@ refuse_second("supcon_backward")
 def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: SupConMask) -> list[Tensor]:
     """The gradients that `mask` names, from those of the losses; rows from ``num_grad_rows`` on have zeros."""
     # With a graph asked for, the dispatcher's refusal of second derivatives is recorded.
-    if torch.is_grad_enabled() or not is_direct(*inputs[:_NUM_TENSORS], *saved, grad_loss):
-        return torch.ops.fusedloss.supcon_backward.default(*inputs, *saved, grad_loss, list(mask))
-    return kernel("supcon", "supcon_backward", inputs.features.device.type)(inputs, saved, grad_loss, mask)
+    if torch.is_grad_enabled() or not is_direct(*inputs.tensors, *saved, grad_loss):
+        run: Callable[..., list[Tensor]] = torch.ops.fusedloss.supcon_backward.default
+        return run(*inputs, *saved, grad_loss, list(mask))
+    direct: Callable[..., list[Tensor]] = kernel("supcon", "supcon_backward", inputs.features.device.type)
+    return direct(inputs, saved, grad_loss, mask)

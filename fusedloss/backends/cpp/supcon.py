@@ -128,8 +128,16 @@ class _Panels:
 
 def _addressable(inputs: SupConInputs) -> SupConInputs:
     """The tensors as addresses describe them: contiguous, and no view that negates on reading."""
-    tensors = (None if t is None else t.detach().resolve_neg().contiguous() for t in inputs[:-2])
-    return SupConInputs(*tensors, *inputs[-2:])  # type: ignore[arg-type]
+    return inputs._replace(
+        features=_resolved(inputs.features),
+        codes=_resolved(inputs.codes),
+        mask=None if inputs.mask is None else _resolved(inputs.mask),
+        weights=None if inputs.weights is None else _resolved(inputs.weights),
+    )
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def _common_shift(inputs: SupConInputs, temperature: float) -> float | None:

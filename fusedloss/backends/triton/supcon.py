@@ -214,12 +214,13 @@ def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor
     coefficients[0, :anchors] = saved.shift
     coefficients[1, :anchors] = torch.where(grad_loss == 0, 0.0, grad_loss / saved.sum)
     coefficients[2, :anchors] = grad_loss * inputs.per_positive
+    arguments = Coefficients(coefficients[0], coefficients[1], coefficients[2], moment)
     # A temperature's gradient needs the anchors' rows alone.
     count, width = (inputs.num_grad_rows, features.shape[1]) if mask.features else (anchors, 1)
     launch.start(
         gradient_kernel, (triton.cdiv(max(count, anchors if mask.temperature else 0), tile.rows),
                           triton.cdiv(width, tile.block)),
-        (rows, Coefficients(*coefficients, moment), grad, inputs.num_grad_rows), features.device, tile.warps,
+        (rows, arguments, grad, inputs.num_grad_rows), features.device, tile.warps,
         tile.stages, IGNORED=IGNORED, PRECISION=_precision(inputs), SAME=inputs.normalized, ROWS=tile.rows,
         COLUMNS=tile.columns, STEP=tile.step, BLOCK=tile.block, T=launch.triton_dtype(features.dtype),
         maxnreg=launch.most_registers(tile.warps),
