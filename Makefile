@@ -5,19 +5,30 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fusedloss-installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test check ext bench format clean
+# Workers of the tests (auto: one a core); each computes on one thread.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+.PHONY: demo test test-all check ext bench format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r examples/requirements.txt
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -m "not slow"
 
+# With the tests marked slow.
+test-all: $(STAMP)
+	$(PYTEST)
+
+# Every check, whether or not one before it fails.
 check: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[dev]"
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	@status=0; \
+	for check in "ruff check ." "ruff format --check ." "clang-format --dry-run --Werror csrc/*" mypy; do \
+	    echo "== $$check"; $(BIN)/$$check || status=1; \
+	done; \
+	exit $$status
 
 bench: $(STAMP)
 	$(BIN)/python -m bench softmax_ce class_stats
@@ -28,7 +39,7 @@ ext: $(STAMP)
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[all]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[all,dev]"
 	touch $(STAMP)
 
 clean:

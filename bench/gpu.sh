@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 LIMIT=540 # seconds a mode may take
-export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD:$PWD/tests/cases:$PWD/tests/oracles${PYTHONPATH:+:$PYTHONPATH}"
 
 device=cuda
 small=()

@@ -24,9 +24,9 @@ std::vector<int64_t> class_offsets(const Labels& labels, int64_t num_classes) {
         const int64_t label = labels.data[row];
         if (label == labels.ignore_index) continue;
         if (label < 0 || label >= num_classes)
-            throw py::index_error("labels: got label " + std::to_string(label) + " at row " + std::to_string(row) +
-                                  "; allowed are 0 to " + std::to_string(num_classes - 1) +
-                                  " and ignore_index=" + std::to_string(labels.ignore_index));
+            throw py::index_error("labels must lie in [0, " + std::to_string(num_classes) + ") or be ignore_index=" +
+                                  std::to_string(labels.ignore_index) + "; got label " + std::to_string(label) +
+                                  " at row " + std::to_string(row));
         ++offset[label + 1];
     }
     for (int64_t label = 0; label < num_classes; ++label) offset[label + 1] += offset[label];

@@ -44,9 +44,9 @@ void check_labels(const SoftmaxInputs<T>& inputs) {
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t label = inputs.labels[row];
         if (label == inputs.ignore_index || (label >= 0 && label < K)) continue;
-        throw py::index_error("target: got label " + std::to_string(label) + " at row " + std::to_string(row) +
-                              "; allowed are 0 to " + std::to_string(K - 1) +
-                              " and ignore_index=" + std::to_string(inputs.ignore_index));
+        throw py::index_error("target must lie in [0, " + std::to_string(K) + ") or be ignore_index=" +
+                              std::to_string(inputs.ignore_index) + "; got label " + std::to_string(label) +
+                              " at row " + std::to_string(row));
     }
 }
 

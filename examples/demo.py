@@ -2,10 +2,10 @@
 
     python examples/demo.py                     # everything below demo/
     python examples/demo.py --controls          # more controls: a = 1 - strength, and cosine heads
-    python examples/demo.py --output elsewhere  # another folder
+    python examples/demo.py --output results     # another folder
 
 The task: which of 142 scripts is this character from? Groups are codepoints, so no character is on two sides
-of the split. Run it again after an interruption: what is there is kept, the rest goes on.
+of the split. Run it again after an interruption: what is finished is kept, and the run goes on.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def describe_task(bank: FeatureBank, result: Result) -> None:
     }
     print(f"\n3. {row['n_train']} training rows, {row['n_val']} validation, {row['n_test']} test;")
     print(f"   {row['K']} classes, the largest with {row['imbalance']:.0f} times the rows of the smallest.")
-    counted = ", ".join(f"{name} {count}" for name, count in bands.items())
-    print(f"   Of the {row['K_test']} classes tested, by training samples: {counted}.\n")
+    sizes = ", ".join(f"{name} {count}" for name, count in bands.items())
+    print(f"   Of the {row['K_test']} classes tested, by training samples: {sizes}.\n")
 
 
 def pictures(folder: Path, bank: FeatureBank, results: dict[str, list[Result]], rows: list[RecipeRuns]) -> None:
@@ -152,7 +152,7 @@ def pictures(folder: Path, bank: FeatureBank, results: dict[str, list[Result]], 
 
 
 def draw_montage(path: Path, bank: FeatureBank, result: Result, columns: int = 6, lines: int = 3) -> None:
-    """Test images of classes with at most 20 training samples: the surest right and wrong answers."""
+    """Test images of classes with at most 20 training samples: the surest right and wrong predictions."""
     from matplotlib.figure import Figure
 
     stored = np.load(result.folder / "predictions.npz")
@@ -178,8 +178,8 @@ def draw_montage(path: Path, bank: FeatureBank, result: Result, columns: int = 6
             axis.imshow(images[stored["row"][k]], cmap="gray", vmin=0, vmax=255)
             true, predicted = (bank.class_names[stored[name][k]] for name in ("label", "predicted"))
             seen = counts[stored["label"][k]]
-            answer = f"{confidence[k]:.0%} sure" if right else f"taken for {predicted}"
-            title = f"{true} ({seen})\n{answer}"
+            verdict = f"{confidence[k]:.0%} sure" if right else f"taken for {predicted}"
+            title = f"{true} ({seen})\n{verdict}"
             axis.set_title(title, fontsize=7)
     figure.savefig(path)
 

@@ -77,11 +77,11 @@ def main(arguments=None):
 
 
 def save(path, holders):
-    """Whole or not at all: written beside, then renamed."""
+    """Whole or not at all: written under another name, then renamed."""
     state = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in holders.items()}
-    beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
-    beside.replace(path)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Fused classification and metric-learning losses for PyTorch."""
 
+from typing import TYPE_CHECKING
+
 from fusedloss import functional, terms
 from fusedloss.backends import backend
 from fusedloss.core.row_loss import MarginPenalty
@@ -23,6 +25,7 @@ from fusedloss.losses import (
     LDAMLoss,
     LinearCrossEntropyLoss,
     MbLSLoss,
+    PolyLoss,
     PrototypeLoss,
     RowLoss,
     SupConLoss,
@@ -30,8 +33,6 @@ from fusedloss.losses import (
 )
 from fusedloss.losses.class_statistics import ClassStatistics, NormStatistics
 from fusedloss.terms import AdditiveMargin, AngularMargin, ClassTemperature, CombinedMargin, Prior, Scale, SoftCap
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ACLSLoss",
@@ -59,6 +60,7 @@ __all__ = [
     "MarginPenalty",
     "MbLSLoss",
     "NormStatistics",
+    "PolyLoss",
     "Prior",
     "PrototypeLoss",
     "RowLoss",
@@ -75,3 +77,18 @@ __all__ = [
     "supcon",
     "terms",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name):
+        """`__version__`, which reads the installed package's metadata only when it is asked for."""
+        if name != "__version__":
+            raise AttributeError(f"module 'fusedloss' has no attribute {name!r}")
+        from importlib import metadata
+
+        try:
+            return metadata.version("fusedloss")
+        except metadata.PackageNotFoundError:
+            return "0+unknown"  # a source tree that was never installed

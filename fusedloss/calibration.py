@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fusedloss.core.checks import as_labels, as_tensor, check_choice, check_integer
 
 KINDS = ("ece", "adaptive", "over", "under", "classwise")
 
@@ -59,10 +62,8 @@ def calibration_error(probs: Any, labels: Any, n_bins: int = 15, kind: str = "ec
         >>> calibration_error([[1.0, 0.0], [1.0, 0.0]], [0, 1])
         0.5
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    check_choice("kind", kind, KINDS)
+    n_bins = check_integer("n_bins", n_bins, at_least=1)
     probs, labels = checked_probabilities(probs, labels)
     if len(labels) == 0:
         return math.nan
@@ -76,7 +77,16 @@ def calibration_error(probs: Any, labels: Any, n_bins: int = 15, kind: str = "ec
 
 
 def reliability_bins(probs: Any, labels: Any, n_bins: int = 15) -> ReliabilityBins:
-    """Count, confidence and accuracy of each equal-width confidence bin: what a reliability diagram draws."""
+    """Count, confidence and accuracy of each equal-width confidence bin: what a reliability diagram draws.
+
+    Args:
+        probs, labels, n_bins: as in ``calibration_error``.
+
+    Example:
+        >>> reliability_bins([[1.0, 0.0], [0.75, 0.25]], [0, 1], n_bins=2).accuracy
+        array([nan, 0.5])
+    """
+    n_bins = check_integer("n_bins", n_bins, at_least=1)
     probs, labels = checked_probabilities(probs, labels)
     confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
     bins = _equal_width(confidence, n_bins)
@@ -115,54 +125,44 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, max_iterations: int = 100
         >>> round(fit_temperature(z, torch.tensor([0, 0, 1])).temperature, 3)   # 2 / log 2
         2.885
     """
-    logits, labels = torch.as_tensor(logits).detach(), torch.as_tensor(labels)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
-    if len(labels) == 0:
-        raise ValueError("logits must hold at least one sample, got none")
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("logits must be finite")
-    _check_label_range(labels.cpu().numpy(), logits.shape[1])
+    max_iterations = check_integer("max_iterations", max_iterations, at_least=1)
+    logits = as_tensor("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape (N, K); got {tuple(logits.shape)}")
+    if len(logits) == 0:
+        raise ValueError("logits must hold at least one sample; got none")
+    finite = torch.isfinite(logits).all(1)
+    if not bool(finite.all()):
+        raise ValueError(f"logits must be finite; got another value in row {int((~finite).nonzero()[0])}")
+    target = as_labels("labels", labels, logits.shape[:1], logits.shape[1]).to(logits.device)[:, None]
     logits = logits.to(torch.float64)
-    target = labels.to(device=logits.device, dtype=torch.int64)[:, None]
 
-    def slope_and_curvature(beta: float) -> tuple[float, float]:
+    def derivatives(beta: float) -> tuple[float, float]:
         p = torch.softmax(logits * beta, dim=1)
         mean = (p * logits).sum(1, keepdim=True)
-        slope = (mean - logits.gather(1, target)).mean()
-        return float(slope), float((p * (logits - mean) ** 2).sum(1).mean())
+        first = (mean - logits.gather(1, target)).mean()
+        return float(first), float((p * (logits - mean) ** 2).sum(1).mean())
 
     def nll(beta: float) -> float:
         return float(torch.nn.functional.cross_entropy(logits * beta, target[:, 0]))
 
-    beta, converged = _root_of_increasing(slope_and_curvature, 0.01, 100.0, max_iterations)
+    beta, converged = _root_of_increasing(derivatives, 0.01, 100.0, max_iterations)
     return TemperatureFit(1.0 / beta, nll(1.0), nll(beta), converged)
 
 
 def checked_probabilities(probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Float64 probabilities ``(N, K)`` and int64 labels ``(N,)``, or an error that says what is wrong."""
-    probs = _as_array(probs).astype(np.float64, copy=False)
-    labels = _as_array(labels)
-    if probs.ndim != 2 or labels.shape != probs.shape[:1]:
-        raise ValueError(f"probs must be (N, K) and labels (N,), got {probs.shape} and {labels.shape}")
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    if not np.isfinite(probs).all() or (probs < 0).any() or (np.abs(probs.sum(1) - 1) > 1e-2).any():
-        raise ValueError("probs must be probabilities: at least 0, with rows that sum to 1")
-    _check_label_range(labels, probs.shape[1])
-    return probs, labels.astype(np.int64, copy=False)
-
-
-def _as_array(values: Any) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return values.float().numpy() if values.dtype in (torch.bfloat16, torch.float16) else values.numpy()
-    return np.asarray(values)
-
-
-def _check_label_range(labels: np.ndarray, num_classes: int) -> None:
-    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
-        raise IndexError(f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}")
+    values = as_tensor("probs", probs).to(dtype=torch.float64, device="cpu")
+    if values.dim() != 2 or values.shape[1] == 0:
+        raise ValueError(f"probs must have shape (N, K); got {tuple(values.shape)}")
+    good = torch.isfinite(values).all(1) & (values >= 0).all(1) & ((values.sum(1) - 1).abs() <= 1e-2)
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0])
+        raise ValueError(
+            f"probs must be probabilities, at least 0 and with rows that sum to 1; got the sum "
+            f"{float(values[row].sum()):g} in row {row}, least value {float(values[row].min()):g}"
+        )
+    return values.numpy(), as_labels("labels", labels, values.shape[:1], values.shape[1]).cpu().numpy()
 
 
 def _equal_width(confidence: np.ndarray, n_bins: int) -> np.ndarray:
@@ -185,8 +185,10 @@ def _gap(bins: np.ndarray, confidence: np.ndarray, correct: np.ndarray, kind: st
     return float(np.abs(gap).sum())
 
 
-def _root_of_increasing(function: Any, low: float, high: float, max_iterations: int) -> tuple[float, bool]:
-    """Zero of an increasing function that gives its slope too: Newton inside the bracket, else bisection."""
+def _root_of_increasing(
+    function: Callable[[float], tuple[float, float]], low: float, high: float, max_iterations: int
+) -> tuple[float, bool]:
+    """Zero of an increasing function that gives its derivative too: Newton inside the bracket, else bisection."""
     at_low, at_high = function(low)[0], function(high)[0]
     if not at_low < 0.0 < at_high:
         # a flat or one-signed derivative has its optimum at a bound; without any signal 1 is as good as all
@@ -194,12 +196,12 @@ def _root_of_increasing(function: Any, low: float, high: float, max_iterations: 
         return (1.0 if flat else low if at_low >= 0.0 else high), False
     point = 1.0
     for _ in range(max_iterations):
-        value, slope = function(point)
+        value, derivative = function(point)
         if value < 0.0:
             low = point
         else:
             high = point
-        step = point - value / slope if slope > 0.0 else math.nan
+        step = point - value / derivative if derivative > 0.0 else math.nan
         following = step if low < step < high else math.sqrt(low * high)
         if abs(following - point) <= 1e-12 * point:
             return following, True

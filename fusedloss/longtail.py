@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedloss.core.checks import as_labels, as_tensor, check_integer, check_number, check_tensor
 from fusedloss.terms import Prior, Term
 
 
@@ -31,15 +32,9 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
         >>> class_counts(torch.tensor([0, 2, 2]), 3)
         tensor([1, 0, 2])
     """
-    labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    flat = labels.reshape(-1).to(torch.int64)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= num_classes):
-        raise IndexError(f"labels must lie in [0, {num_classes}), got {int(flat.min())} to {int(flat.max())}")
-    return torch.bincount(flat, minlength=num_classes)
+    num_classes = check_integer("num_classes", num_classes, at_least=1)
+    labels = as_labels("labels", labels, None, num_classes)
+    return torch.bincount(labels.reshape(-1), minlength=num_classes)
 
 
 def effective_number_weights(counts: Tensor, beta: float = 0.9999) -> Tensor:
@@ -61,8 +56,7 @@ def effective_number_weights(counts: Tensor, beta: float = 0.9999) -> Tensor:
         >>> effective_number_weights(torch.tensor([100, 0, 100]))
         tensor([1., 0., 1.])
     """
-    if not 0.0 <= beta < 1.0:
-        raise ValueError(f"beta must lie in [0, 1), got {beta}")
+    beta = check_number("beta", beta, at_least=0.0, below=1.0)
     counts = _checked_counts(counts)
     # 1 - beta**n loses all its digits as beta approaches 1; expm1 keeps them
     effective = torch.ones_like(counts) if beta == 0.0 else -torch.expm1(counts * math.log(beta))
@@ -86,8 +80,7 @@ def inverse_frequency_weights(counts: Tensor, power: float = 1.0) -> Tensor:
         >>> inverse_frequency_weights(torch.tensor([30, 10]))
         tensor([0.5000, 1.5000])
     """
-    if not (math.isfinite(power) and power >= 0.0):
-        raise ValueError(f"power must be finite and at least 0, got {power}")
+    power = check_number("power", power, at_least=0.0)
     counts = _checked_counts(counts)
     return _normalized(counts.pow(-power), counts)
 
@@ -110,8 +103,7 @@ def log_prior(counts: Tensor, floor: float = 0.0) -> Tensor:
         >>> log_prior(torch.tensor([1, 1])).exp()
         tensor([0.5000, 0.5000])
     """
-    if not (math.isfinite(floor) and floor >= 0.0):
-        raise ValueError(f"floor must be finite and at least 0, got {floor}")
+    floor = check_number("floor", floor, at_least=0.0)
     counts = _checked_counts(counts)
     return (counts.clamp(min=floor) / counts.sum()).log().to(torch.float32)
 
@@ -145,7 +137,7 @@ def adjust_logits(
     Raises:
         ValueError: a prior subtracted from the logits of a model trained with one; shapes that do not fit; NaN or +inf
             in a prior; a strength that is negative or not finite.
-        TypeError: tensors that are not floating-point, or `trained_with` of another kind.
+        TypeError: what is no floating-point tensor or no number, or `trained_with` of another kind.
 
     Source: Menon et al. 2021, arXiv:2007.07314, section 4.1; to another prior: Hong et al. 2021, arXiv:2012.00321.
 
@@ -153,20 +145,20 @@ def adjust_logits(
         >>> adjust_logits(torch.zeros(1, 2), log_prior(torch.tensor([9, 1]))).softmax(1)
         tensor([[0.1000, 0.9000]])
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:
-        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a floating-point tensor (B, K) or (B, K, d1, ...), got {got}")
-    if isinstance(strength, Tensor) or not (math.isfinite(strength) and strength >= 0.0):
+    check_tensor("logits", logits)
+    if logits.dim() < 2:
+        raise ValueError(f"logits must have shape (B, K) or (B, K, d1, ...); got {tuple(logits.shape)}")
+    if check_number("strength", strength) < 0:
         raise ValueError(
-            f"strength must be finite and at least 0, got {strength}; the minus sign of a post-hoc adjustment is "
-            "built in, and the plus sign belongs to training (terms.Prior)"
+            f"strength must be at least 0; got {strength}: the minus sign of a post-hoc adjustment is built in, and "
+            "the plus sign belongs to training (terms.Prior)"
         )
     trained = trained_prior(trained_with)
     if trained != 0 and strength != 0:
         raise ValueError(
-            f"log_prior would be applied twice: the model was trained with {trained:g} * log_prior added, so that its "
-            "raw logits are adjusted already; pass strength=0 (with target_log_prior for another deployment), or "
-            "train without the prior"
+            "strength must be 0 (with target_log_prior for another deployment) for a model that was trained with "
+            f"{trained:g} * log_prior added, or the prior is applied twice: its raw logits are adjusted already; got "
+            f"{strength}"
         )
     shift = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
     if strength != 0:
@@ -196,6 +188,10 @@ def trained_prior(trained_with: nn.Module | Sequence[Term] | Mapping[str, Any] |
     if trained_with is None:
         return 0.0
     if isinstance(trained_with, Mapping):
+        if not {"applied", "strength"} <= trained_with.keys():
+            raise ValueError(
+                f"trained_with must be a record with 'applied' and 'strength'; got the keys {sorted(trained_with)}"
+            )
         return float(trained_with["strength"]) if trained_with["applied"] == "training" else 0.0
     registered = getattr(trained_with, "terms", None)
     if isinstance(trained_with, nn.Module) and isinstance(registered, nn.ModuleList):
@@ -204,7 +200,7 @@ def trained_prior(trained_with: nn.Module | Sequence[Term] | Mapping[str, Any] |
         terms = list(trained_with)
     else:
         raise TypeError(
-            "trained_with must be a loss with terms, a sequence of terms, or a run's prior record, got "
+            "trained_with must be a loss with terms, a sequence of terms, or a run's prior record; got "
             f"{type(trained_with).__name__}"
         )
     return float(sum(term.strength for term in terms if isinstance(term, Prior)))
@@ -231,8 +227,7 @@ def ldam_margins(counts: Tensor, max_margin: float = 0.5) -> Tensor:
         >>> ldam_margins(torch.tensor([1000, 500, 100, 20, 5]))
         tensor([0.1330, 0.1581, 0.2364, 0.3536, 0.5000])
     """
-    if not (math.isfinite(max_margin) and max_margin > 0.0):
-        raise ValueError(f"max_margin must be positive and finite, got {max_margin}")
+    max_margin = check_number("max_margin", max_margin, above=0.0)
     root = _checked_counts(counts).clamp(min=1.0).pow(-0.25)
     return (max_margin * root / root.max()).to(torch.float32)
 
@@ -275,15 +270,15 @@ class DeferredReweighting:
         beta: float = 0.9999,
         power: float | None = None,
     ) -> None:
-        self.start_epoch = _checked_epoch("start_epoch", start_epoch)
-        self.ramp_epochs = _checked_epoch("ramp_epochs", ramp_epochs)
+        self.start_epoch = check_integer("start_epoch", start_epoch, at_least=0)
+        self.ramp_epochs = check_integer("ramp_epochs", ramp_epochs, at_least=0)
         self.final = (
             effective_number_weights(counts, beta) if power is None else inverse_frequency_weights(counts, power)
         )
 
     def __call__(self, epoch: int) -> Tensor:
         """The weights ``(K,)`` of an epoch, float32, counted from 0."""
-        done = _checked_epoch("epoch", epoch) - self.start_epoch + 1
+        done = check_integer("epoch", epoch, at_least=0) - self.start_epoch + 1
         share = min(max(done, 0) / (self.ramp_epochs or 1), 1.0)
         return torch.ones_like(self.final).lerp(self.final, share)
 
@@ -294,48 +289,43 @@ class DeferredReweighting:
             TypeError: a loss without a buffer ``weight``. ValueError: one of another width.
         """
         if "weight" not in getattr(loss, "_buffers", {}):
-            raise TypeError(f"loss must have a buffer 'weight' (torch's or ours do), got {type(loss).__name__}")
+            raise TypeError(f"loss must have a buffer 'weight' (torch's or ours do); got {type(loss).__name__}")
         weights, present = self(epoch), loss._buffers["weight"]
         if present is None:
             owned = next(loss.buffers(), None)
             loss.weight = weights if owned is None else weights.to(owned.device)
             return loss
         if present.shape != weights.shape:
-            raise ValueError(f"loss has weights of shape {tuple(present.shape)}, counts ask for {tuple(weights.shape)}")
+            raise ValueError(
+                f"loss must have weights of the counts' shape {tuple(weights.shape)}; got {tuple(present.shape)}"
+            )
         with torch.no_grad():
             present.copy_(weights)
         return loss
 
 
-def _checked_epoch(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return value
-
-
-def _checked_log_prior(name: str, prior: Tensor, logits: Tensor) -> Tensor:
-    if not isinstance(prior, Tensor) or not prior.is_floating_point():
-        got = prior.dtype if isinstance(prior, Tensor) else type(prior).__name__
-        raise TypeError(f"{name} must be a floating-point tensor of log frequencies, got {got}")
+def _checked_log_prior(name: str, prior: Any, logits: Tensor) -> Tensor:
+    prior = check_tensor(name, prior)
     if tuple(prior.shape) != (logits.shape[1],):
-        raise ValueError(f"{name} must have shape ({logits.shape[1]},), one value per class, got {tuple(prior.shape)}")
-    if bool((~(prior < math.inf)).any()):
-        raise ValueError(f"{name} must be below +inf, got NaN or +inf (use log class frequencies)")
-    return prior.to(device=logits.device, dtype=torch.float64)
+        raise ValueError(f"{name} must have shape ({logits.shape[1]},), one value per class; got {tuple(prior.shape)}")
+    if prior.device.type != "meta" and bool((~(prior < math.inf)).any()):
+        raise ValueError(f"{name} must be below +inf (use log class frequencies); got NaN or +inf")
+    moved: Tensor = prior.to(device=logits.device, dtype=torch.float64)
+    return moved
 
 
-def _checked_counts(counts: Tensor) -> Tensor:
-    counts = torch.as_tensor(counts)
-    if counts.ndim != 1 or counts.numel() == 0:
-        raise ValueError(f"counts must have shape (num_classes,), got {tuple(counts.shape)}")
-    counts = counts.to(torch.float64)
-    if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
-        raise ValueError("counts must be finite and at least 0")
-    if not bool((counts > 0).any()):
-        raise ValueError("counts must name at least one sample, got zeros only")
-    return counts
+def _checked_counts(counts: Any) -> Tensor:
+    values = as_tensor("counts", counts)
+    if values.dim() != 1 or values.numel() == 0:
+        raise ValueError(f"counts must have shape (K,), one value per class; got {tuple(values.shape)}")
+    values = values.to(torch.float64)
+    bad = ~(torch.isfinite(values) & (values >= 0))
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise ValueError(f"counts must be finite and at least 0; got {float(values[index])} for class {index}")
+    if not bool((values > 0).any()):
+        raise ValueError("counts must name at least one sample; got zeros only")
+    return values
 
 
 def _normalized(weights: Tensor, counts: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.calibration import calibration_error, checked_probabilities
+from fusedloss.core.checks import as_labels, as_tensor
 
 MANY_ABOVE, FEW_UP_TO = 100, 20
 
@@ -22,8 +23,7 @@ def classification_report(
     background_prefix: str = "__bg_",
     train_counts: Any = None,
 ) -> dict[str, Any]:
-    """Accuracy, macro and weighted scores, recall by class frequency and calibration of one set of
-    predictions.
+    """Accuracy, macro and weighted scores, recall by class frequency and calibration of one set of predictions.
 
     ``F1_c = 2 TP / (2 TP + FP + FN)`` over all samples. Foreground (``_fg``) means take the classes that have
     a sample or a prediction and whose name does not start with ``background_prefix``; a 0/0 precision or
@@ -56,10 +56,12 @@ def classification_report(
     probs, labels = checked_probabilities(to_probabilities(logits_or_probs), labels)
     num_classes = probs.shape[1]
     names = _names(class_names, num_classes)
-    per_class = class_scores(probs.argmax(1), labels, num_classes)
-    counts = None if train_counts is None else np.asarray(train_counts)
+    if not isinstance(background_prefix, str):
+        raise TypeError(f"background_prefix must be a string; got {type(background_prefix).__name__}")
+    counts = None if train_counts is None else as_tensor("train_counts", train_counts).cpu().numpy()
     if counts is not None and counts.shape != (num_classes,):
-        raise ValueError(f"train_counts must have shape ({num_classes},), got {counts.shape}")
+        raise ValueError(f"train_counts must have shape ({num_classes},), one value per class; got {counts.shape}")
+    per_class = class_scores(probs.argmax(1), labels, num_classes)
     background = [bool(background_prefix) and name.startswith(background_prefix) for name in names]
     report: dict[str, Any] = {
         "n": len(labels),
@@ -132,18 +134,19 @@ def negative_log_likelihood(logits_or_probs: Any, labels: Any) -> float:
     values = _as_float64(logits_or_probs)
     if len(values) == 0:
         return math.nan
+    target = as_labels("labels", labels, values.shape[:1], values.shape[1]).cpu()
     log_p = values.log() if _are_probabilities(values) else torch.log_softmax(values, dim=1)
-    return float(-log_p.gather(1, torch.as_tensor(np.asarray(labels), dtype=torch.int64)[:, None]).mean())
+    return float(-log_p.gather(1, target[:, None]).mean())
 
 
 def _as_float64(values: Any) -> Tensor:
-    values = torch.as_tensor(values).detach().cpu().to(torch.float64)
-    if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"logits_or_probs must have shape (N, K), got {tuple(values.shape)}")
-    if bool(torch.isnan(values).any()):
-        rows = torch.isnan(values).any(1).nonzero()[:5, 0].tolist()
-        raise ValueError(f"logits_or_probs must not be NaN, rows {rows} are")
-    return values
+    tensor = as_tensor("logits_or_probs", values).to(dtype=torch.float64, device="cpu")
+    if tensor.dim() != 2 or tensor.shape[1] == 0:
+        raise ValueError(f"logits_or_probs must have shape (N, K); got {tuple(tensor.shape)}")
+    if bool(torch.isnan(tensor).any()):
+        rows = torch.isnan(tensor).any(1).nonzero()[:5, 0].tolist()
+        raise ValueError(f"logits_or_probs must hold no NaN; got some in rows {rows}")
+    return tensor
 
 
 def _are_probabilities(values: Tensor) -> bool:
@@ -151,9 +154,13 @@ def _are_probabilities(values: Tensor) -> bool:
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    names = [str(k) for k in range(num_classes)] if class_names is None else [str(name) for name in class_names]
+    if class_names is None:
+        return [str(k) for k in range(num_classes)]
+    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+        raise TypeError(f"class_names must be a sequence of {num_classes} strings; got {type(class_names).__name__}")
+    names = [str(name) for name in class_names]
     if len(names) != num_classes:
-        raise ValueError(f"class_names must have {num_classes} entries, got {len(names)}")
+        raise ValueError(f"class_names must be {num_classes} strings, one per class; got {len(names)}")
     return names
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fusedloss.backends.reference.linear_ce import unit_rows
+from fusedloss.core.checks import check_ignore_index, check_integer_tensor, check_number, check_tensor
+from fusedloss.core.normalize import unit_rows
 
 _PAIRS_AT_MOST = 20_000_000
 
@@ -39,20 +40,30 @@ def retrieval_report(
     >>> retrieval_report(features, torch.tensor([0, 0, 1, 1]), false_accept_rates=[0.01])
     {'recall_at_1': 1.0, 'map_at_r': 1.0, 'tar_at_far_1e-02': 1.0}
     """
-    if features.dim() != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"features must be (N, D) and labels (N,); got {tuple(features.shape)} and {tuple(labels.shape)}"
-        )
+    check_tensor("features", features, ("N", "D"))
+    check_integer_tensor("labels", labels, (len(features),))
+    ignore_index = check_ignore_index(ignore_index)
+    if isinstance(false_accept_rates, (str, Tensor)) or not isinstance(false_accept_rates, Iterable):
+        got = type(false_accept_rates).__name__
+        raise TypeError(f"false_accept_rates must be a sequence of numbers; got {got}")
     for rate in false_accept_rates:
-        if not 0 < rate < 1:
-            raise ValueError(f"false_accept_rates must lie between 0 and 1; got {rate}")
+        check_number("false_accept_rates", rate, above=0.0, below=1.0)
+    if features.device.type == "meta":
+        raise ValueError("features must hold values; got a tensor on the meta device")
     kept = labels != ignore_index
     features, labels = unit_rows(features[kept].detach().float().cpu()), labels[kept].cpu()
     counts = torch.unique(labels, return_counts=True)[1]
     if len(counts) < 2 or int(counts.max()) < 2:
-        raise ValueError("labels must hold two classes, one of them with two rows; nothing can be retrieved otherwise")
+        raise ValueError(
+            "labels must hold two classes, one of them with two rows, for anything to be retrieved; got "
+            f"{len(counts)} in {len(labels)} rows"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("features must be finite; got NaN or an infinity")
     if len(labels) * (len(labels) - 1) // 2 > _PAIRS_AT_MOST:
-        raise ValueError(f"features: {len(labels)} rows have more than {_PAIRS_AT_MOST} pairs; pass a sample of rows")
+        raise ValueError(
+            f"features must have at most {_PAIRS_AT_MOST} pairs of rows (pass a sample of rows); got {len(labels)} rows"
+        )
     # Rows that are alone in their class have nothing to find, but may be found.
     return _nearest(features, labels) | _verification(features, labels, false_accept_rates)
 
@@ -70,8 +81,11 @@ def _nearest(features: Tensor, labels: Tensor) -> dict[str, float]:
         knn_func=CustomKNN(CosineSimilarity(), batch_size=1024),
         device=torch.device("cpu"),
     )
-    found = calculator.get_accuracy(features, labels)
-    return {"recall_at_1": float(found["precision_at_1"]), "map_at_r": float(found["mean_average_precision_at_r"])}
+    accuracy = calculator.get_accuracy(features, labels)
+    return {
+        "recall_at_1": float(accuracy["precision_at_1"]),
+        "map_at_r": float(accuracy["mean_average_precision_at_r"]),
+    }
 
 
 def _verification(features: Tensor, labels: Tensor, rates: Sequence[float]) -> dict[str, float]:

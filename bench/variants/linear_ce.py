@@ -8,6 +8,8 @@ from functools import partial
 import torch
 
 from bench.variants import DTYPES, ROWS, ShapeClass, Variant, limited, variant
+from fusedloss.core.operands import LinearInputs, LinearMask, RowInputs
+from fusedloss.core.row_loss import RowOptions
 
 TUNED = ("bfloat16",)
 _CLASSES = 1000
@@ -104,7 +106,6 @@ def _heads(
     device: torch.device, rows: int, classes: int, widths: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Loss and gradients of heads of several widths in turn: the sum is least where each goes the faster way."""
-    from fusedloss.backends.chunked.head import LinearInputs
     from fusedloss.backends.triton.linear_ce import linear_ce
 
     heads = []
@@ -112,12 +113,11 @@ def _heads(
         x = torch.randn(rows, width, device=device).to(dtype)
         w = (torch.randn(classes, width, device=device) / width**0.5).to(dtype)
         heads.append(LinearInputs(x, w, torch.randint(classes, (rows,), device=device)))
-    options = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0, False, -100, True)
-    wanted = [True, True, *(False,) * 5]
+    mask = LinearMask(input=True, weight=True)
 
     def call() -> tuple[torch.Tensor, ...]:
-        found = [linear_ce(*head, None, None, None, *options, wanted) for head in heads]
-        return tuple(tensor for loss, row_loss, gradients in found for tensor in (loss, row_loss, *gradients))
+        results = [linear_ce(head, RowInputs(), RowOptions(), True, mask) for head in heads]
+        return tuple(tensor for loss, row_loss, grads in results for tensor in (loss, row_loss, *grads))
 
     return call
 

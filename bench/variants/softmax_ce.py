@@ -10,6 +10,15 @@ from typing import Any
 import torch
 
 from bench.variants import DTYPES, ROWS, ShapeClass, Variant, compute_dtype, variant
+from fusedloss.core.operands import (
+    LogitInputs,
+    RowInputs,
+    SavedStatistics,
+    SoftmaxMask,
+    StatisticsGrads,
+    StatisticsOptions,
+)
+from fusedloss.core.row_loss import RowOptions
 
 TUNED = ("float32", "bfloat16")
 # One number of classes for each kind of tile, and odd ones, whose loads can't be wide.
@@ -17,19 +26,27 @@ _CLASSES = (10, 100, 1000, 4000, 8000, 100000)
 _ODD_CLASSES = (101, 2047, 4095, 8191)
 _LONG = (1000, 100000)
 # What changes the logits or the row beyond its sums.
-_EXTRAS = ("cap", "stand-in", "penalty")
+_EXTRAS = ("cap", "override", "penalty")
 _TUNED_BYTES = 2**28  # several times the caches
 _LAYOUTS = ("transposed", "positions")
 
 
-class _Tensors:
-    def __init__(self, dtype: str, num_classes: int, target: str, terms: bool = True, layout: str = "rows"):
-        self.logits = _logits(DTYPES[dtype], num_classes, layout)
+class _Call:
+    """Tensors of one call, left as they are allocated; `extras` are words of _EXTRAS."""
+
+    def __init__(
+        self, dtype: str, num_classes: int, target: str, terms: bool = True, layout: str = "rows", extras: str = ""
+    ) -> None:
+        logits = _logits(DTYPES[dtype], num_classes, layout)
         compute = compute_dtype(dtype)
-        rows = self.logits.shape[:1] + self.logits.shape[2:]
-        self.target = torch.zeros(rows, dtype=torch.int64) if target == "labels" else torch.empty_like(self.logits)
+        rows = logits.shape[:1] + logits.shape[2:]
         self.row = torch.empty(rows, dtype=compute)
-        self.classes: Any = tuple(torch.empty(num_classes, dtype=compute) if terms else None for _ in range(3))
+        labels = torch.zeros(rows, dtype=torch.int64) if target == "labels" else torch.empty_like(logits)
+        classes = [torch.empty(num_classes, dtype=compute) if terms else None for _ in range(3)]
+        override = self.row if "override" in extras else None
+        cap = 30.0 if "cap" in extras else 0.0
+        self.inputs = LogitInputs(logits, labels, *classes, override, override, cap)
+        self.penalty = self.row if "penalty" in extras else None
 
 
 def _logits(dtype: torch.dtype, num_classes: int, layout: str) -> torch.Tensor:
@@ -46,43 +63,38 @@ def softmax_ce(
 ) -> None:  # fmt: skip
     from fusedloss.backends.triton.softmax_ce import softmax_ce
 
-    made = _Tensors(dtype, num_classes, target, terms, layout)
-    per_row = made.row if options else None
-    gamma = 2.0 if options and target == "labels" else 0.0
-    cap, stand_in, penalty = _extras(made, extras)
-    softmax_ce(made.logits, made.target, *made.classes, stand_in, stand_in, per_row, per_row, penalty, cap, 0.0, gamma,
-               0.0, 1.0, 0.0, 1.0, True, -100, not options,
-               [True, columns, options, stand_in is not None, penalty is not None])  # fmt: skip
+    call = _Call(dtype, num_classes, target, terms, layout, extras)
+    per_row, override = call.row if options else None, call.inputs.target_override is not None
+    of_row = RowOptions(focal_gamma=2.0 if options and target == "labels" else 0.0, penalty_margin=1.0)
+    mask = SoftmaxMask(True, columns, override, options, call.penalty is not None)
+    softmax_ce(call.inputs, RowInputs(per_row, per_row, call.penalty), of_row, not options, mask)
 
 
 def softmax_stats(dtype: str, num_classes: int, *, target: str = "labels", extras: str = "") -> None:
     from fusedloss.backends.triton.softmax_ce import softmax_stats
 
-    made = _Tensors(dtype, num_classes, target)
-    cap, stand_in, penalty = _extras(made, extras)
-    softmax_stats(made.logits, made.target, *made.classes, stand_in, cap, 1.0, -100, True, penalty is not None, True)
+    call = _Call(dtype, num_classes, target, extras=extras)
+    options = StatisticsOptions(1.0, True, call.penalty is not None, True)
+    softmax_stats(call.inputs._replace(target_override_grad=None), options)
 
 
 def softmax_stats_backward(
     dtype: str, num_classes: int, *, target: str = "labels", columns: bool = True, extras: str = ""
-) -> None:  # fmt: skip
+) -> None:
     from fusedloss.backends.triton.softmax_ce import softmax_stats_backward
 
-    made = _Tensors(dtype, num_classes, target)
-    cap, stand_in, penalty = _extras(made, extras)
-    softmax_stats_backward(made.logits, made.target, *made.classes, stand_in, stand_in, *(made.row,) * 3, cap, 1.0, -100,
-                  *(made.row,) * 5, penalty, [True, columns, stand_in is not None])  # fmt: skip
+    call = _Call(dtype, num_classes, target, extras=extras)
+    row, override = call.row, call.inputs.target_override is not None
+    grads = StatisticsGrads(row, row, row, row, row, call.penalty)
+    softmax_stats_backward(
+        call.inputs, SavedStatistics(row, row, row), 1.0, grads, SoftmaxMask(True, columns, override)
+    )
 
 
 def scale_in_place(dtype: str) -> None:
     from fusedloss.backends.triton.softmax_ce import scale_in_place
 
     scale_in_place(torch.empty(ROWS, 10, dtype=DTYPES[dtype]), torch.empty((), dtype=compute_dtype(dtype)))
-
-
-def _extras(made: _Tensors, extras: str) -> tuple[float, Any, Any]:
-    stand_in, penalty = (made.row if word in extras else None for word in ("stand-in", "penalty"))
-    return 30.0 if "cap" in extras else 0.0, stand_in, penalty
 
 
 def variants(quick: bool) -> list[Variant]:
@@ -92,7 +104,7 @@ def variants(quick: bool) -> list[Variant]:
 def _quick() -> list[Variant]:
     found = []
     for target in ("labels", "probabilities"):
-        extras = "cap stand-in penalty" if target == "labels" else "cap penalty"
+        extras = "cap override penalty" if target == "labels" else "cap penalty"
         found += [
             variant(softmax_ce, "bf16", 1000, target=target),
             variant(softmax_ce, "bf16", 1000, target=target, extras=extras),
@@ -102,7 +114,7 @@ def _quick() -> list[Variant]:
     return [
         *found,
         variant(softmax_ce, "f32", 8000, columns=False),
-        variant(softmax_ce, "f32", 8000, columns=False, extras="cap stand-in penalty"),
+        variant(softmax_ce, "f32", 8000, columns=False, extras="cap override penalty"),
         variant(softmax_ce, "f32", 100000, columns=False),
         variant(softmax_ce, "f64", 2047),
         variant(scale_in_place, "bf16"),
@@ -154,24 +166,23 @@ def _with_extras() -> list[Variant]:
     return [*found, *(variant(softmax_ce, "f32", 1000, layout=layout, extras=every) for layout in _LAYOUTS)]
 
 
-def _call(
-    device: torch.device, rows: int, num_classes: int, dtype: torch.dtype, columns: bool = False, apart: bool = False,
+def _timed(
+    device: torch.device, rows: int, num_classes: int, dtype: torch.dtype, columns: bool = False, strided: bool = False,
     cap: float = 0.0,
 ) -> Callable[[], tuple[torch.Tensor, ...]]:  # fmt: skip
     """Forward and gradient under a class temperature, which the column sums are of."""
     from fusedloss.backends.triton.softmax_ce import softmax_ce
 
-    shape = (num_classes, rows) if apart else (rows, num_classes)
+    shape = (num_classes, rows) if strided else (rows, num_classes)
     logits = torch.randn(shape, device=device, dtype=dtype)
     target = torch.randint(num_classes, (rows,), device=device)
     scale = torch.rand(num_classes, device=device) + 0.5
+    inputs = LogitInputs(logits.t() if strided else logits, target, scale, soft_cap=cap)
+    mask = SoftmaxMask(logits=True, affine=columns)
 
     def call() -> tuple[torch.Tensor, ...]:
-        loss, row_loss, gradients = softmax_ce(
-            logits.t() if apart else logits, target, scale, None, None, None, None, None, None, None, cap, 0.0, 0.0,
-            0.0, 0.0, 0.0, 1.0, False, -100, True, [True, columns, False, False, False],
-        )  # fmt: skip
-        return loss, row_loss, *gradients
+        loss, row_loss, grads = softmax_ce(inputs, RowInputs(), RowOptions(), True, mask)
+        return loss, row_loss, *grads
 
     return call
 
@@ -179,7 +190,7 @@ def _call(
 def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     def timed(name: str, num_classes: int, candidates: list[tuple[int, ...]], **keywords: Any) -> ShapeClass:
         rows = 3 if small else _TUNED_BYTES // (num_classes * dtype.itemsize)
-        prepare = partial(_call, rows=rows, num_classes=num_classes, dtype=dtype, **keywords)
+        prepare = partial(_timed, rows=rows, num_classes=num_classes, dtype=dtype, **keywords)
         return ShapeClass(name, prepare, candidates[:2] if small else candidates)
 
     from fusedloss.backends.triton import tuning
@@ -193,7 +204,7 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     found.append(timed("loop", 200 if small else 32000, _loop_tiles()))
     found.append(timed("loop extras", 200 if small else 32000, _loop_tiles(), cap=30.0))
     sizes = product((16, 32, 64), (32, 64, 128), (4, 8))
-    found.append(timed("apart", 100, [(*size, 1) for size in sizes], apart=True))
+    found.append(timed("apart", 100, [(*size, 1) for size in sizes], strided=True))
     sizes = product((1, 2, 4, 8), (256, 512, 1024, 2048), (4, 8))
     wide = 200 if small else 32000
     found.append(timed("columns", wide, [(*size, 1) for size in sizes if size[0] * size[1] <= 4096], columns=True))

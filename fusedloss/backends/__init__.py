@@ -6,11 +6,12 @@ import contextlib
 import importlib
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
+
+from fusedloss.core.user_warnings import warn_user
 
 NAMES = ("reference", "cpp", "triton")
 OPERATIONS = ("softmax_ce", "class_stats", "linear_ce", "supcon")
@@ -72,8 +73,8 @@ def resolve_backend(device_type: str) -> str:
 
 
 # torch.compiler.assume_constant_result does this and imports the compiler, which takes as long as torch itself.
-for _constant in (unavailable_reason, _forced_here):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_forced_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernel(stem: str, function: str, device_type: str) -> Callable[..., Any]:
@@ -140,7 +141,7 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn_user(message, RuntimeWarning)
 
 
 if _FROM_ENVIRONMENT:

@@ -28,8 +28,8 @@ def bench(
     """
     if importlib.util.find_spec("bench") is None or importlib.util.find_spec("bench.report") is None:
         raise FileNotFoundError(
-            "bench: the benchmarks are part of the repository, not of the installed package; run this in a checkout's "
-            "folder as `python -m fusedloss bench`"
+            "bench must be run in a checkout's folder, as `python -m fusedloss bench`: the benchmarks are part of the "
+            "repository; got none here"
         )
     command = [sys.executable, "-m", "bench", *(operations or []), *(["--quick"] if quick else [])]
     finished = subprocess.run(command)

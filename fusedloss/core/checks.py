@@ -165,9 +165,9 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, nam
         bad &= labels != ignore_index
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
-        also = "" if ignore_index is None else f" and ignore_index={ignore_index}"
+        also = "" if ignore_index is None else f" or be ignore_index={ignore_index}"
         raise IndexError(
-            f"{name}: got label {int(labels.flatten()[row])} at row {row}; allowed are 0 to {num_classes - 1}{also}"
+            f"{name} must lie in [0, {num_classes}){also}; got label {int(labels.flatten()[row])} at row {row}"
         )
 
 
@@ -187,6 +187,18 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_complex():
         raise TypeError(f"{name} must be a dense tensor of real numbers; got {tensor.dtype}, layout {tensor.layout}")
     return tensor
+
+
+def as_labels(name: str, value: Any, shape: Sequence[int] | None, num_classes: int) -> Tensor:
+    """int64 labels in [0, K) of what ``as_tensor`` takes, of `shape` unless None; waits for the device."""
+    labels = as_tensor(name, value)
+    if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise TypeError(f"{name} must be integers; got {labels.dtype}")
+    if shape is not None:
+        _check_shape(name, labels, shape)
+    labels = labels.to(torch.int64)
+    check_labels(labels, num_classes, None, name)
+    return labels
 
 
 def _check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:

@@ -7,13 +7,13 @@ of ``row_loss`` here, by the same name: csrc/row_loss.inl and backends/triton/ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedloss.core.checks import check_bool, check_choice, check_focal_gamma, check_number
 from fusedloss.core.operands import RowInputs
 
 
@@ -42,21 +42,20 @@ class RowSettings(NamedTuple):
     z_loss: float = 0.0
     margin_penalty: MarginPenalty | None = None
 
+    @property
+    def is_default(self) -> bool:
+        """Whether every option is off."""
+        # An array has no truth value: types first.
+        floats = type(self.label_smoothing) is type(self.focal_gamma) is type(self.poly_epsilon) is type(self.z_loss)
+        return floats and type(self.z_loss) is float and self.margin_penalty is None and self == _NO_SETTINGS
+
     def check(self) -> None:
         """Raises for a number out of range; tensors are checked by whoever knows the rows."""
-        # What is plainly right is not looked at twice: each call takes a microsecond of a small loss.
-        if not isinstance(self.label_smoothing, Tensor) and self == _NO_SETTINGS:
-            return
         if not isinstance(self.label_smoothing, Tensor):
-            check_number("label_smoothing", self.label_smoothing, "between 0.0 and 1.0", lambda x: 0.0 <= x <= 1.0)
-        check_number(
-            "focal_gamma",
-            self.focal_gamma,
-            "0, or finite and at least 0.5 (below, the gradient is infinite at p = 1)",
-            lambda x: x == 0 or 0.5 <= x < math.inf,
-        )
-        for name in ("poly_epsilon", "z_loss"):
-            check_number(name, getattr(self, name), "finite", lambda x: -math.inf < x < math.inf)
+            check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)
+        check_focal_gamma(self.focal_gamma)
+        check_number("poly_epsilon", self.poly_epsilon)
+        check_number("z_loss", self.z_loss)
         if self.margin_penalty is not None and not isinstance(self.margin_penalty, MarginPenalty):
             got = type(self.margin_penalty).__name__
             raise TypeError(f"margin_penalty must be a fusedloss.MarginPenalty; got {got}")
@@ -75,14 +74,6 @@ class RowSettings(NamedTuple):
             penalty_scale=1.0 / num_classes if penalty.over == "mean" else 1.0,
             penalty_mix=float(penalty.mix),
         )
-
-
-def check_number(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> None:
-    """TypeError unless `value` is a number, ValueError unless it fits."""
-    if isinstance(value, Tensor) or not (torch.compiler.is_compiling() or hasattr(value, "__float__")):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not fits(value):  # type: ignore[arg-type]
-        raise ValueError(f"{name} must be {allowed}; got {value}")
 
 
 class Statistics(NamedTuple):
@@ -170,23 +161,14 @@ class MarginPenalty:
     mix: bool = False
 
     def __post_init__(self) -> None:
-        _check_at_least_zero("margin", self.margin)
-        if self.over not in ("mean", "sum"):
-            raise ValueError(f"MarginPenalty: over: got {self.over!r}; allowed are 'mean' and 'sum'")
+        check_number("MarginPenalty: margin", self.margin, at_least=0.0)
+        check_choice("MarginPenalty: over", self.over, ("mean", "sum"))
+        check_bool("MarginPenalty: mix", self.mix)
         if isinstance(self.strength, Tensor):
             if not self.strength.is_floating_point():
                 raise TypeError(f"MarginPenalty: strength must be floating point; got {self.strength.dtype}")
-            return
-        _check_at_least_zero("strength", self.strength)
-        if self.mix and self.strength > 1:
-            raise ValueError(f"MarginPenalty: strength must be at most 1 with mix=True; got {self.strength}")
-
-
-def _check_at_least_zero(name: str, value: float) -> None:
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"MarginPenalty: {name} must be a number; got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"MarginPenalty: {name} must be finite and at least 0; got {value}")
+        else:
+            check_number("MarginPenalty: strength", self.strength, at_least=0.0, at_most=1.0 if self.mix else math.inf)
 
 
 _NO_SETTINGS = RowSettings()

@@ -126,9 +126,9 @@ def read_arrays(file: Path, single: str) -> dict[str, Any]:
 
 
 def read_npy(file: Path) -> dict[str, Any]:
-    """The array of a .npy file, under an empty name; numpy goes by the content, so it may be an archive of several."""
-    content = np.load(file, allow_pickle=False)
-    return {"": content} if isinstance(content, np.ndarray) else read_npz(file)
+    """The array of a .npy file, under an empty name."""
+    with open(file, "rb") as stream:
+        return {"": np.lib.format.read_array(stream, allow_pickle=False)}
 
 
 def read_npz(file: Path) -> dict[str, Any]:

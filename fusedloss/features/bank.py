@@ -27,9 +27,6 @@ from fusedloss.features.bank_files import (
 from fusedloss.features.manifest import DTYPES, BankError, FeatureSource, Manifest, library_versions, now
 from fusedloss.features.writer import BankWriter, Contents
 
-# Labels above are identifiers that somebody took for class numbers; a list of so many names would fill the memory.
-MOST_CLASSES = 1 << 24
-
 
 class FeatureBank:
     """Features `(N, D)` in float16 or float32, labels `(N,)`, and optional groups `(N,)` and paths.
@@ -115,7 +112,8 @@ class FeatureBank:
         array = np.ascontiguousarray(array, dtype=array.dtype if array.dtype.name in DTYPES else np.float32)
         label_array = checks.integer_vector("labels", labels, len(array))
         group_array = None if groups is None else checks.integer_vector("groups", groups, len(array))
-        names = tuple(_numbers(label_array) if class_names is None else checks.as_names("class_names", class_names))
+        unnamed = class_names is None
+        names = tuple(checks.class_numbers(label_array) if unnamed else checks.as_names("class_names", class_names))
         path_list = None if paths is None else checks.as_names("paths", paths, len(array))
         checks.check_labels(label_array, len(names))
         checks.check_finite(array, path_list)
@@ -139,9 +137,9 @@ class FeatureBank:
         manifest = read_manifest(folder)
         for name, expected in manifest.files.items():
             if not (folder / name).is_file():
-                raise BankError(f"{folder}: {name} is missing, though the manifest lists it")
+                raise BankError(f"{folder} must hold {name}, which its manifest lists; got no such file")
             if verify and sha256_of_file(folder / name) != expected:
-                raise BankError(f"{folder}: {name} does not have the sha256 of the manifest; it was changed or damaged")
+                raise BankError(f"{folder / name} must have the sha256 of the manifest; got another (damaged?)")
         rows = manifest.num_rows
         features = load_array(folder / FEATURES_FILE, (rows, manifest.in_features), manifest.dtype)
         labels = np.array(load_array(folder / LABELS_FILE, (rows,), "int64"))
@@ -206,7 +204,7 @@ class FeatureBank:
         """Write the bank to a new folder, which appears whole or not at all, and open it there."""
         folder = checks.as_path("path", path)
         if folder.exists():
-            raise FileExistsError(f"{folder} exists; a bank is saved to a new folder")
+            raise FileExistsError(f"path must be a new folder; got {folder}, which exists")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         contents = Contents(self.manifest, self.labels, self.groups, list(self.class_names), self.paths)
@@ -229,13 +227,13 @@ class FeatureBank:
         differences = self.manifest.source.differences(source)
         if differences:
             where = self.folder or "the bank"
-            raise BankError(f"{where} holds features computed in another way: {'; '.join(differences)}")
+            raise BankError(f"source must be that of the features of {where}; got another: {'; '.join(differences)}")
 
     def require_compatible(self, other: FeatureBank) -> None:
         """Raise BankError unless a head trained on this bank can be applied to the other one."""
         checks.check_instance("other", other, FeatureBank, "a FeatureBank")
         if self.in_features != other.in_features:
-            raise BankError(f"in_features differ: {self.in_features} and {other.in_features}")
+            raise BankError(f"other must have in_features {self.in_features}; got {other.in_features}")
         other.require_source(self.manifest.source)
 
     def fingerprint(self) -> str:
@@ -250,16 +248,6 @@ class FeatureBank:
                 digest.update(np.ascontiguousarray(array[start : start + checks.ROWS_PER_BLOCK]).data)
         digest.update(json.dumps(self.class_names).encode())
         return digest.hexdigest()
-
-
-def _numbers(labels: np.ndarray) -> list[str]:
-    """Names of classes that have only numbers; of one class where every label is negative, to be refused as such."""
-    largest = int(labels.max())
-    if largest >= MOST_CLASSES:
-        raise BankError(
-            f"labels must be class numbers below {MOST_CLASSES} where no class_names are given; got {largest}"
-        )
-    return [str(label) for label in range(max(largest, 0) + 1)]
 
 
 def _source(source: FeatureSource | None) -> FeatureSource:

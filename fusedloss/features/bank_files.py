@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def json_bytes(value: Any) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete bank; IncompleteBankError says how far an unfinished one is."""
     if not folder.is_dir():
-        raise BankError(f"{folder} is not a folder; a feature bank is the folder that extract or import wrote")
+        raise BankError(f"path must be a feature bank, a folder as extract or import write it; got {folder}")
     if not (folder / MANIFEST_FILE).is_file():
         if (folder / PROGRESS_FILE).is_file():
             done, total = rows_done(folder)
@@ -51,7 +50,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} is incomplete: {done} of {total} rows. "
                 "Run the same extract command again, and it goes on from there"
             )
-        raise BankError(f"{folder} is not a feature bank: it has no {MANIFEST_FILE}")
+        raise BankError(f"path must be a feature bank; got {folder}, which has no {MANIFEST_FILE}")
     return Manifest.read(folder)
 
 
@@ -67,7 +66,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
     try:
         progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if not 0 <= progress["rows_done"] <= progress["plan"]["num_rows"]:
-            raise ValueError(f"rows_done is {progress['rows_done']}")
+            raise ValueError(f"rows_done must be at most the rows planned; got {progress['rows_done']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BankError(f"{file} cannot be read ({error}); delete {folder} and extract again") from error
     return progress
@@ -76,10 +75,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def load_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A read-only memory map; BankError for a truncated file, a pickle, another shape or another dtype."""
     try:
-        array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it is an archive of arrays")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        array: np.ndarray = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError, EOFError) as error:
         raise BankError(f"{file} cannot be read as a whole .npy array (truncated?): {error}") from error
     if array.shape != shape or array.dtype.name != dtype:
         raise BankError(f"{file} must hold {dtype} {shape}, as the manifest says; got {array.dtype.name} {array.shape}")

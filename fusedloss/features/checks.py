@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from fusedloss.features.manifest import BankError
 
 ROWS_PER_BLOCK = 8192
 NAMED_ROWS = 5
+# Labels above are identifiers that somebody took for class numbers; a list of so many names would fill the memory.
+MOST_CLASSES = 1 << 24
 
 
 def described(value: Any) -> str:
@@ -66,6 +68,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {described(value)}")
 
 
+def as_list(name: str, values: Any) -> list[Any]:
+    """A list from any iterable but a string."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence; got {described(values)}")
+    return list(values)
+
+
 def as_names(name: str, values: Any, count: int | None = None) -> list[str]:
     """A list of strings from a sequence of them (or of numbers, in words), of a length where `count` is given."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence | np.ndarray):
@@ -112,6 +121,14 @@ def integer_vector(name: str, values: Any, num_rows: int) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.integer):
         raise BankError(f"{name} must be integers; got {array.dtype}")
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def class_numbers(labels: np.ndarray) -> list[str]:
+    """Names of classes that have only numbers; of one class where every label is negative, to be refused as such."""
+    largest = int(labels.max())
+    if largest >= MOST_CLASSES:
+        raise BankError(f"labels must be below {MOST_CLASSES} where no class_names are given; got {largest}")
+    return [str(label) for label in range(max(largest, 0) + 1)]
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:

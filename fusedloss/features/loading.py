@@ -101,5 +101,5 @@ def backbone_of(source: FeatureSource, *, weights: Path | str | None = None, dev
     )
     differences = backbone.source.differences(source)
     if differences:
-        raise ValueError(f"{source.backbone} is not the backbone of the features any more: {'; '.join(differences)}")
+        raise ValueError(f"source must describe {source.backbone} as it is now; got another: {'; '.join(differences)}")
     return backbone

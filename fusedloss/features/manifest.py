@@ -32,23 +32,23 @@ class FeatureSource:
 
     # "timm:NAME" or "hf:NAME"
     backbone: str | None = None
-    # the file, or "pretrained"
+    # The file, or "pretrained"
     weights: str | None = None
-    # of the loaded tensors, in order, so that it is the same for .pth and .safetensors
+    # Of the loaded tensors, in order, so that it is the same for .pth and .safetensors
     weights_sha256: str | None = None
     # "pre_logits", "cls" or "mean"
     pooling: str | None = None
-    # preprocessing, in words
+    # Preprocessing, in words
     transform: str | None = None
-    # pixels
+    # Pixels
     image_size: int | None = None
-    # share of the resized image's edge that the centre crop keeps
+    # Share of the resized image's edge that the centre crop keeps
     crop: float | None = None
-    # tokens
+    # Tokens
     max_length: int | None = None
-    # of the backbone's arithmetic: "float32", "bfloat16" or "float16" (autocast)
+    # Of the backbone's arithmetic: "float32", "bfloat16" or "float16" (autocast)
     precision: str = "float32"
-    # rows have L2 norm one
+    # Rows have L2 norm one
     normalized: bool = False
 
     def differences(self, other: FeatureSource) -> list[str]:
@@ -69,12 +69,12 @@ class Manifest:
     num_classes: int
     dtype: str
     source: FeatureSource = FeatureSource()
-    # of the list of inputs that the rows were computed from
+    # Of the list of inputs that the rows were computed from
     inputs_sha256: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     # UTC, ISO 8601
     created: str = ""
-    # name -> sha256
+    # Name to sha256.
     files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -102,7 +102,7 @@ class Manifest:
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise BankError(
-                f"{origin} has schema_version {version!r}; this version of fusedloss reads {SCHEMA_VERSION}"
+                f"{origin} must have schema_version {SCHEMA_VERSION} for this version of fusedloss; got {version!r}"
             )
         try:
             manifest = cls(**{**content, "source": FeatureSource(**content["source"])})

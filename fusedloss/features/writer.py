@@ -138,7 +138,8 @@ class BankWriter(Generic[Bank]):
         if not self.complete:
             if self.rows_done != self.manifest.num_rows:
                 raise BankError(
-                    f"{self.folder} has {self.rows_done} of {self.manifest.num_rows} rows; append the others first"
+                    f"features must be appended for all {self.manifest.num_rows} rows of {self.folder}; "
+                    f"got {self.rows_done} of them"
                 )
             self.file.close()
             names = (FEATURES_FILE, *self.small_files)
@@ -155,7 +156,9 @@ class BankWriter(Generic[Bank]):
 
     def _start(self) -> None:
         if self.folder.exists() and any(entry.suffix != ".tmp" for entry in self.folder.iterdir()):
-            raise BankError(f"{self.folder} is neither empty nor a feature bank; nothing was written there")
+            raise BankError(
+                f"path must be a new or empty folder, or a bank's; got {self.folder}, which holds other files"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         needed = len(self.header) + self.row_bytes * self.manifest.num_rows + sum(map(len, self.small_files.values()))
         free = shutil.disk_usage(self.folder).free
@@ -192,8 +195,8 @@ class BankWriter(Generic[Bank]):
         differences += [f"{name} other than now" for name in stored if name not in self.plan]
         if differences:
             raise BankError(
-                f"{self.folder} {how} with {'; '.join(differences)}. "
-                "Give the same inputs and settings as then, or another folder"
+                f"path must be a new folder, or a bank that {how} with the same inputs and settings; "
+                f"got {self.folder}, with {'; '.join(differences)}"
             )
 
     def _record_progress(self, rows: int) -> None:
@@ -210,7 +213,7 @@ class BankWriter(Generic[Bank]):
             write_bytes(path, self.header)
         elif not path.is_file() or path.stat().st_size < size:
             finished = f"its {self.rows_done} finished rows"
-            raise BankError(f"{path} is shorter than {finished}; delete {self.folder} and extract again")
+            raise BankError(f"{path} must hold {finished}; got fewer bytes (delete {self.folder} and extract again)")
         # Closed by close().
         self.file = open(path, "r+b", buffering=0)  # noqa: SIM115
         self.file.truncate(size)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedloss.backends import CHECK_VALUES
 from fusedloss.backends.reference.softmax_ce import terms_applied
-from fusedloss.core.checks import check_labels
+from fusedloss.core.checks import check_choice, check_ignore_index, check_label_shape, check_labels, check_per_row
 from fusedloss.core.dtypes import FLOATING, LABELS, compute_dtype
 from fusedloss.core.operands import LogitInputs, RowInputs
 from fusedloss.core.reduce import mean_denominator
@@ -27,8 +27,12 @@ from fusedloss.terms import (
     tensors_of,
 )
 
+REDUCTIONS = ("mean", "sum", "none")
+_NO_OPTIONS, _NO_ROWS = RowOptions(), RowInputs()
 
-@dataclass(frozen=True)
+
+# Not frozen: that takes a microsecond of a small loss.
+@dataclass(slots=True)
 class LossArguments:
     """Checked arguments in the form that the operations take: ``(B, K)`` or ``(B, K, d)`` logits."""
 
@@ -129,13 +133,18 @@ def checked(
             _check_probabilities(target)
         elif not labels_may_be_remote:
             check_labels(target, logits.shape[1], ignore_index, "target")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
-    settings.check()
+    if reduction not in REDUCTIONS:
+        check_choice("reduction", reduction, REDUCTIONS)
+    # What is plainly right is not looked at twice: each look takes a part of a small loss.
+    plain = settings.is_default
+    if not plain:
+        settings.check()
     if type(ignore_index) is not int or ignore_index != -100:
-        _check_ignore_index(ignore_index)
+        ignore_index = check_ignore_index(ignore_index)
     if ignore_index >= 0 and target.is_floating_point():
-        raise ValueError(f"ignore_index is not supported for floating point target; got {ignore_index}")
+        raise ValueError(
+            f"ignore_index must be negative: it is not supported for floating point target; got {ignore_index}"
+        )
     if weight is not None:
         weight = _check_class_weight(weight, logits)
         _check_range("weight", weight, 0.0)
@@ -145,26 +154,24 @@ def checked(
         check_terms(terms, logits, target) if terms else (),
         weight,
         ignore_index,
-        settings.options(logits.shape[1]),
-        _row_inputs(settings, sample_weight, logits, shape),
+        _NO_OPTIONS if plain else settings.options(logits.shape[1]),
+        _NO_ROWS if plain and sample_weight is None else _row_inputs(settings, sample_weight, logits, shape),
         shape,
     )
 
 
 def _row_inputs(settings: RowSettings, sample_weight: Tensor | None, logits: Tensor, shape: torch.Size) -> RowInputs:
     """The options that are tensors, one value per row."""
-    smoothing, penalty = settings.label_smoothing, settings.margin_penalty
-    strength = None
+    penalty = settings.margin_penalty
+    smoothing = strength = None
     if sample_weight is not None:
-        sample_weight = _check_per_row("sample_weight", sample_weight, logits, shape)
+        sample_weight = _per_row("sample_weight", sample_weight, logits, shape)
         _check_range("sample_weight", sample_weight, 0.0)
-    if isinstance(smoothing, Tensor):
-        smoothing = _check_per_row("label_smoothing", smoothing, logits, shape)
+    if isinstance(settings.label_smoothing, Tensor):
+        smoothing = _per_row("label_smoothing", settings.label_smoothing, logits, shape)
         _check_range("label_smoothing", smoothing, 0.0, 1.0)
-    else:
-        smoothing = None
     if penalty is not None and isinstance(penalty.strength, Tensor):
-        strength = _check_per_row("MarginPenalty: strength", penalty.strength, logits, shape)
+        strength = _per_row("MarginPenalty: strength", penalty.strength, logits, shape)
         _check_range("MarginPenalty: strength", strength, 0.0, 1.0 if penalty.mix else math.inf)
     return RowInputs(smoothing, sample_weight, strength)
 
@@ -202,30 +209,18 @@ def _check_target(input: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(
-                f"target holds probabilities ({target.dtype}) and must have input's shape {tuple(input.shape)}; "
-                f"got {tuple(target.shape)}; labels must be int64"
+                f"target must have input's shape {tuple(input.shape)} where it holds probabilities ({target.dtype}; "
+                f"labels are int64); got {tuple(target.shape)}"
             )
         return target.reshape(logits.shape), shape
     if target.dtype not in LABELS:
         raise TypeError(f"target must be int64, int32 or uint8 labels, or probabilities; got {target.dtype}")
-    if target.shape != shape:
-        raise ValueError(
-            f"target must have shape {tuple(shape)} for input of shape {tuple(input.shape)}; got {tuple(target.shape)}"
-        )
+    check_label_shape("target", target, shape, input.shape)
     if target.dtype != torch.int64:
         target = target.to(torch.int64)
     if logits is not input:
         target = target.reshape(logits.shape[:1] + logits.shape[2:])
     return target, shape
-
-
-def _check_ignore_index(ignore_index: int) -> None:
-    if type(ignore_index) is not int and (
-        isinstance(ignore_index, Tensor) or not (torch.compiler.is_compiling() or hasattr(ignore_index, "__index__"))
-    ):
-        raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits; got {ignore_index}")
 
 
 def _check_range(name: str, value: Tensor, low: float, high: float = math.inf) -> None:
@@ -245,24 +240,13 @@ def _check_probabilities(target: Tensor) -> None:
     off = (sums - 1).abs() > 0.01
     if bool(off.any()):
         index = tuple(int(i) for i in off.nonzero()[0])
-        raise ValueError(f"target: probabilities must sum to 1 over classes; got {float(sums[index])} at row {index}")
+        raise ValueError(f"target must hold probabilities that sum to 1; got {float(sums[index])} at row {index}")
 
 
-def _check_per_row(name: str, value: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
+def _per_row(name: str, value: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
     """One value per row, in the compute dtype and the rows' shape: ``(B,)`` is broadcast over d1, ...."""
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype in LABELS):
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor with one value per row; got {got}")
-    if value.device != logits.device:
-        raise ValueError(f"{name} must be on the device of input, {logits.device}; got {value.device}")
-    rows = logits.shape[:1] + logits.shape[2:]
-    value = value.to(compute_dtype(logits.dtype))
-    if value.shape == shape:
-        return value.reshape(rows).contiguous()
-    if len(shape) > 1 and value.shape == shape[:1]:
-        return value.unsqueeze(1).expand(rows).contiguous()
-    allowed = f"{tuple(shape)}" + (f" or {tuple(shape[:1])}" if len(shape) > 1 else "")
-    raise ValueError(f"{name} must have shape {allowed}; got {tuple(value.shape)}")
+    value = check_per_row(name, value, shape, logits).to(compute_dtype(logits.dtype))
+    return value.expand(shape).reshape(logits.shape[:1] + logits.shape[2:]).contiguous()
 
 
 def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
@@ -274,7 +258,10 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> Tensor:
     if weight.device != logits.device:
         raise ValueError(f"weight must be on the device of input, {logits.device}; got {weight.device}")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight gets no gradient; detach it, or pass what is learned as sample_weight or in a term")
+        raise ValueError(
+            "weight must not require a gradient (detach it, or pass what is learned as sample_weight or in a term); "
+            "got requires_grad=True"
+        )
     return weight.to(compute_dtype(logits.dtype)).contiguous()
 
 
@@ -290,8 +277,8 @@ def check_terms(terms: Sequence[Term], logits: Tensor, target: Tensor) -> tuple[
         term.check(logits.shape[1])
         if isinstance(term, MarginTerm) and target.is_floating_point():
             raise ValueError(
-                f"terms: {type(term).__name__} changes the labelled class; got probability targets (for mixup, mix the "
-                "losses of both labels)"
+                f"target must hold labels with {type(term).__name__}, which changes the labelled class (for mixup, mix "
+                "the losses of both labels); got probabilities"
             )
         for name, value in tensors_of(term).items():
             if value.device != logits.device:

@@ -188,7 +188,7 @@ def _sharded(arguments: LossArguments, head: LinearHead, reduction: str, group: 
         raise ValueError("group must be None with the reference backend; got a process group")
     local, head, shard = sharded_classes.localized(arguments, head, group)
     if not _capped_first(local, head):
-        raise ValueError("terms must begin with the soft cap, without bias and normalize, where group is given")
+        raise ValueError("group must be None where a soft cap follows a term, a bias or normalize; got a process group")
     found = ops.linear_stats(_inputs(local, head), statistics_options(local, False))
     row_loss, weight = sharded_classes.joined(found, arguments, local, shard)
     return sharded_classes.reduced(row_loss, weight, arguments, reduction)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.reference.linear_ce import linear_logits
+from fusedloss.core.checks import check_bool
 from fusedloss.core.dtypes import FLOATING
 
 
@@ -46,7 +47,7 @@ def checked_head(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: 
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")
     if input.dim() not in (1, 2):
-        raise ValueError(f"input must have shape (B, D) or (D,): flatten other dimensions; got {tuple(input.shape)}")
+        raise ValueError(f"input must have shape (B, D) or (D,), other dimensions flattened; got {tuple(input.shape)}")
     if weight.dim() != 2:
         raise ValueError(f"linear_weight must have shape (K, D); got {tuple(weight.shape)}")
     if weight.shape[0] == 0:
@@ -59,6 +60,7 @@ def checked_head(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: 
         raise ValueError(f"linear_weight must be on the device of input, {input.device}; got {weight.device}")
     if bias is not None:
         bias = _checked_bias(bias, weight)
+    check_bool("normalize", normalize)
     dtype = _product_dtype(input, weight)
     one_row = input.dim() == 1
     return LinearHead((input.unsqueeze(0) if one_row else input).to(dtype), weight, bias, bool(normalize), one_row)

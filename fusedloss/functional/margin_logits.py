@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedloss.core.checks import check_labels
+from fusedloss.core.checks import (
+    check_ignore_index,
+    check_integer,
+    check_integer_tensor,
+    check_label_shape,
+    check_labels,
+)
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.normalize import unit_rows
 from fusedloss.functional.arguments import check_terms
@@ -54,7 +60,8 @@ def margin_logits(
     head = checked_head(input, linear_weight, None, True)
     if not isinstance(margin, MarginTerm):
         raise TypeError(f"margin must be a margin of fusedloss.terms; got {type(margin).__name__}")
-    _check_sub_centers(sub_centers, len(head.weight))
+    _check_sub_centers(sub_centers, head.weight.shape[0])
+    check_ignore_index(ignore_index)
     dtype = compute_dtype(head.input.dtype)
     x, w = unit_rows(head.input.to(dtype)), unit_rows(head.weight.to(dtype))
     with torch.autocast(input.device.type, enabled=False):
@@ -76,18 +83,17 @@ def margin_logits(
 
 
 def _check_sub_centers(sub_centers: int, rows: int) -> None:
-    if isinstance(sub_centers, bool) or not isinstance(sub_centers, int) or sub_centers < 1:
-        raise ValueError(f"sub_centers must be a positive integer; got {sub_centers!r}")
+    check_integer("sub_centers", sub_centers, at_least=1)
     if rows % sub_centers:
         raise ValueError(f"linear_weight must have a multiple of sub_centers={sub_centers} rows; got {rows}")
 
 
 def _checked_labels(labels: Tensor, cosine: Tensor, ignore_index: int) -> Tensor:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers; got {labels.dtype}")
+    check_integer_tensor("labels", labels)
     labels = labels.reshape(1) if labels.dim() == 0 else labels
-    if labels.shape != cosine.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(cosine)},); got {tuple(labels.shape)}")
+    check_label_shape("labels", labels, cosine.shape[:1], cosine.shape)
+    if labels.device != cosine.device:
+        raise ValueError(f"labels must be on the device of input, {cosine.device}; got {labels.device}")
     labels = labels.to(torch.int64)
     if readable(labels):
         check_labels(labels, cosine.shape[1], ignore_index, "labels")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedloss.core.checks import check_labels
+from fusedloss.core.checks import check_labels, check_number
 from fusedloss.functional.arguments import LossArguments
 from fusedloss.functional.linear_head import LinearHead
 from fusedloss.terms import Term
@@ -20,15 +20,10 @@ _IGNORED = -100
 
 def check_sample_rate(rate: float, num_classes: int, rows: int) -> int:
     """How many classes are kept: the share of all, and no fewer than there are rows, which may all differ."""
-    if isinstance(rate, (bool, Tensor)) or not isinstance(rate, (int, float)):
-        raise TypeError(f"sample_rate must be a number; got {type(rate).__name__}")
-    if not 0 < rate <= 1:
-        raise ValueError(f"sample_rate must be above 0 and at most 1; got {rate}")
+    check_number("sample_rate", rate, above=0.0, at_most=1.0)
     count = min(num_classes, max(math.ceil(rate * num_classes), rows))
     if count < 2:
-        raise ValueError(
-            f"sample_rate: {rate} of {num_classes} classes leaves no negative class; at least 2 are needed"
-        )
+        raise ValueError(f"sample_rate must leave a negative class, at least 2 of {num_classes}; got {rate}")
     return count
 
 
@@ -38,7 +33,7 @@ def sampled(arguments: LossArguments, head: LinearHead, rate: float) -> tuple[Lo
     Source: An et al. 2022, arXiv:2203.15565. Random numbers are torch's own: ``torch.manual_seed`` repeats them.
     """
     if arguments.soft:
-        raise ValueError("sample_rate needs labels; got probability targets")
+        raise ValueError("target must hold labels with sample_rate; got probabilities")
     num_classes, target = arguments.num_classes, arguments.target
     count = check_sample_rate(rate, num_classes, head.input.shape[0])
     if readable(target):

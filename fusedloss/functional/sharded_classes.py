@@ -32,7 +32,7 @@ class Shard:
         if any(not torch.equal(shape[1:], mine[1:]) for shape in shapes):
             found = [tuple(shape.tolist()) for shape in shapes]
             raise ValueError(
-                f"group: linear_weight's width and input's rows must agree on all ranks; got (K, D, B) {found}"
+                f"group must have ranks that agree on linear_weight's width and input's rows; got (K, D, B) {found}"
             )
         counts = [int(shape[0]) for shape in shapes]
         self.group, self.offset, self.num_classes = group, sum(counts[:rank]), sum(counts)
@@ -92,7 +92,7 @@ def reduced(row_loss: Tensor, weight: Tensor, arguments: LossArguments, reductio
 
 def _check(arguments: LossArguments) -> None:
     if arguments.soft:
-        raise ValueError("group: sharded classes need labels; got probability targets")
+        raise ValueError("target must hold labels with group; got probabilities")
     if needs_smooth_loss(arguments.options, arguments.rows) or needs_hinge(arguments.options, arguments.rows):
         raise ValueError(
             "group must be None with label_smoothing or margin_penalty, which need all classes on one rank"

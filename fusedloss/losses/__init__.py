@@ -13,7 +13,7 @@ from fusedloss.losses.margin_heads import (
     CosFaceLoss,
     CurricularFaceLoss,
 )
-from fusedloss.losses.presets import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, MbLSLoss
+from fusedloss.losses.presets import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, MbLSLoss, PolyLoss
 from fusedloss.losses.prototypes import PrototypeLoss
 from fusedloss.losses.supcon import SupConLoss
 from fusedloss.losses.vace import VACELoss
@@ -37,6 +37,7 @@ __all__ = [
     "LDAMLoss",
     "LinearCrossEntropyLoss",
     "MbLSLoss",
+    "PolyLoss",
     "PrototypeLoss",
     "RowLoss",
     "SupConLoss",

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedloss import functional
-from fusedloss.core.checks import (
-    check_bool,
-    check_choice,
-    check_class_weight,
-    check_focal_gamma,
-    check_ignore_index,
-    check_number,
-)
-from fusedloss.core.row_loss import MarginPenalty
+from fusedloss.core.checks import check_bool, check_choice, check_class_weight, check_ignore_index
+from fusedloss.core.row_loss import MarginPenalty, RowSettings
 from fusedloss.functional import RowStatistics
 from fusedloss.losses.folding import check_linear, folded
 from fusedloss.losses.registered_terms import StepWatch, current, registered
@@ -34,6 +27,7 @@ class CrossEntropyKeywords(TypedDict, total=False):
     label_smoothing: float
     terms: Sequence[Term] | Term
     focal_gamma: float
+    poly_epsilon: float
     z_loss: float
     margin_penalty: MarginPenalty | None
     return_stats: bool
@@ -52,7 +46,7 @@ class CrossEntropyLoss(SettingsRepr):
             `size_average` and `reduce` were retired there and must stay None.
         terms: what changes the logit (``fusedloss.terms``). Their tensors are registered here: a Parameter as a
             parameter, another tensor as a buffer, under ``terms.0.log_prior``.
-        focal_gamma, z_loss, margin_penalty, return_stats: as in ``fusedloss.cross_entropy``.
+        focal_gamma, poly_epsilon, z_loss, margin_penalty, return_stats: as in ``fusedloss.cross_entropy``.
 
     Shape:
         input ``(K,)``, ``(B, K)`` or ``(B, K, d1, ...)``; target as in ``fusedloss.cross_entropy``; sample_weight the
@@ -80,6 +74,7 @@ class CrossEntropyLoss(SettingsRepr):
         *,
         terms: Sequence[Term] | Term = (),
         focal_gamma: float = 0.0,
+        poly_epsilon: float = 0.0,
         z_loss: float = 0.0,
         margin_penalty: MarginPenalty | None = None,
         return_stats: bool = False,
@@ -90,17 +85,15 @@ class CrossEntropyLoss(SettingsRepr):
                 "size_average and reduce must be None, retired by torch for reduction='mean', 'sum' or 'none'; "
                 f"got {size_average} and {reduce}"
             )
-        if margin_penalty is not None and not isinstance(margin_penalty, MarginPenalty):
-            raise TypeError(f"margin_penalty must be a fusedloss.MarginPenalty; got {type(margin_penalty).__name__}")
         check_choice("reduction", reduction, REDUCTIONS)
-        if not isinstance(label_smoothing, Tensor):
-            check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+        RowSettings(label_smoothing, focal_gamma, poly_epsilon, z_loss, margin_penalty).check()
         self.register_buffer("weight", check_class_weight("weight", weight))
         self.ignore_index = check_ignore_index(ignore_index)
         self.reduction = reduction
         self.label_smoothing = label_smoothing
-        self.focal_gamma = check_focal_gamma(focal_gamma)
-        self.z_loss = check_number("z_loss", z_loss)
+        self.focal_gamma = focal_gamma
+        self.poly_epsilon = poly_epsilon
+        self.z_loss = z_loss
         self.margin_penalty = margin_penalty
         self.return_stats = check_bool("return_stats", return_stats)
         self.terms = registered(terms)
@@ -112,7 +105,10 @@ class CrossEntropyLoss(SettingsRepr):
         """The loss of logits `input` against `target`; see the class for shapes."""
         if not torch.compiler.is_compiling():
             self._step_watch.look(self)
-        return functional.cross_entropy(input, target, **self._options(sample_weight))
+        loss: Tensor | tuple[Tensor, RowStatistics] = functional.cross_entropy(
+            input, target, **self._options(sample_weight)
+        )
+        return loss
 
     def fold_into(self, linear: nn.Linear, *, prior: bool = True) -> nn.Linear:
         """A new ``nn.Linear`` whose outputs are this loss's logits, terms included: inference needs no fusedloss.
@@ -134,6 +130,7 @@ class CrossEntropyLoss(SettingsRepr):
             True
         """
         check_linear("fold_into", linear)
+        check_bool("prior", prior)
         terms = []
         for term in self._terms():
             if not isinstance(term, AffineTerm):

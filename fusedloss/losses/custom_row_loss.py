@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fusedloss import functional
 from fusedloss.core.checks import check_choice, check_class_weight, check_ignore_index, check_number, check_per_row
+from fusedloss.core.reduce import mean_denominator
 from fusedloss.functional import RowStatistics
 from fusedloss.losses.cross_entropy import REDUCTIONS
 from fusedloss.losses.registered_terms import current, registered
 from fusedloss.losses.settings_repr import SettingsRepr
-from fusedloss.terms import MarginTerm, Term
+from fusedloss.terms import MarginTerm, Term, label_chain
 
 
 class RowLoss(SettingsRepr):
@@ -93,7 +94,9 @@ class RowLoss(SettingsRepr):
         if self.reduction == "none":
             return row_weight * row
         total = (row_weight * row).sum()
-        return total if self.reduction == "sum" else total / row_weight.sum()
+        if self.reduction == "sum":
+            return total
+        return total / mean_denominator(target, self.weight, self.ignore_index, sample_weight, row.dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"terms": self._terms()}
@@ -170,8 +173,7 @@ class FLSD53Loss(RowLoss):
 class DualFocalLoss(RowLoss):
     """Focal loss that also looks at the runner-up: ``-(1 - p_y + p_j) ** gamma * log p_y``.
 
-    p_j is the largest probability below p_y (0 where there is none), with gradient. One more read finds j, and p_j
-    comes with its own fused sweep.
+    p_j is the largest probability below p_y (0 where there is none), with gradient. One more read finds j.
 
     Args:
         gamma: at least 1.
@@ -203,12 +205,12 @@ class DualFocalLoss(RowLoss):
             below = z.masked_fill(z >= statistics.target_logit.unsqueeze(1), -torch.inf)
             largest, column = below.max(1)
             none = (largest == -torch.inf) | (target == self.ignore_index)
-            column = torch.where(none, self.ignore_index, column)
-        # The probability of any class is a row of its own: nothing of size (B, K) is written but the gradient.
-        minus_log_p = functional.cross_entropy(logits, column, None, self.ignore_index, "none", terms=self._terms())
-        assert isinstance(minus_log_p, Tensor)
-        runner_up = torch.where(none, torch.zeros_like(minus_log_p), torch.exp(-minus_log_p))
-        return (runner_up - torch.expm1(-cross_entropy)) ** self.gamma * cross_entropy
+        x = logits.gather(1, column.unsqueeze(1)).squeeze(1).to(z.dtype)
+        # Rows without a runner-up are masked before the exponential too: what they hold reaches no gradient.
+        z_j, _ = label_chain(torch.where(none, torch.zeros_like(x), x), column, self._terms())
+        log_p_j = z_j - torch.where(none, torch.zeros_like(z_j), statistics.log_sum_exp)
+        p_j = torch.where(none, torch.zeros_like(z_j), log_p_j.exp())
+        return (p_j - torch.expm1(-cross_entropy)) ** self.gamma * cross_entropy
 
 
 class ECPLoss(RowLoss):

@@ -175,3 +175,28 @@ class MbLSLoss(CrossEntropyLoss):
         assert penalty is not None
         own = {"margin": penalty.margin, "strength": penalty.strength, "over": penalty.over}
         return super().settings() | own
+
+
+class PolyLoss(CrossEntropyLoss):
+    """PolyLoss (Poly-1): ``CE + epsilon * (1 - p_y)``, the first coefficient of cross-entropy's expansion changed.
+
+    Args:
+        epsilon: finite; 1 as the paper starts from, and above -1 for a loss that falls with p_y everywhere.
+        keywords: those of ``CrossEntropyLoss``; with `focal_gamma`, the paper's Poly-1 focal loss. Class weights leave
+            the added part alone.
+
+    Source: Leng et al. 2022, arXiv:2204.12511.
+
+    Example:
+        >>> import torch, fusedloss
+        >>> fusedloss.PolyLoss(epsilon=1.0)(torch.zeros(1, 2), torch.tensor([0]))  # log 2 + 0.5
+        tensor(1.1931)
+    """
+
+    @forwards_keywords(CrossEntropyLoss, without=["poly_epsilon"])
+    def __init__(self, epsilon: float = 1.0, **keywords: Unpack[CrossEntropyKeywords]) -> None:
+        keywords["poly_epsilon"] = check_number("epsilon", epsilon)
+        super().__init__(**keywords)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"epsilon": self.poly_epsilon}

@@ -2,6 +2,7 @@
 
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.ops.class_stats import ClassState, ClassTensors, advance, class_stats, moments, row_magnitudes
+from fusedloss.ops.flops import register_flop_formulas
 from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
 from fusedloss.ops.softmax_ce import softmax_ce, softmax_stats
 from fusedloss.ops.supcon import supcon_stats
@@ -22,3 +23,5 @@ __all__ = [
     "supcon_stats",
     "target_products",
 ]
+
+register_flop_formulas()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -15,6 +15,8 @@ from fusedloss import backends
 library = torch.library.Library("fusedloss", "DEF")
 kernel = backends.kernel
 
+_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+_is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ONCE = "fusedloss's kernels are differentiable once; for second derivatives use fusedloss.backend('reference')"
 
@@ -71,9 +73,10 @@ def refuse_second(name: str) -> None:
 def is_direct(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would only pass plain tensors on to the kernel: 9 of 35 us of a small call.
 
-    Anything else, in any argument, goes to the dispatcher: subclasses, modes, tracing, negative views, other devices.
+    Anything else, in any argument, goes to the dispatcher: subclasses, modes, tracing, negative views, other devices;
+    and everything while a profiler is on, so that its ranges carry the operation's name.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _profiler_enabled():
         return False
     for tensor in tensors:
         if tensor is None:
@@ -107,11 +110,11 @@ class _Refusal(torch.autograd.Function):
     """Passes a gradient on, and says so when it is differentiated in its turn."""
 
     @staticmethod
-    def forward(ctx, gradient, *inputs):
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         raise RuntimeError(_ONCE)
 
 
@@ -130,18 +133,14 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def is_batched(tensors: Iterable[Tensor | None]) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
-    functorch = torch._C._functorch
-    return any(
-        tensor is not None and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
-        for tensor in tensors
-    )
+    return _is_batched(tensor) or _is_legacy_batched(tensor)
 
 
 def refuse_batched(*tensors: Tensor | None) -> None:
     """Raises where a backward kernel is asked for many upstream gradients at once."""
-    if is_batched(tensors):
+    if any(tensor is not None and is_batched(tensor) for tensor in tensors):
         raise RuntimeError(
             "fusedloss's kernels take one upstream gradient at a time, not is_grads_batched=True or torch.func.vmap; "
             "call torch.autograd.grad for each, or use fusedloss.backend('reference')"

@@ -91,22 +91,43 @@ def linear_ce(inputs: LinearInputs, rows: RowInputs, options: RowOptions, mean: 
     needs_grad = torch.is_grad_enabled() and (any(mask) or _requires_grad(rows.sample_weight))
     if not needs_grad:
         mask = _NO_MASK
-    if not is_direct(*inputs[:_NUM_TENSORS], *rows):
-        return torch.ops.fusedloss.linear_ce.default(*inputs, *rows, list(options), mean, list(mask))[0]
-    if needs_grad:
-        return _LinearCE.apply(*inputs, *rows, options, mean, mask)
-    return _ce_kernel(inputs, rows, options, mean, mask)[0]
+    if not is_direct(*_tensors(inputs), *rows):
+        loss: Tensor = torch.ops.fusedloss.linear_ce.default(*inputs, *rows, list(options), mean, list(mask))[0]
+    elif needs_grad:
+        loss = _LinearCE.apply(*inputs, *rows, options, mean, mask)
+    else:
+        loss = _ce_kernel(inputs, rows, options, mean, mask)[0]
+    return loss
+
+
+def _tensors(inputs: LinearInputs) -> tuple[Tensor | None, ...]:
+    # By name: torch.compile of torch 2.8 can't trace a slice of a named tuple.
+    return (
+        inputs.input,
+        inputs.weight,
+        inputs.target,
+        inputs.input_norm,
+        inputs.class_norm,
+        inputs.scale,
+        inputs.bias,
+        inputs.class_weight,
+        inputs.target_override,
+        inputs.target_override_grad,
+        inputs.target_product,
+    )
 
 
 def _ce_kernel(inputs: LinearInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return kernel("linear_ce", "linear_ce", inputs.input.device.type)(inputs, *arguments)
+    result: tuple[Tensor, Tensor, list[Tensor]]
+    result = kernel("linear_ce", "linear_ce", inputs.input.device.type)(inputs, *arguments)
+    return result
 
 
 class _LinearCE(torch.autograd.Function):
     """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx: Any, *flat: Any) -> Tensor:
         inputs, rows, options, mean, mask = _group_ce(*flat)
         loss, ctx.row_loss, ctx.grads = _ce_kernel(inputs, rows, options, mean, mask)
         ctx.numbers = (inputs.soft_cap, inputs.ignore_index, options, mean, mask)
@@ -115,13 +136,13 @@ class _LinearCE(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         tensors, (soft_cap, ignore_index, options, mean, mask) = ctx.saved_tensors, ctx.numbers
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            inputs = LinearInputs(*tensors[:_NUM_TENSORS], soft_cap, ignore_index)
+            inputs = LinearInputs._make((*tensors[:_NUM_TENSORS], soft_cap, ignore_index))
             grads = _ce_kernel(inputs, RowInputs(*tensors[_NUM_TENSORS:]), options, mean, mask)[2]
-        if is_batched((upstream,)):
+        if is_batched(upstream):
             grads = [grad * upstream for grad in grads]
         else:
             scale_in_place(grads, upstream)
@@ -177,7 +198,7 @@ define(
 
 def linear_stats(inputs: LinearInputs, options: StatisticsOptions) -> SoftmaxStatistics:
     """The statistics of each row, differentiable in the six that ``row_loss.Statistics`` names."""
-    if not is_direct(*inputs[:_NUM_TENSORS]):
+    if not is_direct(*_tensors(inputs)):
         return SoftmaxStatistics(*torch.ops.fusedloss.linear_stats.default(*inputs, *options))
     if torch.is_grad_enabled() and any(_mask(inputs, RowInputs())):
         return SoftmaxStatistics(*_LinearStatistics.apply(*inputs, *options))
@@ -188,14 +209,14 @@ class _LinearStatistics(torch.autograd.Function):
     """Saves three numbers per row; the backward forms the logits again."""
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
         inputs, options = _group_stats(*flat)
         output = tuple(kernel("linear_ce", "linear_stats", inputs.input.device.type)(inputs, options))
         _setup_stats(ctx, flat, output)
         return output
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return _backward_stats(ctx, *grads)
 
 
@@ -250,11 +271,13 @@ def linear_stats_backward(
     inputs: LinearInputs, saved: SavedStatistics, penalty_margin: float, grads: StatisticsGrads, mask: LinearMask
 ) -> list[Tensor]:
     """The gradients that `mask` names, from those of the statistics."""
-    if not is_direct(*inputs[:_NUM_TENSORS], *saved, *grads):
+    if not is_direct(*_tensors(inputs), *saved, *grads):
         flat = (*inputs, *saved, penalty_margin, *grads, list(mask))
-        return torch.ops.fusedloss.linear_stats_backward.default(*flat)
-    run = kernel("linear_ce", "linear_stats_backward", inputs.input.device.type)
-    return run(inputs, saved, penalty_margin, grads, mask)
+        result: list[Tensor] = torch.ops.fusedloss.linear_stats_backward.default(*flat)
+    else:
+        run = kernel("linear_ce", "linear_stats_backward", inputs.input.device.type)
+        result = run(inputs, saved, penalty_margin, grads, mask)
+    return result
 
 
 def _check_rows(rows: Tensor) -> None:
@@ -274,9 +297,11 @@ define(
 def row_norms(rows: Tensor) -> Tensor:
     """Lengths of the rows ``(R, D)`` in float64, infinite for a row of zeros; detached."""
     rows = rows.detach()
-    if not is_direct(rows):
-        return torch.ops.fusedloss.row_norms.default(rows)
-    return kernel("linear_ce", "row_norms", rows.device.type)(rows)
+    run = (
+        kernel("linear_ce", "row_norms", rows.device.type) if is_direct(rows) else torch.ops.fusedloss.row_norms.default
+    )
+    norms: Tensor = run(rows)
+    return norms
 
 
 def _setup_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -285,7 +310,8 @@ def _setup_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_norms(ctx: Any, grad: Tensor) -> Tensor:
     rows, norm = ctx.saved_tensors
-    return (grad / norm).unsqueeze(1).mul(rows).to(rows.dtype)
+    direction: Tensor = (grad / norm).unsqueeze(1).mul(rows)
+    return direction.to(rows.dtype)
 
 
 register_autograd("row_norms", _setup_norms, _backward_norms)
@@ -313,8 +339,10 @@ def target_products(inputs: LinearInputs) -> Tensor:
     inputs = inputs._replace(input=inputs.input.detach(), weight=inputs.weight.detach())
     tensors = (inputs.input, inputs.weight, inputs.target, inputs.input_norm, inputs.class_norm)
     if not is_direct(*tensors):
-        return torch.ops.fusedloss.target_products.default(*tensors, inputs.ignore_index)
-    return kernel("linear_ce", "target_products", inputs.input.device.type)(inputs)
+        products: Tensor = torch.ops.fusedloss.target_products.default(*tensors, inputs.ignore_index)
+    else:
+        products = kernel("linear_ce", "target_products", inputs.input.device.type)(inputs)
+    return products
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:

@@ -87,44 +87,60 @@ define(
 
 def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mean: bool) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
-    logits, target, scale, bias, class_weight, override, override_grad, soft_cap, ignore_index = inputs
-    smoothing, weight, strength = rows
-    tensors = (logits, target, scale, bias, class_weight, override, override_grad, smoothing, weight, strength)
-    needs_grad = torch.is_grad_enabled() and _any_requires_grad(tensors)
-    if not is_direct(*tensors):
-        mask = _ce_mask(inputs, rows) if needs_grad else _NO_MASK
-        flat = (*tensors[:7], soft_cap, ignore_index, *tensors[7:], list(options), mean, list(mask), 1.0)
-        return torch.ops.fusedloss.softmax_ce.default(*flat)[0]
-    if needs_grad:
-        return _SoftmaxCE.apply(*tensors, soft_cap, ignore_index, options, mean)
-    return _ce_kernel(inputs, rows, options, mean, _NO_MASK, 1.0)[0]
+    mask = _ce_mask(inputs, rows) if torch.is_grad_enabled() else _NO_MASK
+    needs_grad = mask != _NO_MASK or (torch.is_grad_enabled() and _requires_grad(rows.sample_weight))
+    if not is_direct(*_tensors(inputs), *rows):
+        flat = (*inputs, *rows, list(options), mean, list(mask), 1.0)
+        loss: Tensor = torch.ops.fusedloss.softmax_ce.default(*flat)[0]
+    elif needs_grad:
+        loss = _SoftmaxCE.apply(*_tensors(inputs), *rows, (inputs, rows, options, mean, mask))
+    else:
+        loss = _ce_kernel(inputs, rows, options, mean, mask, 1.0)[0]
+    return loss
+
+
+def _tensors(inputs: LogitInputs) -> tuple[Tensor | None, ...]:
+    # By name: torch.compile of torch 2.8 can't trace a slice of a named tuple.
+    return (
+        inputs.logits,
+        inputs.target,
+        inputs.scale,
+        inputs.bias,
+        inputs.class_weight,
+        inputs.target_override,
+        inputs.target_override_grad,
+    )
 
 
 def _ce_kernel(inputs: LogitInputs, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return kernel("softmax_ce", "softmax_ce", inputs.logits.device.type)(inputs, *arguments)
+    result: tuple[Tensor, Tensor, list[Tensor]]
+    result = kernel("softmax_ce", "softmax_ce", "cuda" if inputs.logits.is_cuda else "cpu")(inputs, *arguments)
+    return result
 
 
 class _SoftmaxCE(torch.autograd.Function):
-    """The gradients leave with the forward; the first backward hands them on, a later one computes them again."""
+    """The gradients leave with the forward; the first backward hands them on, a later one computes them again.
+
+    Tensors come one by one, for autograd, and then once more as the kernel takes them, with the options.
+    """
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, soft_cap, ignore_index, options, mean = arguments
-        inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
-        mask = _ce_mask(inputs, rows)
-        ctx.loss_key = (inputs.logits.shape[1], inputs.logits.dtype, options)
-        ctx.written = 1.0 if inputs.logits.is_cuda else expected_upstream(ctx.loss_key)
-        ctx.numbers = (soft_cap, ignore_index, options, mean, mask, ctx.written)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, (inputs, rows, options, mean, mask) = arguments
+        logits = inputs.logits
+        ctx.loss_key = (logits.shape[1], logits.dtype, options)
+        ctx.written = 1.0 if logits.is_cuda else expected_upstream(ctx.loss_key)
+        ctx.numbers = (inputs.soft_cap, inputs.ignore_index, options, mean, mask)
         loss, ctx.row_loss, ctx.grads = _ce_kernel(inputs, rows, options, mean, mask, ctx.written)
         ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         grads, mask = ctx.grads, ctx.numbers[4]
         ctx.grads = None
-        if is_batched((upstream,)):
+        if is_batched(upstream):
             grads = _again(ctx, 1.0) if grads is None or ctx.written != 1.0 else grads
             grads = [grad * upstream for grad in grads]
         else:
@@ -132,19 +148,19 @@ class _SoftmaxCE(torch.autograd.Function):
             factor = scale_in_place(grads, upstream, ctx.written)
             if factor is not None:
                 note_upstream(ctx.loss_key, factor)
-        row_weight = ctx.row_loss * upstream if ctx.needs_input_grad[8] else None
-        if mask == _LOGITS_ONLY:
-            return grads[0], None, None, None, None, None, None, None, row_weight, None, None, None, None, None
         need = ctx.needs_input_grad
-        logits, scale, bias, override, smoothing, strength = _by_input(grads, mask, (need[0], need[2], need[3]))
-        rows = (smoothing, row_weight, strength)
-        return logits, None, scale, bias, None, override, None, *rows, None, None, None, None
+        row_weight = ctx.row_loss * upstream if need[8] else None
+        if mask == _LOGITS_ONLY:
+            return grads[0], None, None, None, None, None, None, None, row_weight, None, None
+        logits, scale, bias, override, smoothing, strength = _by_name(grads, mask)
+        scale, bias = scale if need[2] else None, bias if need[3] else None
+        return logits, None, scale, bias, None, override, None, smoothing, row_weight, strength, None
 
 
 def _again(ctx: Any, grad_scale: float) -> list[Tensor]:
-    tensors, (soft_cap, ignore_index, options, mean, mask, _) = ctx.saved_tensors, ctx.numbers
-    inputs, rows = LogitInputs(*tensors[:7], soft_cap, ignore_index), RowInputs(*tensors[7:])
-    return _ce_kernel(inputs, rows, options, mean, mask, grad_scale)[2]
+    tensors, (soft_cap, ignore_index, options, mean, mask) = ctx.saved_tensors, ctx.numbers
+    inputs = LogitInputs._make((*tensors[:7], soft_cap, ignore_index))
+    return _ce_kernel(inputs, RowInputs(*tensors[7:]), options, mean, mask, grad_scale)[2]
 
 
 def _setup_ce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -166,12 +182,10 @@ def _backward_ce(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         flat = (*tensors[:7], soft_cap, ignore_index, *tensors[7:], list(options), mean, list(needed), grad_scale)
         grads, mask = torch.ops.fusedloss.softmax_ce.default(*flat)[2], needed
     factor = grad_loss if grad_scale == 1.0 else grad_loss / grad_scale
-    scaled = [grad * factor for grad in grads]
-    logits, scale, bias, override, smoothing, strength = _by_input(scaled, mask, (need[0], need[2], need[3]))
     row_weight = row_loss * grad_loss if need[10] else None
+    logits, scale, bias, override, smoothing, strength = _by_name([grad * factor for grad in grads], mask)
     of_rows = (smoothing if need[9] else None, row_weight, strength if need[11] else None)
-    of_inputs = (logits, None, scale, bias, None, override if need[5] else None, None, None, None)
-    return *of_inputs, *of_rows, None, None, None, None
+    return *_of_inputs(logits, scale, bias, override, need), *of_rows, None, None, None, None
 
 
 register_autograd("softmax_ce", _setup_ce, _backward_ce)
@@ -189,12 +203,16 @@ def fake_statistics(logits: Tensor, options: StatisticsOptions) -> SoftmaxStatis
         return _new_rows(logits, dtype) if needed else logits.new_empty(0, dtype=dtype)
 
     return SoftmaxStatistics(
-        *(rows() for _ in range(5)),
-        rows(options.smooth_loss),
-        rows(),
-        rows(options.hinge),
-        rows(options.prediction, torch.int64),
-        rows(options.prediction),
+        row_max=rows(),
+        row_sum=rows(),
+        log_sum_exp=rows(),
+        target_logit=rows(),
+        cross_entropy=rows(),
+        smooth_loss=rows(options.smooth_loss),
+        one_minus_pt=rows(),
+        hinge=rows(options.hinge),
+        prediction=rows(options.prediction, torch.int64),
+        confidence=rows(options.prediction),
     )
 
 
@@ -210,28 +228,26 @@ define(
 
 def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> SoftmaxStatistics:
     """The statistics of each row, differentiable in the six that ``row_loss.Statistics`` names."""
-    logits, target, scale, bias, class_weight, override, override_grad, soft_cap, ignore_index = inputs
-    tensors = (logits, target, scale, bias, class_weight, override, override_grad)
+    tensors = _tensors(inputs)
     if not is_direct(*tensors):
-        flat = (*tensors, soft_cap, ignore_index, *options)
-        return SoftmaxStatistics(*torch.ops.fusedloss.softmax_stats.default(*flat))
-    if torch.is_grad_enabled() and _any_requires_grad(tensors):
-        return SoftmaxStatistics(*_SoftmaxStatistics.apply(*tensors, soft_cap, ignore_index, *options))
-    return SoftmaxStatistics(*kernel("softmax_ce", "softmax_stats", logits.device.type)(inputs, options))
+        return SoftmaxStatistics(*torch.ops.fusedloss.softmax_stats.default(*inputs, *options))
+    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
+        return SoftmaxStatistics(*_SoftmaxStatistics.apply(*inputs, *options))
+    return SoftmaxStatistics(*kernel("softmax_ce", "softmax_stats", inputs.logits.device.type)(inputs, options))
 
 
 class _SoftmaxStatistics(torch.autograd.Function):
     """Saves three numbers per row; the backward reads the saved logits once."""
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
         inputs, options = _group_stats(*flat)
         output = tuple(kernel("softmax_ce", "softmax_stats", inputs.logits.device.type)(inputs, options))
         _setup_stats(ctx, flat, output)
         return output
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return _backward_stats(ctx, *grads)
 
 
@@ -269,8 +285,8 @@ def _backward_stats(ctx: Any, *grads: Tensor | None) -> Any:
     inputs = LogitInputs(*ctx.saved_tensors[:7], *ctx.numbers)
     saved = SavedStatistics(*ctx.saved_tensors[7:])
     result = softmax_stats_backward(inputs, saved, ctx.penalty_margin, statistics_grads(grads), mask)
-    logits, scale, bias, override, _, _ = _by_input(result, mask, (need[0], need[2], need[3]))
-    return logits, None, scale, bias, None, override, *(None,) * (len(need) - 6)
+    logits, scale, bias, override, _, _ = _by_name(result, mask)
+    return *_of_inputs(logits, scale, bias, override, need), *(None,) * (len(need) - _NUM_INPUTS)
 
 
 register_autograd("softmax_stats", _setup_stats, _backward_stats)
@@ -303,19 +319,13 @@ def softmax_stats_backward(
     inputs: LogitInputs, saved: SavedStatistics, penalty_margin: float, grads: StatisticsGrads, mask: SoftmaxMask
 ) -> list[Tensor]:
     """The gradients that `mask` names, from those of the statistics."""
-    tensors = (*inputs[:7], *saved, *grads)
-    if not is_direct(*tensors):
+    if not is_direct(*_tensors(inputs), *saved, *grads):
         flat = (*inputs, *saved, penalty_margin, *grads, list(mask))
-        return torch.ops.fusedloss.softmax_stats_backward.default(*flat)
-    run = kernel("softmax_ce", "softmax_stats_backward", inputs.logits.device.type)
-    return run(inputs, saved, penalty_margin, grads, mask)
-
-
-def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    for tensor in tensors:  # noqa: SIM110  any() over a generator takes three times as long
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
+        result: list[Tensor] = torch.ops.fusedloss.softmax_stats_backward.default(*flat)
+    else:
+        run = kernel("softmax_ce", "softmax_stats_backward", inputs.logits.device.type)
+        result = run(inputs, saved, penalty_margin, grads, mask)
+    return result
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -332,10 +342,18 @@ def _ce_mask(inputs: LogitInputs, rows: RowInputs) -> SoftmaxMask:
     )
 
 
-def _by_input(grads: Sequence[Tensor], mask: SoftmaxMask, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of logits, scale and bias, each None unless needed, and of the three tensors of one value per row."""
+def _by_name(grads: Sequence[Tensor], mask: SoftmaxMask) -> tuple[Tensor | None, ...]:
+    """The gradients of logits, scale, bias, target_override, label_smoothing and penalty_strength, or None each."""
     made: Iterator[Tensor] = iter(grads)
     logits = next(made) if mask.logits else None
     scale, bias = (next(made), next(made)) if mask.affine else (None, None)
-    of_rows = [next(made) if needed else None for needed in mask[2:]]
-    return logits if need[0] else None, scale if need[1] else None, bias if need[2] else None, *of_rows
+    override, smoothing, strength = (next(made) if each else None for each in mask[2:])
+    return logits, scale, bias, override, smoothing, strength
+
+
+def _of_inputs(
+    logits: Tensor | None, scale: Tensor | None, bias: Tensor | None, override: Tensor | None, need: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """One gradient, or None, for each field of LogitInputs."""
+    of_classes = (scale if need[2] else None, bias if need[3] else None, None)
+    return logits if need[0] else None, None, *of_classes, override if need[5] else None, None, None, None

@@ -29,11 +29,14 @@ _NOTHING = _Seen(1.0, 1.0)
 
 def expected_upstream(loss: Hashable) -> float:
     """What a forward multiplies its gradients by; 1 unless the last two backwards had something else in common."""
-    return _seen.get(loss, _NOTHING).expected
+    # Most programs bring 1 alone, and nothing is hashed for them.
+    return _seen.get(loss, _NOTHING).expected if _seen else 1.0
 
 
 def note_upstream(loss: Hashable, upstream: float) -> None:
     """Tells what a backward brought."""
+    if upstream == 1.0 and not _seen:
+        return
     expected, last = _seen.get(loss, _NOTHING)
     if upstream != expected or upstream != last:
         if len(_seen) >= _MOST_LOSSES:

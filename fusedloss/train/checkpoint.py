@@ -36,7 +36,7 @@ class Checkpoint:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         values = read_json(self.path)
         if not isinstance(values, dict) or not isinstance(values.get("tensors"), str):
-            raise StorageError(f"{self.path} is not a checkpoint: it does not name its tensors")
+            raise StorageError(f"{self.path} must be a checkpoint that names its tensors; got none named")
         self._remove_others(values["tensors"])
         return read_tensors(self.folder / values["tensors"]), values
 

@@ -172,7 +172,9 @@ class Training:
         tensors, values = self.checkpoint.load()
         before = values.get("device", self.device.type)
         if before != self.device.type:
-            raise StorageError(f"{self.folder} was trained on {before} and has its random state; resume it there")
+            raise StorageError(
+                f"device must be {before}, whose random state {self.folder} holds; got {self.device.type}"
+            )
         self.head.load_state_dict(select_prefix(tensors, "head."))
         self.objective.loss.load_state_dict(select_prefix(tensors, "loss."))
         self.auxiliary.load_state_dict(select_prefix(tensors, "auxiliary."))

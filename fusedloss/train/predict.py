@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import zipfile
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -91,10 +90,8 @@ def write_predictions(predictions: Predictions, *, abstain_below: float = 0.0, t
 
 def _read_array(path: Path) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it is an archive of arrays")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"inputs {path} cannot be read as an array: {error}") from error
     if array.ndim != 2 or array.dtype.kind != "f":
         raise ValueError(f"inputs {path} must hold floating-point features (N, D); got {array.dtype} {array.shape}")

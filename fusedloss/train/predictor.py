@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Real
@@ -92,12 +93,14 @@ class Predictor:
         """
         if calibrated and self.calibration is None:
             raise ValueError("calibrated must be False for a head trained without validation rows; got True")
+        if not isinstance(adjust_prior, Real) or not math.isfinite(adjust_prior):
+            raise ValueError(f"adjust_prior must be a finite number, the strength of the prior; got {adjust_prior!r}")
         self.head.eval()
         parts = [head_logits(self.head, self.temperature, chunk).cpu() for chunk in self._prepared(features)]
         logits = torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
         if calibrated and self.calibration:
             logits = logits / self.calibration["temperature"]
-        if isinstance(adjust_prior, Real) and adjust_prior == 0:
+        if adjust_prior == 0:
             return logits
         # As in training, a class without samples is treated as having one.
         prior = log_prior(torch.tensor(self.train_counts), floor=1.0)
@@ -180,7 +183,7 @@ class Predictor:
         """
         folder = as_path("folder", folder)
         if not (folder / DESCRIPTION).exists():
-            raise StorageError(f"{folder} holds no trained head ({DESCRIPTION}): not a run folder, or not finished")
+            raise StorageError(f"folder must hold a trained head; got {folder}, which has no {DESCRIPTION}")
         values, tensors = read_json(folder / DESCRIPTION), read_tensors(folder / TENSORS)
         try:
             recipe = Recipe.from_dict(values["recipe"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusedloss.atomic_io import StorageError
+from fusedloss.features.checks import as_list, as_path
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.run_folder import CONFIG, RunFolder
 
@@ -70,11 +71,13 @@ def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
 
     Raises:
         StorageError: no finished run, the same recipe and seed twice, or runs on different banks or splits.
+        TypeError: anything but a sequence of paths.
     """
-    runs = [RunFolder(path.parent) for folder in folders for path in sorted(Path(folder).rglob(CONFIG))]
+    paths = [as_path("folders", folder) for folder in as_list("folders", folders)]
+    runs = [RunFolder(path.parent) for folder in paths for path in sorted(folder.rglob(CONFIG))]
     finished = [run for run in runs if (run.path / "result.json").exists()]
     if not finished:
-        raise StorageError(f"no finished run in {', '.join(str(folder) for folder in folders)}")
+        raise StorageError(f"folders must hold finished runs; got none in {', '.join(map(str, paths))}")
     names: dict[str, str] = {}
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     common: tuple[Any, ...] | None = None
@@ -84,7 +87,8 @@ def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
         data = (config["bank"]["fingerprint"], recipe.split_seed, recipe.test_fraction)
         if common not in (None, data):
             raise StorageError(
-                f"{run.path} was judged on another bank or split than {finished[0].path}: report them separately"
+                f"folders must hold runs on one bank and split; got {run.path}, on another bank or split than "
+                f"{finished[0].path} (report them separately)"
             )
         common = data
         name = _name(run.path)
@@ -92,7 +96,9 @@ def collect_rows(folders: Sequence[str | Path]) -> list[RecipeRuns]:
         by_seed = rows.setdefault(key, {})
         names[key] = name if name not in (n for k, n in names.items() if k != key) else f"{name} ({len(names) + 1})"
         if recipe.seed in by_seed:
-            raise StorageError(f"{run.path} repeats recipe and seed {recipe.seed} of another run: remove one of them")
+            raise StorageError(
+                f"folders must hold every recipe and seed once; got seed {recipe.seed} again in {run.path} (remove one)"
+            )
         by_seed[recipe.seed] = run.result()["row"]
     return [RecipeRuns(names[key], by_seed) for key, by_seed in rows.items()]
 

@@ -39,7 +39,9 @@ class RunFolder:
         config = self.path / CONFIG
         if not config.exists():
             if self._holds_something():
-                raise StorageError(f"{self.path} exists, is not empty and is not a run folder; name a new one")
+                raise StorageError(
+                    f"folder must be a run folder, new or empty; got {self.path}, which holds other files"
+                )
             description = {
                 "rows": len(bank),
                 "in_features": bank.in_features,
@@ -58,7 +60,7 @@ class RunFolder:
             )
             return False
         if not resume:
-            raise StorageError(f"{self.path} already holds a run; resume it, or name a new folder")
+            raise StorageError(f"folder must be new, or its run resumed; got {self.path}, which holds a run")
         self._refuse_another(self.config(), recipe, bank)
         return (self.path / RESULT).exists()
 
@@ -81,10 +83,10 @@ class RunFolder:
     def result(self) -> dict[str, Any]:
         """``row``, ``report`` and ``trials`` of a finished run, null scores as NaN."""
         if not (self.path / RESULT).exists():
-            raise StorageError(f"{self.path} holds no finished run ({RESULT} is missing)")
+            raise StorageError(f"folder must hold a finished run; got {self.path}, which has no {RESULT}")
         values = _with_nan(read_json(self.path / RESULT))
         if not isinstance(values, dict) or not {"row", "report", "trials"} <= values.keys():
-            raise StorageError(f"{self.path / RESULT} must hold row, report and trials of a run; it does not")
+            raise StorageError(f"{self.path / RESULT} must hold row, report and trials of a run; got other content")
         return values
 
     def history(self) -> list[dict[str, Any]]:
@@ -101,7 +103,7 @@ class RunFolder:
         """The settings of the run, and the bank that it is on."""
         config = self.path / CONFIG
         if not config.exists():
-            raise StorageError(f"{self.path} is not a run folder ({CONFIG} is missing)")
+            raise StorageError(f"folder must be a run folder; got {self.path}, which has no {CONFIG}")
         return _checked_config(config, read_json(config))
 
     def clear(self) -> None:
@@ -121,9 +123,14 @@ class RunFolder:
         before = Recipe.from_dict(config["recipe"]).to_dict()
         changed = [f"{name} was {before[name]} and is now {now[name]}" for name in now if now[name] != before[name]]
         if changed:
-            raise StorageError(f"{self.path} holds a run of another recipe: {'; '.join(changed)}")
+            raise StorageError(
+                f"folder must hold a run of the same recipe; got {self.path}, where {'; '.join(changed)}"
+            )
         if config["bank"]["fingerprint"] != bank.fingerprint():
-            raise StorageError(f"{self.path} holds a run on another bank (features, labels, groups or names differ)")
+            raise StorageError(
+                f"folder must hold a run on the same bank; got {self.path}, on another bank (features, labels, groups "
+                "or names differ)"
+            )
 
     def _write_predictions(self, split: Split, probs: torch.Tensor, labels: np.ndarray) -> None:
         top = probs.topk(min(TOP_CLASSES, probs.shape[1]), dim=1)
@@ -150,7 +157,7 @@ class RunFolder:
 def _checked_config(path: Path, values: Any) -> dict[str, Any]:
     bank = values.get("bank") if isinstance(values, dict) else None
     if not isinstance(bank, dict) or not {"folder", "fingerprint"} <= bank.keys() or "recipe" not in values:
-        raise StorageError(f"{path} must hold the recipe and the bank of a run; it does not")
+        raise StorageError(f"{path} must hold the recipe and the bank of a run; got other content")
     return dict(values)
 
 

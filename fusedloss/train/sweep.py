@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusedloss.features import FeatureBank
-from fusedloss.features.checks import as_integer, as_path, check_choice, check_instance
+from fusedloss.features.checks import as_integer, as_list, as_path, check_choice, check_instance
 from fusedloss.train.fit import Run
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.result import Result
@@ -42,7 +42,7 @@ def sweep(
     """
     folders = _row_folders(rows, as_path("folder", folder))
     check_choice("lr_per", lr_per, LR_PER)
-    seeds = [as_integer("seeds", seed, 0, 2**63) for seed in _listed("seeds", seeds)]
+    seeds = [as_integer("seeds", seed, 0, 2**63) for seed in as_list("seeds", seeds)]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must differ and be at least one; got {seeds}")
     results: dict[str, list[Result]] = {}
@@ -72,12 +72,6 @@ def _row_folders(rows: dict[str, Recipe], folder: Path) -> dict[str, Path]:
     if not rows or len(set(folders.values())) < len(rows):
         raise ValueError(f"rows must have names that differ as folders, and be at least one; got {list(rows)}")
     return folders
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a sequence; got {values!r}")
-    return list(values)
 
 
 def grid_rows(base: dict[str, Any], grid: dict[str, Sequence[Any]]) -> dict[str, Recipe]:

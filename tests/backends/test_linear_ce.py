@@ -273,11 +273,11 @@ class TestSampledClasses:
     def test_refusals(self):
         head = random_head()
         for rate in (0.0, -1.0, 1.5, float("nan")):
-            with pytest.raises(ValueError, match="sample_rate must be above 0 and at most 1"):
+            with pytest.raises(ValueError, match=r"sample_rate must be in \(0, 1\]"):
                 fused(head, sample_rate=rate)
-        with pytest.raises(ValueError, match="no negative class"):
+        with pytest.raises(ValueError, match="must leave a negative class"):
             fusedloss.linear_cross_entropy(torch.ones(1, 2), torch.ones(9, 2), torch.tensor([0]), sample_rate=0.1)
-        with pytest.raises(ValueError, match="sample_rate needs labels"):
+        with pytest.raises(ValueError, match="must hold labels with sample_rate"):
             fused(random_head(soft=True), sample_rate=0.5)
 
 
@@ -296,9 +296,14 @@ class TestRefusals:
             (TypeError, "linear_weight must be a tensor", (x, [1], y), {}),
             (ValueError, r"target must have shape \(4,\)", (x, w, y[:3]), {}),
             (ValueError, "reduction must be 'mean', 'sum' or 'none'; got 'max'", (x, w, y), {"reduction": "max"}),
-            (IndexError, "target: got label 5 at row 3; allowed are 0 to 4", (x, w, y + 1), {}),
-            (IndexError, "target: got label -1 at row 0", (x, w, y - 1), {"normalize": True}),
-            (IndexError, "target: got label 5", (x, w, y + 1), {"terms": [fusedloss.AdditiveMargin(0.1)]}),
+            (IndexError, r"target must lie in \[0, 5\) .*; got label 5 at row 3", (x, w, y + 1), {}),
+            (IndexError, "target must lie in .*; got label -1 at row 0", (x, w, y - 1), {"normalize": True}),
+            (
+                IndexError,
+                "target must lie in .*; got label 5",
+                (x, w, y + 1),
+                {"terms": [fusedloss.AdditiveMargin(0.1)]},
+            ),
             (ValueError, "must hold cosines", (9 * x, w, y), {"terms": [fusedloss.AngularMargin(0.1)]}),
         ]
         for error, match, arguments, keywords in wrong:
@@ -310,3 +315,30 @@ def test_the_truth_here_is_torch():
     head = in_dtype(random_head(bias=True), torch.float64)
     expected = torch.nn.functional.linear_cross_entropy(head.x, head.w, head.case.target, linear_bias=head.b)
     torch.testing.assert_close(truth(head), expected)
+
+
+class TestUnitRows:
+    """Class rows are divided by their lengths before anything is rounded to 16 bits."""
+
+    def test_float16_rows_longer_than_float16_reaches(self, backend):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4, 8192, generator=generator).half()
+        w = (1000 * torch.randn(5, 8192, generator=generator)).half()
+        assert float(w.double().norm(dim=1).min()) > 65504
+        y = torch.tensor([0, 1, 2, 4])
+        terms = [fusedloss.AngularMargin(0.3), fusedloss.Scale(16.0)]
+        found = fusedloss.linear_cross_entropy(x, w, y, normalize=True, terms=terms)
+        expected = fusedloss.linear_cross_entropy(x.double(), w.double(), y, normalize=True, terms=terms)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=0)
+        logits = fusedloss.margin_logits(x, w)
+        torch.testing.assert_close(logits.double(), fusedloss.margin_logits(x.double(), w.double()), rtol=0, atol=2e-2)
+        assert float(logits.abs().min()) > 0
+
+    def test_bfloat16_weights_with_float32_features_keep_their_digits(self, backend):
+        generator = torch.Generator().manual_seed(0)
+        x, w = torch.randn(6, 64, generator=generator), torch.randn(5, 64, generator=generator).bfloat16()
+        y = torch.tensor([0, 1, 2, 3, 4, 0])
+        terms = [fusedloss.Scale(16.0)]
+        found = fusedloss.linear_cross_entropy(x, w, y, normalize=True, terms=terms)
+        expected = fusedloss.linear_cross_entropy(x.double(), w.double(), y, normalize=True, terms=terms)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)

@@ -30,6 +30,7 @@ def backend(request):
 @CPP_ONLY
 @pytest.mark.parametrize("name, case", [pytest.param(name, case, id=name) for name, case in battery.cases()])
 def test_battery(name, case):
+    torch.set_num_threads(2)
     check(case, fused)
 
 
@@ -465,6 +466,7 @@ class TestStatistics:
 
 class TestInvariance:
     def test_reruns_give_the_same_bits(self, backend):
+        torch.set_num_threads(2)
         for reduction in ("mean", "none"):
             case = replace(everything(random_case(300, 257)), reduction=reduction)
             first, second = (oracle.loss_and_gradients(oracle.cast(case, torch.float32), fused) for _ in range(2))

@@ -1,11 +1,11 @@
 """The Triton backend: interpreted on the CPU, compiled ahead of time, and on a GPU where there is one."""
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ import triton_main
 
 import fusedloss
 from fusedloss.backends import triton as backend
+from fusedloss.core.operands import LogitInputs, RowInputs
+from fusedloss.core.row_loss import RowOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,23 +39,28 @@ def kernels_of_the_backend():
     return {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    names = [*triton_cases.CASES, *triton_cases.INTERPRETED]
-    with ThreadPoolExecutor(2) as pool:
-        halves = list(pool.map(interpret, (names[::2], names[1::2])))
-    return halves[0] | halves[1]
+CHUNKS = 4
+INTERPRETED = [*triton_cases.CASES, *triton_cases.INTERPRETED]
 
 
-def interpret(names):
+@functools.cache
+def interpret(chunk):
+    """What was wrong with each case of a chunk; a process for each chunk, since starting one takes seconds."""
     # NumPy, which interprets, warns of the infinities that the cases are about.
     options = {"allowed": (0, 1), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *names, **options))
+    return json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *INTERPRETED[chunk::CHUNKS], **options))
 
 
-@pytest.mark.parametrize("name", [*triton_cases.CASES, *triton_cases.INTERPRETED])
-def test_interpreted(interpreted, name):
-    assert interpreted[name] == []
+def in_chunks():
+    """Each name with its chunk; the cases of a chunk run in one worker, which starts their process once."""
+    for index, name in enumerate(INTERPRETED):
+        chunk = index % CHUNKS
+        yield pytest.param(name, chunk, id=name, marks=pytest.mark.xdist_group(f"interpreted {chunk}"))
+
+
+@pytest.mark.parametrize(("name", "chunk"), list(in_chunks()))
+def test_interpreted(name, chunk):
+    assert interpret(chunk)[name] == []
 
 
 def test_compiled_without_spills():
@@ -151,8 +158,7 @@ def test_more_than_two_to_the_31_logits():
     with torch.no_grad():
         logits[2, classes - 1] = 30.0
     target = torch.tensor([0, 1, classes - 1], device="cuda")
-    options = ops.SoftmaxOptions(mean=False)
-    loss = ops.softmax_ce(ops.LogitInputs(logits, target), ops.RowInputs(), options)
+    loss = ops.softmax_ce(LogitInputs(logits, target), RowInputs(), RowOptions(), mean=False)
     loss.backward()
     truth = torch.tensor([classes, classes, 1 + (classes - 1) * 9.357622968840175e-14], dtype=torch.float64).log()
     torch.testing.assert_close(loss.detach().cpu().double(), truth.sum(), rtol=1e-4, atol=1e-6)

@@ -20,17 +20,17 @@ from triton_checks import (
     empty,
     flat_rows,
     scaling,
-    sweep,
+    stats_backward,
     through_the_operation,
 )
 from triton_main import main
 from triton_truth import Penalty
 
 CASES: dict[str, Check] = {}
-LABEL = "logits columns label"
+LABEL = "logits affine target_override"
 EVERYTHING = {
-    "cap": 2.5, "margin": True, "penalty": Penalty(strength=None, mix=True), "per_row": True, "gamma": 2.0,
-    "z_loss": 0.01, "mean": False, "wanted": "logits columns smoothing label penalty",
+    "cap": 2.5, "margin": True, "penalty": Penalty(strength=None, mix=True), "per_row": True, "focal_gamma": 2.0,
+    "z_loss": 0.01, "mean": False, "grads": "logits affine label_smoothing target_override penalty_strength",
 }  # fmt: skip
 
 
@@ -57,16 +57,16 @@ def mutants(device: str) -> list[str]:
     checks = {
         "label_row": (softmax_ce, cross_entropy()),
         "soft_row": (softmax_ce, cross_entropy(soft=True)),
-        "sweep_row": (softmax_ce, sweep()),
-        "statistics_row": (softmax_ce, sweep()),
+        "sweep_row": (softmax_ce, stats_backward()),
+        "statistics_row": (softmax_ce, stats_backward()),
         "add_columns": (softmax_kernels, cross_entropy(ONE_BLOCK)),
         "add_block": (softmax_kernels, cross_entropy()),
-        "add_hinge": (softmax_kernels, cross_entropy(penalty=Penalty(), wanted="")),
-        "hinge_at_label": (rows, cross_entropy(penalty=Penalty(), smoothing=0.1)),
-        "target_override_grad": (rows, flat_rows),
+        "add_hinge": (softmax_kernels, cross_entropy(penalty=Penalty(), grads="")),
+        "hinge_at_label": (rows, cross_entropy(penalty=Penalty(), label_smoothing=0.1)),
+        "label_slope": (rows, flat_rows),
         "penalise": (rows, cross_entropy(penalty=Penalty(mix=True))),
         "with_label": (rows, cross_entropy(margin=True, special="far label")),
-        "best_class": (statistics_rows, sweep(margin=True)),
+        "best_class": (statistics_rows, stats_backward(margin=True)),
         "tanh": (blocks, cross_entropy(cap=2.5)),
         "is_label": (slopes, cross_entropy(margin=True)),
         "add_chunks": (class_stats, class_statistics()),
@@ -85,80 +85,86 @@ def mutants(device: str) -> list[str]:
 for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     _word = str(_dtype).split(".")[1]
     for _tile, _size in ((STEPS, "steps"), (ONE_BLOCK, "one block")):
-        case(cross_entropy(_tile, dtype=_dtype, smoothing=0.1), f"ce {_word} {_size}")
+        case(cross_entropy(_tile, dtype=_dtype, label_smoothing=0.1), f"ce {_word} {_size}")
         case(
-            cross_entropy(_tile, dtype=_dtype, soft=True, smoothing=0.1, z_loss=0.01),
+            cross_entropy(_tile, dtype=_dtype, soft=True, label_smoothing=0.1, z_loss=0.01),
             f"ce probabilities {_word} {_size}",
         )
-    _focal = {"gamma": 2.0, "per_row": True, "mean": False, "wanted": "logits columns smoothing", "z_loss": 0.01}
+    _focal = {
+        "focal_gamma": 2.0,
+        "per_row": True,
+        "mean": False,
+        "grads": "logits affine label_smoothing",
+        "z_loss": 0.01,
+    }
     case(cross_entropy(dtype=_dtype, **_focal), f"ce focal, per row, {_word}")
-    case(sweep(dtype=_dtype), f"statistics {_word} steps")
-    case(sweep(dtype=_dtype, soft=True), f"statistics probabilities {_word}")
+    case(stats_backward(dtype=_dtype), f"statistics {_word} steps")
+    case(stats_backward(dtype=_dtype, soft=True), f"statistics probabilities {_word}")
     case(class_statistics(dtype=_dtype), f"classes {_word}")
 for _terms in ("", "scale", "bias", "weight", "scale weight"):
     case(cross_entropy(terms=_terms, torch_agrees=True), f"ce with terms '{_terms}'")
     case(
-        cross_entropy(ONE_BLOCK, terms=_terms, smoothing=0.2, torch_agrees=True),
+        cross_entropy(ONE_BLOCK, terms=_terms, label_smoothing=0.2, torch_agrees=True),
         f"ce smooth with terms '{_terms}'",
     )
-case(cross_entropy(soft=True, torch_agrees=True, smoothing=0.2), "ce probabilities as torch")
+case(cross_entropy(soft=True, torch_agrees=True, label_smoothing=0.2), "ce probabilities as torch")
 case(
-    cross_entropy(soft=True, terms="", per_row=True, mean=False, wanted="logits smoothing"),
+    cross_entropy(soft=True, terms="", per_row=True, mean=False, grads="logits label_smoothing"),
     "ce probabilities per row",
 )
-for _wanted in ("", "logits", "columns", "columns smoothing"):
+for _grads in ("", "logits", "affine", "affine label_smoothing"):
     for _tile in (STEPS, ONE_BLOCK):
-        _own = "smoothing" in _wanted
-        case(cross_entropy(_tile, wanted=_wanted, per_row=_own, mean=not _own), f"ce wanted '{_wanted}' {_tile}")
+        _own = "smoothing" in _grads
+        case(cross_entropy(_tile, grads=_grads, per_row=_own, mean=not _own), f"ce gradients of '{_grads}' {_tile}")
 for _layout in ("", "transposed", "gaps", "channels last"):
     for _tile in (STEPS, ONE_BLOCK):
         case(
-            cross_entropy(_tile, rows=(3, 5), layout=_layout, smoothing=0.1),
+            cross_entropy(_tile, rows=(3, 5), layout=_layout, label_smoothing=0.1),
             f"ce positions {_layout} {_tile}",
         )
     case(cross_entropy(rows=(5, 2), layout=_layout, soft=True), f"ce probabilities positions {_layout}")
-    case(sweep(ONE_BLOCK, rows=(3, 5), layout=_layout), f"statistics positions {_layout}")
+    case(stats_backward(ONE_BLOCK, rows=(3, 5), layout=_layout), f"statistics positions {_layout}")
 for _layout in ("transposed", "gaps"):
     case(cross_entropy(layout=_layout), f"ce {_layout}")
     case(cross_entropy(layout=_layout, soft=True, dtype=torch.bfloat16), f"ce probabilities {_layout}")
 for _special in ("offset", "confident", "nan", "plus infinity", "ignored"):
     for _tile in (STEPS, ONE_BLOCK):
         case(
-            cross_entropy(_tile, special=_special, terms="weight", wanted="logits"),
+            cross_entropy(_tile, special=_special, terms="weight", grads="logits"),
             f"ce {_special} {_tile}",
         )
 for _tile in (STEPS, ONE_BLOCK):
     case(
-        cross_entropy(_tile, special="infinite", terms="", wanted="logits"),
+        cross_entropy(_tile, special="infinite", terms="", grads="logits"),
         f"ce infinite {_tile}",
     )
     case(
-        cross_entropy(_tile, special="infinite", terms="", soft=True, wanted="logits"),
+        cross_entropy(_tile, special="infinite", terms="", soft=True, grads="logits"),
         f"ce infinite soft {_tile}",
     )
     case(
-        cross_entropy(_tile, special="confident", gamma=0.5, terms="scale", mean=False),
+        cross_entropy(_tile, special="confident", focal_gamma=0.5, terms="scale", mean=False),
         f"ce focal confident {_tile}",
     )
-    case(sweep(_tile, special="confident"), f"statistics confident {_tile}")
+    case(stats_backward(_tile, special="confident"), f"statistics confident {_tile}")
     for _special in ("nan", "infinite"):
         case(
-            sweep(_tile, special=_special, terms="", upstream="log_sum_exp", wanted="logits"),
+            stats_backward(_tile, special=_special, terms="", upstream="log_sum_exp", grads="logits"),
             f"statistics {_special} {_tile}",
         )
-for _upstream in ("log_sum_exp", "target_logit", "cross_entropy rest", "uniform"):
-    case(sweep(upstream=_upstream), f"statistics, gradient of {_upstream}")
+for _upstream in ("log_sum_exp", "target_logit", "cross_entropy one_minus_pt", "smooth_loss"):
+    case(stats_backward(upstream=_upstream), f"statistics, gradient of {_upstream}")
     case(
-        sweep(upstream=_upstream, soft=True, terms="bias"),
+        stats_backward(upstream=_upstream, soft=True, terms="bias"),
         f"statistics probabilities, gradient of {_upstream}",
     )
-case(sweep(wanted="columns"), "statistics, columns alone")
-case(sweep(terms="", wanted="logits"), "statistics without terms")
+case(stats_backward(grads="affine"), "statistics, scale and bias alone")
+case(stats_backward(terms="", grads="logits"), "statistics without terms")
 case(cross_entropy(OWN, classes=1, rows=(5,), terms="scale"), "ce one class")
 case(cross_entropy(OWN, classes=2, rows=(1,), terms="scale bias"), "ce one row")
 case(cross_entropy(OWN, classes=130, rows=(20,)), "ce own tiles")
-case(cross_entropy(OWN, classes=9000, rows=(3,), smoothing=0.1), "ce own tiles, long rows")
-case(sweep(OWN, classes=5000, rows=(3,)), "statistics own tiles, long rows")
+case(cross_entropy(OWN, classes=9000, rows=(3,), label_smoothing=0.1), "ce own tiles, long rows")
+case(stats_backward(OWN, classes=5000, rows=(3,)), "statistics own tiles, long rows")
 for _per_feature in (False, True):
     case(class_statistics(per_feature=_per_feature, tile=None), f"classes own tiles {_per_feature}")
     case(class_statistics(per_feature=_per_feature, kind="strided"), f"classes strided {_per_feature}")
@@ -170,99 +176,104 @@ for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         _name = f"{_word} {_size}"
         if _dtype in (torch.float32, torch.bfloat16):
             case(cross_entropy(_tile, dtype=_dtype, cap=2.5), f"ce cap {_name}")
-            case(cross_entropy(_tile, dtype=_dtype, margin=True, wanted=LABEL), f"ce stand-in {_name}")
+            case(cross_entropy(_tile, dtype=_dtype, margin=True, grads=LABEL), f"ce override {_name}")
             case(cross_entropy(_tile, dtype=_dtype, penalty=Penalty()), f"ce penalty {_name}")
         case(cross_entropy(_tile, dtype=_dtype, **EVERYTHING), f"ce everything {_name}")
         case(
-            cross_entropy(_tile, dtype=_dtype, penalty=Penalty(mix=True), cap=2.5, soft=True, smoothing=0.1),
+            cross_entropy(_tile, dtype=_dtype, penalty=Penalty(mix=True), cap=2.5, soft=True, label_smoothing=0.1),
             f"ce probabilities penalty {_name}",
         )
         case(
-            sweep(_tile, dtype=_dtype, cap=2.5, margin=True, upstream=WITH_HINGE, wanted=LABEL),
+            stats_backward(_tile, dtype=_dtype, cap=2.5, margin=True, upstream=WITH_HINGE, grads=LABEL),
             f"statistics everything {_name}",
         )
         case(
-            sweep(_tile, dtype=_dtype, cap=2.5, soft=True, upstream=WITH_HINGE),
+            stats_backward(_tile, dtype=_dtype, cap=2.5, soft=True, upstream=WITH_HINGE),
             f"statistics probabilities hinge {_name}",
         )
 for _tile in (STEPS, ONE_BLOCK):
     for _terms in ("", "scale", "bias"):
         case(
-            cross_entropy(_tile, terms=_terms, cap=4.0, margin=True, penalty=Penalty(), wanted=LABEL),
+            cross_entropy(_tile, terms=_terms, cap=4.0, margin=True, penalty=Penalty(), grads=LABEL),
             f"ce options with terms '{_terms}' {_tile}",
         )
     for _special in ("ties", "offset", "confident", "ignored"):
         case(
-            cross_entropy(_tile, special=_special, terms="weight", penalty=Penalty(2.0), wanted="logits"),
+            cross_entropy(_tile, special=_special, terms="weight", penalty=Penalty(2.0), grads="logits"),
             f"ce penalty {_special} {_tile}",
         )
     case(
-        sweep(_tile, special="ties", terms="", upstream="hinge", penalty_margin=0.0),
+        stats_backward(_tile, special="ties", terms="", upstream="hinge", penalty_margin=0.0),
         f"statistics hinge ties {_tile}",
     )
     for _special in ("large", "tiny", "nan", "plus infinity", "infinite"):
         case(
-            cross_entropy(_tile, special=_special, terms="weight", cap=5.0, wanted="logits"),
+            cross_entropy(_tile, special=_special, terms="weight", cap=5.0, grads="logits"),
             f"ce cap {_special} {_tile}",
         )
         case(
-            cross_entropy(_tile, special=_special, terms="", margin=True, wanted="logits label"),
-            f"ce stand-in {_special} {_tile}",
+            cross_entropy(_tile, special=_special, terms="", margin=True, grads="logits target_override"),
+            f"ce override {_special} {_tile}",
         )
     for _special in ("nan", "plus infinity"):
         case(
-            cross_entropy(_tile, special=_special, terms="", penalty=Penalty(), wanted="logits"),
+            cross_entropy(_tile, special=_special, terms="", penalty=Penalty(), grads="logits"),
             f"ce penalty {_special} {_tile}",
         )
     for _special in ("far label", "infinite", "nan", "ignored"):
         case(
-            sweep(_tile, special=_special, terms="", margin=True, wanted="logits label"),
-            f"statistics stand-in {_special} {_tile}",
+            stats_backward(_tile, special=_special, terms="", margin=True, grads="logits target_override"),
+            f"statistics override {_special} {_tile}",
         )
     case(
-        cross_entropy(_tile, special="far label", terms="", margin=True, smoothing=0.1, wanted="logits label"),
-        f"ce stand-in far label {_tile}",
+        cross_entropy(
+            _tile, special="far label", terms="", margin=True, label_smoothing=0.1, grads="logits target_override"
+        ),
+        f"ce override far label {_tile}",
     )
     case(
-        cross_entropy(_tile, special="confident", gamma=0.5, margin=True, penalty=Penalty(), wanted=LABEL),
+        cross_entropy(_tile, special="confident", focal_gamma=0.5, margin=True, penalty=Penalty(), grads=LABEL),
         f"ce focal options {_tile}",
     )
 for _layout in ("", "transposed", "gaps", "channels last"):
     for _tile in (STEPS, ONE_BLOCK):
         case(cross_entropy(_tile, rows=(3, 5), layout=_layout, **EVERYTHING), f"ce everything {_layout} {_tile}")
     case(
-        sweep(rows=(5, 2), layout=_layout, cap=2.5, margin=True, upstream=WITH_HINGE, wanted=LABEL),
+        stats_backward(rows=(5, 2), layout=_layout, cap=2.5, margin=True, upstream=WITH_HINGE, grads=LABEL),
         f"statistics everything {_layout}",
     )
-for _wanted in ("", "logits", "columns", "label", "penalty", "columns penalty"):
-    case(cross_entropy(**{**EVERYTHING, "wanted": _wanted}), f"ce everything, wanted '{_wanted}'")
+for _grads in ("", "logits", "affine", "target_override", "penalty_strength", "affine penalty_strength"):
+    case(cross_entropy(**{**EVERYTHING, "grads": _grads}), f"ce everything, gradients of '{_grads}'")
 for _upstream in ("hinge", "log_sum_exp hinge"):
-    case(sweep(upstream=_upstream), f"statistics, gradient of {_upstream}")
-    case(sweep(ONE_BLOCK, upstream=_upstream, wanted="columns"), f"statistics, columns of {_upstream}")
-for _upstream in ("log_sum_exp", "target_logit", "cross_entropy", "uniform", "rest", "hinge"):
+    case(stats_backward(upstream=_upstream), f"statistics, gradient of {_upstream}")
+    case(stats_backward(ONE_BLOCK, upstream=_upstream, grads="affine"), f"statistics, scale and bias of {_upstream}")
+for _upstream in ("log_sum_exp", "target_logit", "cross_entropy", "smooth_loss", "one_minus_pt", "hinge"):
     case(
-        sweep(upstream=_upstream, margin=True, cap=2.5, wanted="label"),
-        f"statistics stand-in, gradient of {_upstream}",
+        stats_backward(upstream=_upstream, margin=True, cap=2.5, grads="target_override"),
+        f"statistics override, gradient of {_upstream}",
     )
 case(flat_rows, "ce equal logits, all smoothed")
 for _strength in (0.0, 1.0):
     case(cross_entropy(penalty=Penalty(strength=_strength, mix=True)), f"ce penalty mixed {_strength}")
 case(cross_entropy(penalty=Penalty(0.0, 0.3, 1.0)), "ce penalty without margin")
 case(
-    cross_entropy(OWN, classes=1, rows=(5,), margin=True, penalty=Penalty(), cap=2.0, wanted=LABEL),
+    cross_entropy(OWN, classes=1, rows=(5,), margin=True, penalty=Penalty(), cap=2.0, grads=LABEL),
     "ce one class, all",
 )
-case(sweep(OWN, classes=1, rows=(5,), margin=True, upstream=WITH_HINGE, wanted=LABEL), "statistics one class, all")
+case(
+    stats_backward(OWN, classes=1, rows=(5,), margin=True, upstream=WITH_HINGE, grads=LABEL),
+    "statistics one class, all",
+)
 for _classes in (130, 5000, 9000):
     _own = {"classes": _classes, "rows": (3,)}
     case(cross_entropy(OWN, **_own, **EVERYTHING), f"ce everything own tiles {_classes}")
     case(
-        sweep(OWN, **_own, cap=2.5, margin=True, upstream=WITH_HINGE, wanted=LABEL),
+        stats_backward(OWN, **_own, cap=2.5, margin=True, upstream=WITH_HINGE, grads=LABEL),
         f"statistics everything own tiles {_classes}",
     )
     case(
-        cross_entropy(OWN, **_own, dtype=torch.bfloat16, **{**EVERYTHING, "wanted": "logits label"}),
-        f"ce everything own tiles without columns {_classes}",
+        cross_entropy(OWN, **_own, dtype=torch.bfloat16, **{**EVERYTHING, "grads": "logits target_override"}),
+        f"ce everything own tiles without scale {_classes}",
     )
 case(scaling, "scale in place")
 case(bad_labels, "labels out of range")

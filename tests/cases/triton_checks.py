@@ -27,10 +27,21 @@ from triton_truth import (
     through_label,
 )
 
+from fusedloss.core.operands import (
+    LogitInputs,
+    RowInputs,
+    SavedStatistics,
+    SoftmaxMask,
+    SoftmaxStatistics,
+    StatisticsGrads,
+    StatisticsOptions,
+)
+from fusedloss.core.row_loss import RowOptions
+
 Check = Callable[[str], list[str]]
 # Loops of several ragged steps, in tiles of several rows; one block; and the sizes that a GPU gets.
 STEPS, ONE_BLOCK, OWN = (4, 16, 4), (4, 64, 4), None
-EVERY = "log_sum_exp target_logit cross_entropy uniform rest"
+EVERY = "log_sum_exp target_logit cross_entropy smooth_loss one_minus_pt"
 WITH_HINGE = f"{EVERY} hinge"
 
 
@@ -43,70 +54,82 @@ def call(device: str, tile: tuple[int, int, int] | None, function: str, *argumen
         return repeated(device, lambda: getattr(softmax_ce, function)(*moved))
 
 
-def inputs_of(made: dict[str, Any]) -> list[Any]:
+def logit_inputs(made: dict[str, Any]) -> LogitInputs:
     names = ("logits", "target", "scale", "bias", "class_weight", "target_override", "target_override_grad")
-    return [made[name] for name in names]
+    return LogitInputs(*(made[name] for name in names), soft_cap=made["cap"])
+
+
+def mask_of(grads: str) -> SoftmaxMask:
+    return SoftmaxMask(*(name in grads.split() for name in SoftmaxMask._fields))
 
 
 def cross_entropy(
-    tile: tuple[int, int, int] | None = STEPS, *, smoothing: float = 0.0, per_row: bool = False,
-    gamma: float = 0.0, z_loss: float = 0.0, penalty: Penalty | None = None, mean: bool = True,
-    wanted: str = "logits columns", torch_agrees: bool = False, **inputs: Any,
+    tile: tuple[int, int, int] | None = STEPS, *, label_smoothing: float = 0.0, per_row: bool = False,
+    focal_gamma: float = 0.0, poly_epsilon: float = 0.0, z_loss: float = 0.0, penalty: Penalty | None = None,
+    mean: bool = True, grads: str = "logits affine", torch_agrees: bool = False, **inputs: Any,
 ) -> Check:  # fmt: skip
-    """softmax_ce: loss, row losses and every gradient that is wanted of logits, columns, smoothing, label, penalty."""
+    """softmax_ce: loss, row losses and every gradient that `grads` names of SoftmaxMask's fields."""
 
     def run(device: str) -> list[str]:
-        made = make(**inputs)
-        own, row_scale = (made["per_row"], made["per_row"] + 0.25) if per_row else (None, None)
-        strength = (1.0 - made["per_row"]) if penalty and penalty.strength is None else None
-        numbers = penalty or Penalty(0.0, 0.0)
-        want = [word in wanted for word in ("logits", "columns", "smoothing", "label", "penalty")]
-        loss, rows, gradients = call(
-            device, tile, "softmax_ce", *inputs_of(made), own, row_scale, strength, made["cap"], smoothing, gamma,
-            z_loss, numbers.margin, numbers.strength or 0.0, numbers.share, numbers.mix, -100, mean, want,
-        )  # fmt: skip
+        made, mask = make(**inputs), mask_of(grads)
+        rows = RowInputs(made["per_row"], made["per_row"] + 0.25) if per_row else RowInputs()
+        margin, strength, scale, mix = penalty or Penalty(0.0, 0.0)
+        if strength is None:
+            rows = rows._replace(penalty_strength=1.0 - made["per_row"])
+        options = RowOptions(
+            label_smoothing, focal_gamma, poly_epsilon, z_loss, margin, strength or 0.0, scale, float(mix)
+        )
+        loss, row_losses, results = call(device, tile, "softmax_ce", logit_inputs(made), rows, options, mean, mask)
         leaf, weight = leaves(made)
-        eps = own.double().clone().requires_grad_() if per_row else smoothing
-        pull = numbers.strength if strength is None else strength.double().clone().requires_grad_()
-        found = statistics(made, final_logits(made, leaf), weight, numbers.margin)
-        true_rows = row_loss(made, found, eps, gamma, z_loss, penalty, pull)
-        total = _reduced(made, true_rows, found["kept"], weight, row_scale, mean)
+        smoothing, strength = (
+            number if value is None else value.double().clone().requires_grad_()
+            for value, number in ((rows.label_smoothing, label_smoothing), (rows.penalty_strength, strength))
+        )
+        values = statistics(made, final_logits(made, leaf), weight, margin)
+        true_rows = row_loss(made, values, options, smoothing, strength)
+        total = _reduced(made, true_rows, values["kept"], weight, rows.sample_weight, mean)
         if torch_agrees:
             torch_loss = F.cross_entropy(
                 plain_logits(made, leaf), made["target"].double() if inputs.get("soft") else made["target"], weight,
-                label_smoothing=smoothing,
+                label_smoothing=label_smoothing,
             )  # fmt: skip
             torch.testing.assert_close(torch_loss, total, equal_nan=True)
         wrong = difference("loss", loss, total, COMPUTED[loss.dtype])
-        wrong += difference("row loss", rows, true_rows, COMPUTED[loss.dtype])
-        truth = _gradients(made, total, leaf, found["kept"], eps, pull)
-        names = [name for name, chosen in zip(truth, (want[0], want[1], *want[1:]), strict=True) if chosen]
-        if len(names) != len(gradients):
-            return [f"{len(gradients)} gradients, not {len(names)}"]
-        for name, got in zip(names, gradients, strict=True):
+        wrong += difference("row loss", row_losses, true_rows, COMPUTED[loss.dtype])
+        truth = _gradients(made, total, leaf, values["kept"], smoothing, strength)
+        names = _names(mask)
+        if len(names) != len(results):
+            return [f"{len(results)} gradients, not {len(names)}"]
+        for name, got in zip(names, results, strict=True):
             wrong += difference(f"gradient of {name}", got, truth[name], ROUNDED[got.dtype])
-        if want[0] and gradients[0].dtype != made["logits"].dtype:
-            wrong.append(f"gradient in {gradients[0].dtype}")
+        if mask.logits and results[0].dtype != made["logits"].dtype:
+            wrong.append(f"gradient in {results[0].dtype}")
         return wrong
 
     return run
 
 
+def _names(mask: SoftmaxMask) -> list[str]:
+    """The gradients that come back."""
+    names = [name for name, needed in mask._asdict().items() if needed]
+    return [each for name in names for each in (("scale", "bias") if name == "affine" else (name,))]
+
+
 def flat_rows(device: str) -> list[str]:
-    """Equal logits, smoothed to the uniform distribution: every slope is p - 1 / K = 0, to the rounding of 1 / K."""
+    """Equal logits, smoothed to the uniform distribution: every gradient is p - 1 / K = 0, to the rounding of 1 / K."""
     made = make(terms="", classes=41)
     made["logits"].zero_()
-    want = [True, False, False, False, False]
-    options = (None, None, None, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, False, -100, False, want)
-    *_, (gradient,) = call(device, STEPS, "softmax_ce", *inputs_of(made), *options)
+    options = RowOptions(label_smoothing=1.0)
+    arguments = (logit_inputs(made), RowInputs(), options, False, SoftmaxMask(logits=True))
+    *_, (gradient,) = call(device, STEPS, "softmax_ce", *arguments)
     most = float(gradient.abs().max())
     return [] if most <= 2.0**-24 / 10 else [f"gradient of logits: {most}, not 0"]
 
 
 def _reduced(
-    made: dict[str, Any], rows: Tensor, kept: Tensor, weight: Tensor, row_scale: Tensor | None, mean: bool
+    made: dict[str, Any], rows: Tensor, kept: Tensor, weight: Tensor, sample_weight: Tensor | None, mean: bool
 ) -> Tensor:
-    total = (rows * (1.0 if row_scale is None else row_scale.double())).sum()
+    total = (rows * (1.0 if sample_weight is None else sample_weight.double())).sum()
     if not mean:
         return total
     soft = made["target"].is_floating_point()
@@ -114,61 +137,65 @@ def _reduced(
     return total / denominator if denominator else total * math.nan
 
 
-def _gradients(made: dict[str, Any], total: Tensor, leaf: Any, kept: Tensor, eps: Any, pull: Any) -> dict[str, Tensor]:
-    """By name, in the order in which they come back."""
-    per_row = {"smoothing": eps, "label": leaf.target_override, "penalty": pull}
-    asked = {"logits": leaf.x, "scale": leaf.scale, "bias": leaf.bias, **per_row}
-    tensors = {name: value for name, value in asked.items() if isinstance(value, Tensor)}
-    found = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
-    truth = dict(zip(tensors, found, strict=True))
+def _gradients(
+    made: dict[str, Any], total: Tensor, leaf: Any, kept: Tensor, smoothing: Any, strength: Any
+) -> dict[str, Tensor]:
+    """By name, None where the total has none."""
+    named = {"logits": leaf.x, "scale": leaf.scale, "bias": leaf.bias, "target_override": leaf.target_override}
+    named |= {"label_smoothing": smoothing, "penalty_strength": strength}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    results = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+    truth = dict(zip(tensors, results, strict=True))
     truth["logits"] = torch.where(kept.unsqueeze(1), truth["logits"], 0.0)
     if made["target_override"] is not None:
-        truth["logits"] = through_label(made, truth["logits"], truth["label"])
-    return {name: truth.get(name) for name in asked}
+        truth["logits"] = through_label(made, truth["logits"], truth["target_override"])
+    return {name: truth.get(name) for name in named}
 
 
-def sweep(tile: tuple[int, int, int] | None = STEPS, *, upstream: str = EVERY, wanted: str = "logits columns",
-          penalty_margin: float = 1.5, **inputs: Any) -> Check:  # fmt: skip
+def stats_backward(
+    tile: tuple[int, int, int] | None = STEPS, *, upstream: str = EVERY, grads: str = "logits affine",
+    penalty_margin: float = 1.5, **inputs: Any,
+) -> Check:  # fmt: skip
     """softmax_stats, then softmax_stats_backward under upstream gradients of some of the statistics."""
 
     def run(device: str) -> list[str]:
         made = make(**inputs)
-        logits_of = inputs_of(made)
+        given, mask = logit_inputs(made), mask_of(grads)
         names = WITH_HINGE.split()
-        got = call(
-            device, tile, "softmax_stats", *logits_of[:6], made["cap"], penalty_margin, -100, "uniform" in upstream,
-            "hinge" in upstream, True,
-        )  # fmt: skip
-        row_max, row_sum, rest, prediction, confidence = got[0], got[1], got[6], got[8], got[9]
+        options = StatisticsOptions(penalty_margin, "smooth_loss" in upstream, "hinge" in upstream, True)
+        got = SoftmaxStatistics(
+            *call(device, tile, "softmax_stats", given._replace(target_override_grad=None), options)
+        )
         leaf, weight = leaves(made)
-        found = statistics(made, final_logits(made, leaf), weight, penalty_margin)
-        tolerance = COMPUTED[row_max.dtype]
+        values = statistics(made, final_logits(made, leaf), weight, penalty_margin)
+        tolerance = COMPUTED[got.row_max.dtype]
         wrong = []
-        for name, value in zip(names, got[2:8], strict=True):
-            if name not in ("uniform", "hinge") or name in upstream:
-                wrong += difference(name, value, found[name], tolerance)
+        for name in names:
+            value = getattr(got, name)
+            if name not in ("smooth_loss", "hinge") or name in upstream:
+                wrong += difference(name, value, values[name], tolerance)
             elif value.shape != (0,):
-                wrong.append(f"{name} was not wanted")
+                wrong.append(f"{name} was not asked for")
         best, sure = guess(made, leaf)
-        wrong += difference("confidence", confidence, sure, tolerance)
-        if not torch.equal(prediction.cpu(), best):
-            wrong.append(f"prediction: {prediction.tolist()}, not {best.tolist()}")
-        wrong += difference("row maximum and sum", (row_max + row_sum.log()), found["log_sum_exp"], tolerance)
+        wrong += difference("confidence", got.confidence, sure, tolerance)
+        if not torch.equal(got.prediction.cpu(), best):
+            wrong.append(f"prediction: {got.prediction.tolist()}, not {best.tolist()}")
+        sum_of_row = got.row_max + got.row_sum.log()
+        wrong += difference("row maximum and sum", sum_of_row, values["log_sum_exp"], tolerance)
         generator = torch.Generator().manual_seed(1)
-        gradients = {name: torch.randn(row_max.shape, generator=generator).to(row_max.dtype) for name in names}
-        total = sum((gradients[name].double() * found[name]).sum() for name in names if name in upstream)
-        given = [gradients[name] if name in upstream else None for name in names]
-        want = [word in wanted for word in ("logits", "columns", "label")]
-        swept = call(
-            device, tile, "softmax_stats_backward", *logits_of, row_max, row_sum, rest, made["cap"], penalty_margin, -100,
-            *given, want,
+        like = got.row_max
+        of_statistics = {name: torch.randn(like.shape, generator=generator).to(like.dtype) for name in names}
+        total = sum((of_statistics[name].double() * values[name]).sum() for name in names if name in upstream)
+        results = call(
+            device, tile, "softmax_stats_backward", given, SavedStatistics(got.row_max, got.row_sum, got.one_minus_pt),
+            penalty_margin, StatisticsGrads(*(of_statistics[name] if name in upstream else None for name in names)),
+            mask,
         )  # fmt: skip
-        truth = dict(zip(("logits", "scale", "bias", "label"), torch.autograd.grad(total, leaf, allow_unused=True),
-                         strict=True))  # fmt: skip
+        of_leaves = torch.autograd.grad(total, leaf, allow_unused=True)
+        truth = dict(zip(("logits", "scale", "bias", "target_override"), of_leaves, strict=True))
         if made["target_override"] is not None:
-            truth["logits"] = through_label(made, truth["logits"], truth["label"])
-        chosen = [name for name, yes in zip(truth, (want[0], want[1], *want[1:]), strict=True) if yes]
-        for name, one in zip(chosen, swept, strict=True):
+            truth["logits"] = through_label(made, truth["logits"], truth["target_override"])
+        for name, one in zip(_names(mask), results, strict=True):
             wrong += difference(f"gradient of {name}", one, truth[name], ROUNDED[one.dtype])
         return wrong
 
@@ -248,19 +275,21 @@ def bad_labels(device: str) -> list[str]:
     try:
         for tile in (STEPS, ONE_BLOCK):
             logits, labels = torch.randn(6, 37), torch.tensor([1, 37, -1, 2**32, 2**31, 4])
-            for stand_in in (None, torch.randn(6)):
-                arguments = (logits, labels, None, None, None, stand_in)
+            for override in (None, torch.randn(6)):
+                inputs = LogitInputs(logits, labels, target_override=override, target_override_grad=override)
+                options = RowOptions(label_smoothing=0.1, penalty_margin=0.5, penalty_strength=0.1)
+                mask = SoftmaxMask(logits=True, target_override=True)
                 _, rows, (gradient, of_label) = call(
-                    device, tile, "softmax_ce", *arguments, stand_in, None, None, None, 0.0, 0.1, 0.0, 0.0, 0.5, 0.1,
-                    1.0, False, -100, False, [True, False, False, True, False],
-                )  # fmt: skip
-                found = call(device, tile, "softmax_stats", *arguments, 0.0, 0.5, -100, True, True, True)
+                    device, tile, "softmax_ce", inputs, RowInputs(), options, False, mask
+                )
+                options = StatisticsOptions(0.5, True, True, True)
+                statistics = call(device, tile, "softmax_stats", inputs._replace(target_override_grad=None), options)
                 named = {
                     "loss": rows,
                     "gradient": gradient[:, 0],
                     "label": of_label,
-                    "rest": found[6],
-                    "hinge": found[7],
+                    "one_minus_pt": statistics.one_minus_pt,
+                    "hinge": statistics.hinge,
                 }
                 for name, value in named.items():
                     if value.isnan().tolist() != [False, True, True, True, True, False]:
@@ -274,12 +303,9 @@ def empty(device: str) -> list[str]:
     """No rows: the mean is NaN, the sum 0, column sums 0."""
     wrong = []
     for mean, truth in ((True, math.nan), (False, 0.0)):
-        logits, scale = torch.empty(0, 37), torch.ones(37)
-        loss, _, gradients = call(
-            device, STEPS, "softmax_ce", logits, torch.empty(0, dtype=torch.int64), scale, None, None, None,
-            None, None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, False, -100, mean,
-            [True, True, False, False, False],
-        )  # fmt: skip
+        inputs = LogitInputs(torch.empty(0, 37), torch.empty(0, dtype=torch.int64), torch.ones(37))
+        mask = SoftmaxMask(logits=True, affine=True)
+        loss, _, gradients = call(device, STEPS, "softmax_ce", inputs, RowInputs(), RowOptions(), mean, mask)
         wrong += difference("loss", loss, torch.tensor(truth), (0, 0))
         wrong += difference("scale", gradients[1], torch.zeros(37), (0, 0))
     return wrong
@@ -294,12 +320,12 @@ def through_the_operation(reduction: str, stats: bool, dtype: torch.dtype = torc
         given += [torch.rand(6, generator=generator) for _ in range(2)]
         target = torch.randint(37, (6,), generator=generator)
         target[2] = -100
-        wanted = _user_call([given[0].to(dtype).double(), *(value.double() for value in given[1:])], target,
-                            "reference", reduction, stats)  # fmt: skip
+        double = [given[0].to(dtype).double(), *(value.double() for value in given[1:])]
+        truth_of = _user_call(double, target, "reference", reduction, stats)
         moved = [given[0].to(dtype), *given[1:]]
         got = _user_call([value.to(device) for value in moved], target.to(device), "triton", reduction, stats)
         wrong = []
-        for name, truth in wanted.items():
+        for name, truth in truth_of.items():
             tolerance = ROUNDED[dtype] if name == "logits" else (1e-4, 1e-5)
             wrong += difference(name, got[name], truth, tolerance)
         return wrong
@@ -316,12 +342,12 @@ def _user_call(
     terms = [fusedloss.SoftCap(5.0), fusedloss.ClassTemperature(tau), fusedloss.AdditiveMargin(0.4)]
     penalty = fusedloss.MarginPenalty(2.0, strength, mix=True)
     with fusedloss.backend(backend):
-        answer = fusedloss.cross_entropy(
+        result = fusedloss.cross_entropy(
             logits, target, terms=terms, label_smoothing=smoothing, focal_gamma=2.0, z_loss=0.01, reduction=reduction,
             margin_penalty=penalty, return_stats=stats,
         )  # fmt: skip
-        loss, found = answer if stats else (answer, None)
-        total = loss.sum() + (0.1 * found.log_sum_exp.sum() + 0.2 * found.target_logit.sum() if found else 0.0)
+        loss, row_stats = result if stats else (result, None)
+        total = loss.sum() + (0.1 * row_stats.log_sum_exp.sum() + 0.2 * row_stats.target_logit.sum() if stats else 0.0)
         total.backward()
     grads = {"logits": logits.grad, "tau": tau.grad, "smoothing": smoothing.grad, "strength": strength.grad}
-    return {"loss": loss, **grads, **({"confidence": found.confidence} if found else {})}
+    return {"loss": loss, **grads, **({"confidence": row_stats.confidence} if stats else {})}

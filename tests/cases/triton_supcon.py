@@ -26,14 +26,14 @@ NAMES = (
 @contextlib.contextmanager
 def resolve_backend(device):
     """The backend takes tensors of `device`, though they be of a CPU and kernels only compiled."""
-    known = dict(backends._absent)
-    backends._absent["triton", device] = None
+    known = dict(backends._reasons)
+    backends._reasons["triton", device] = None
     try:
         with fusedloss.backend("triton"):
             yield
     finally:
-        backends._absent.clear()
-        backends._absent.update(known)
+        backends._reasons.clear()
+        backends._reasons.update(known)
 
 
 def contrast(name, tile):

@@ -215,7 +215,7 @@ def test_import_explains_what_it_cannot_read(capsys, tmp_path, arrays):
 def test_import_leaves_an_existing_folder_alone(capsys, tmp_path, arrays):
     given = save_npz(tmp_path, arrays)
     assert call(capsys, "import", *given, tmp_path / "bank")[0] == 0
-    assert "exists; a bank is saved to a new folder" in refused(capsys, "import", *given, tmp_path / "bank")
+    assert "path must be a new folder; got" in refused(capsys, "import", *given, tmp_path / "bank")
 
 
 # extract
@@ -262,7 +262,7 @@ def test_extract_makes_a_bank(capsys, tmp_path, packed):
     assert source == load_backbone("timm:test_resnet", weights=packed[-1], image_size=32, crop=1.0, device="cpu").source
     assert call(capsys, "extract", *packed, *options)[0] == 0
     changed = refused(capsys, "extract", *packed, *options, "--normalize")
-    assert "normalized False, not True" in changed and "another folder" in changed
+    assert "normalized False, not True" in changed and "path must be a new folder" in changed
 
 
 def test_extract_with_the_classes_of_another_bank(capsys, tmp_path, packed):

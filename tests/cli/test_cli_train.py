@@ -13,6 +13,9 @@ from fusedloss.train.report import collect_rows, difference
 
 QUICK = ["--epochs", "2", "--batch-size", "32", "--device", "cpu"]
 
+# One worker, which sets the module's fixtures up once.
+pytestmark = pytest.mark.xdist_group("cli_train")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -89,7 +92,7 @@ def test_train_resumes_overwrites_and_refuses(folder, tmp_path, capsys):
     target = [folder / "bank", tmp_path / "run", *QUICK, "-q", "--no-pictures"]
     assert call("train", *target, "--resume") == 0
     assert call("train", *target) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "folder must be new, or its run resumed" in capsys.readouterr().err
     assert call("train", *target, "--resume", "--seed", "1") == 2
     assert "seed was 0 and is now 1" in capsys.readouterr().err
     assert call("train", *target, "--overwrite", "--seed", "1") == 0
@@ -97,13 +100,13 @@ def test_train_resumes_overwrites_and_refuses(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["train", "{root}/nowhere", "{tmp}/r"], "is not a folder"),
+    (["train", "{root}/nowhere", "{tmp}/r"], "path must be a feature bank, a folder"),
     (["train", "{root}/bank", "{tmp}/r", "--loss", "hinge"], "loss must be one of ce, "),
     (["train", "{root}/bank", "{tmp}/r", "--lr", "fast"], "lr must be float; got 'fast'"),
     (["train", "{root}/bank", "{tmp}/r", "--device", "tpu9"], "device must be"),
-    (["train", "{root}/bank", "{root}/bank"], "is not a run folder"),
-    (["train", "{root}/bank", "{root}/bank", "--overwrite"], "is not a run folder"),
-    (["evaluate", "{root}/bank"], "holds no trained head"),
+    (["train", "{root}/bank", "{root}/bank"], "folder must be a run folder, new or empty"),
+    (["train", "{root}/bank", "{root}/bank", "--overwrite"], "folder must be a run folder; got"),
+    (["evaluate", "{root}/bank"], "folder must hold a trained head"),
     (["evaluate", "{root}/run", "--rows", "some"], "rows must be one of"),
     (["predict", "{root}/run", "{root}/bank", "--abstain-below", "1.5"], "abstain_below must be in [0, 1]; got 1.5"),
     (["predict", "{root}/run", "{root}/bank", "--top", "9"], "top must be in [1, 6); got 9"),
@@ -113,7 +116,7 @@ def test_train_resumes_overwrites_and_refuses(folder, tmp_path, capsys):
     (["sweep", "{root}/bank", "{tmp}/s", "--grid", "loss"], "grid must be"),
     (["sweep", "{root}/bank", "{tmp}/s", "--seeds", "a"], "seeds must be whole numbers"),
     (["sweep", "{root}/bank", "{tmp}/s", "--seeds", "0,0"], "seeds must differ"),
-    (["report", "{tmp}"], "no finished run"),
+    (["report", "{tmp}"], "folders must hold finished runs; got none"),
     (["report", "{root}/run", "--metrics", "top9"], "metrics must be among"),
     (["report", "{root}/run", "--baseline", "B"], "baseline must be one of run; got 'B'"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip

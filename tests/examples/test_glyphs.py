@@ -105,13 +105,13 @@ def test_installed_weights_are_checked(monkeypatch, tmp_path):
 
     (tmp_path / "w.pth").write_bytes(b"weights")
     monkeypatch.setattr(weights.metadata, "files", lambda name: [Packaged(tmp_path / "w.pth"), Packaged("a.py")])
-    with pytest.raises(SystemExit, match=r"w.pth has sha256 .*, not 5793"):
+    with pytest.raises(SystemExit, match=r"w.pth must have sha256 5793.*; got"):
         weights.installed_weights()
     monkeypatch.setattr(weights, "SHA256", "9a129038fe0f3bf7ec4edbcc7a4f6b0ff4f2ea0a1ea0d8e0b6c8bd2a1e4fe6f5")
-    with pytest.raises(SystemExit, match="not 9a129038"):
+    with pytest.raises(SystemExit, match="must have sha256 9a129038"):
         weights.installed_weights()
     monkeypatch.setattr(weights.metadata, "files", lambda name: [])
-    with pytest.raises(SystemExit, match=r"should hold one .pth file; it holds 0"):
+    with pytest.raises(SystemExit, match=r"must hold one .pth file; got 0"):
         weights.installed_weights()
     monkeypatch.undo()
     monkeypatch.setattr(weights, "PACKAGE", "no-such-package-anywhere")

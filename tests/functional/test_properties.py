@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from oracle import Case, cast, eager, loss_and_gradients
 from property_cases import DTYPES, FAMILIES, LAYOUTS, added_up, run, torch_cases
 from property_slopes import check_direction
+from simd_levels import LEVELS, NOT_ALLOWED
 from softmax_battery import fused
-from test_simd import LEVELS, NOT_ALLOWED
 
 import fusedloss
 from fusedloss.backends import cpp, triton

@@ -175,8 +175,8 @@ class TestMarginLogits:
         w = torch.randn(K, D)
         for error, match, arguments, keywords in (
             (ValueError, "labels must have shape", (x, w, y[1:]), {}),
-            (TypeError, "labels must be integers", (x, w, y.float()), {}),
-            (IndexError, "labels: got label 7", (x, w, torch.full((B,), 7)), {}),
+            (TypeError, "labels must be a tensor of integers", (x, w, y.float()), {}),
+            (IndexError, "labels must lie in .*; got label 7", (x, w, torch.full((B,), 7)), {}),
             (TypeError, "margin must be a margin of fusedloss.terms", (x, w, y), {"margin": 0.5}),
             (ValueError, "multiple of sub_centers=2", (x, w, y), {"sub_centers": 2}),
         ):

@@ -122,6 +122,25 @@ class TestPresets:
         agrees(fusedloss.MbLSLoss(1.0, 0.3, over=over), *batch(3, 5, 2, 2), formula)
         agrees(fusedloss.MbLSLoss(1.0, 0.3, over=over), *batch(dtype=torch.float32), formula, rtol=1e-5)
 
+    @pytest.mark.parametrize("epsilon", [1.0, -0.5])
+    def test_poly(self, epsilon):
+        def formula(z, y):
+            log_p = log_p_of(z, y)
+            return -log_p + epsilon * (1 - log_p.exp())
+
+        agrees(fusedloss.PolyLoss(epsilon), *batch(), formula)
+        agrees(fusedloss.PolyLoss(epsilon), *batch(4, 5, 3), formula)
+        agrees(fusedloss.PolyLoss(epsilon), *batch(dtype=torch.float32), formula, rtol=1e-5)
+        logits, labels = batch()
+        torch.testing.assert_close(fusedloss.PolyLoss(0.0)(logits, labels), F.cross_entropy(logits, labels))
+
+    def test_poly_focal(self):
+        def formula(z, y):
+            log_p = log_p_of(z, y)
+            return -((1 - log_p.exp()) ** 2) * log_p + 0.5 * (1 - log_p.exp())
+
+        agrees(fusedloss.PolyLoss(0.5, focal_gamma=2.0), *batch(), formula)
+
     def test_mbls_ties_go_to_the_first_largest_as_in_torch(self):
         logits = torch.tensor([[3.0, 3.0, 0.0]], requires_grad=True)
         fusedloss.MbLSLoss(1.0, 1.0, over="sum")(logits, torch.tensor([0])).backward()
@@ -137,6 +156,7 @@ class TestPresets:
             lambda: fusedloss.BalancedSoftmaxLoss(COUNTS),
             lambda: fusedloss.LDAMLoss(COUNTS),
             lambda: fusedloss.MbLSLoss(1.0),
+            fusedloss.PolyLoss,
             fusedloss.FLSD53Loss,
             lambda: fusedloss.DualFocalLoss(weight=torch.rand(5)),
             fusedloss.ECPLoss,
@@ -155,15 +175,21 @@ class TestPresets:
         [
             (lambda: fusedloss.FocalLoss(0.2), ValueError, "^gamma must be 0, or finite and at least 0"),
             (lambda: fusedloss.FocalLoss(math.nan), ValueError, "^gamma must be finite"),
+            (lambda: fusedloss.PolyLoss(math.nan), ValueError, "^epsilon must be finite; got nan"),
+            (lambda: fusedloss.PolyLoss("1"), TypeError, "^epsilon must be a number; got str"),
             (lambda: fusedloss.MbLSLoss(-1.0), ValueError, "margin must be finite and at least 0"),
             (lambda: fusedloss.MbLSLoss(1.0, math.nan), ValueError, "strength must be finite"),
             (lambda: fusedloss.MbLSLoss(1.0, over="max"), ValueError, "over must be 'mean' or 'sum'; got 'max'"),
-            (lambda: fusedloss.LDAMLoss(COUNTS, -0.5), ValueError, "max_margin must be positive"),
+            (lambda: fusedloss.LDAMLoss(COUNTS, -0.5), ValueError, "max_margin must be finite and above 0"),
             (lambda: fusedloss.LDAMLoss(torch.zeros(3)), ValueError, "at least one sample"),
             (lambda: fusedloss.LDAMLoss(COUNTS, scale=math.inf), ValueError, "scale must be finite"),
             (lambda: fusedloss.BalancedSoftmaxLoss(COUNTS, floor=-1.0), ValueError, "floor must be finite"),
             (lambda: fusedloss.BalancedSoftmaxLoss(COUNTS[:3])(*batch()), ValueError, r"log_prior must have shape"),
-            (lambda: fusedloss.LDAMLoss(COUNTS)(torch.zeros(2, 5), torch.rand(2, 5)), ValueError, "probability"),
+            (
+                lambda: fusedloss.LDAMLoss(COUNTS)(torch.zeros(2, 5), torch.rand(2, 5)),
+                ValueError,
+                "target must hold labels",
+            ),
             (lambda: fusedloss.FLSD53Loss(0.5), ValueError, "gamma must be finite and at least 1"),
             (lambda: fusedloss.DualFocalLoss(math.nan), ValueError, "gamma must be finite"),
             (lambda: fusedloss.ECPLoss(-0.1), ValueError, "strength must be finite and at least 0"),
@@ -187,6 +213,7 @@ FORWARDING = {
     fusedloss.BalancedSoftmaxLoss: ((COUNTS,), set()),
     fusedloss.LDAMLoss: ((COUNTS,), set()),
     fusedloss.MbLSLoss: ((), {"margin_penalty"}),
+    fusedloss.PolyLoss: ((), {"poly_epsilon"}),
     fusedloss.LinearCrossEntropyLoss: ((4, 5), set()),
 }
 
@@ -204,6 +231,7 @@ class TestForwardedKeywords:
             "label_smoothing": 0.125,
             "terms": Scale(2.0),
             "focal_gamma": 3.0,
+            "poly_epsilon": 0.75,
             "z_loss": 0.25,
             "margin_penalty": fusedloss.MarginPenalty(2.0, 0.5),
             "return_stats": True,

@@ -100,8 +100,8 @@ ONES, ZEROS = torch.ones(2, 5), torch.zeros(2, dtype=torch.int64)
     (TypeError, "^target must be integers .*; got torch.float32", ONES, ZEROS.float()),
     (ValueError, r"^target must have shape \(2,\).*; got \(3,\)", ONES, torch.zeros(3, dtype=torch.int64)),
     (ValueError, r"^target must have shape \(2,\).*; got \(2, 4\) \(target.argmax", ONES, torch.eye(4).long()[:2]),
-    (IndexError, "target: got label 4 at row 1", ONES, torch.tensor([0, 4])),
-    (IndexError, "target: got label -1 at row 0", ONES, torch.tensor([-1, 0])),
+    (IndexError, "target must lie in .*; got label 4 at row 1", ONES, torch.tensor([0, 4])),
+    (IndexError, "target must lie in .*; got label -1 at row 0", ONES, torch.tensor([-1, 0])),
 ])  # fmt: skip
 def test_bad_input(error, words, x, y):
     with pytest.raises(error, match=words):

@@ -20,6 +20,7 @@ CROSS_ENTROPY = {
     "label_smoothing": 0.25,
     "terms": [Scale(2.0)],
     "focal_gamma": 1.5,
+    "poly_epsilon": 0.75,
     "z_loss": 0.5,
     "margin_penalty": MarginPenalty(2.0, 0.5),
     "return_stats": True,
@@ -32,6 +33,7 @@ FORWARDED = {
     "label_smoothing": "label_smoothing=0.25",
     "terms": "terms=[Scale(scale=2.0)]",
     "focal_gamma": "focal_gamma=1.5",
+    "poly_epsilon": "poly_epsilon=0.75",
     "z_loss": "z_loss=0.5",
     "margin_penalty": "margin_penalty=MarginPenalty(margin=2.0, strength=0.5)",
     "return_stats": "return_stats=True",
@@ -54,6 +56,7 @@ MODULES = {
         "",
         {"margin": (2.0, "margin=2.0"), "strength": (0.5, "strength=0.5"), "over": ("sum", "over='sum'")},
     ),
+    fusedloss.PolyLoss: ((), "", {"epsilon": (2.0, "epsilon=2.0")}),
     fusedloss.LinearCrossEntropyLoss: (
         (4, 3),
         "in_features=4, num_classes=3",

@@ -57,7 +57,11 @@ def test_no_sample_is_nan():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([[0.5, 0.5]], [0], 15, "mce"), ValueError, "kind must be one of"),
+        (
+            ([[0.5, 0.5]], [0], 15, "mce"),
+            ValueError,
+            "kind must be 'ece', 'adaptive', 'over', 'under' or 'classwise'; got 'mce'",
+        ),
         (([[0.5, 0.5]], [0], 0), ValueError, "n_bins must be at least 1"),
         (([[0.5, 0.5]], [2]), IndexError, r"labels must lie in \[0, 2\)"),
         (([[5.0, 0.5]], [0]), ValueError, "probs must be probabilities"),
@@ -102,7 +106,12 @@ def test_a_temperature_without_an_inner_optimum_says_so(logits, labels, temperat
 @pytest.mark.parametrize(
     ("logits", "labels", "error", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), ValueError, "logits must be"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(3, dtype=torch.int64),
+            ValueError,
+            r"labels must have shape \(2,\); got \(3,\)",
+        ),
         (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), ValueError, "at least one sample"),
         (torch.full((1, 3), math.inf), torch.zeros(1, dtype=torch.int64), ValueError, "finite"),
         (torch.zeros(1, 3), torch.tensor([3]), IndexError, r"labels must lie in \[0, 3\)"),

@@ -84,10 +84,10 @@ def test_an_empty_set_reports_nan():
     ("arguments", "error", "message"),
     [
         (([[0.1, 0.9]], [2]), IndexError, r"labels must lie in \[0, 2\)"),
-        (([[math.nan, 0.9]], [0]), ValueError, r"must not be NaN, rows \[0\] are"),
+        (([[math.nan, 0.9]], [0]), ValueError, r"must hold no NaN; got some in rows \[0\]"),
         (([[0.1, 0.9]], [0, 1]), ValueError, "labels"),
         (([0.1, 0.9], [0, 1]), ValueError, "shape"),
-        (([[0.1, 0.9]], [0], ["one"]), ValueError, "class_names must have 2 entries"),
+        (([[0.1, 0.9]], [0], ["one"]), ValueError, "class_names must be 2 strings, one per class; got 1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):

@@ -1,5 +1,7 @@
 """Recall@1, MAP@R and TAR@FAR against their definitions, written out."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,10 +51,17 @@ def test_lengths_do_not_count():
 @pytest.mark.parametrize(
     ("features", "labels", "keywords", "match"),
     [
-        (torch.ones(3), torch.zeros(3), {}, "features must be"),
-        (torch.ones(3, 2), torch.zeros(3), {}, "two classes"),
+        (torch.ones(3), torch.zeros(3).long(), {}, r"features must have shape \(N, D\); got \(3,\)"),
+        (torch.ones(3, 2), torch.arange(2), {}, r"labels must have shape \(3,\); got \(2,\)"),
+        (torch.full((4, 2), math.nan), torch.arange(4) % 2, {}, "features must be finite"),
+        (torch.ones(3, 2), torch.zeros(3).long(), {}, "two classes"),
         (torch.ones(3, 2), torch.arange(3), {}, "two rows"),
-        (torch.ones(4, 2), torch.arange(4) % 2, {"false_accept_rates": [0.0]}, "between 0 and 1"),
+        (
+            torch.ones(4, 2),
+            torch.arange(4) % 2,
+            {"false_accept_rates": [0.0]},
+            r"false_accept_rates must be in \(0, 1\); got 0.0",
+        ),
     ],
 )
 def test_refusals(features, labels, keywords, match):

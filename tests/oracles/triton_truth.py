@@ -10,17 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedloss.core.row_loss import RowOptions
+
 # Relative and absolute error of what is computed in a type, and of a gradient rounded to it.
 COMPUTED = {torch.float32: (2e-5, 2e-6), torch.float64: (1e-12, 1e-13)}
 ROUNDED = {**COMPUTED, torch.bfloat16: (2.0**-7, 2e-6), torch.float16: (2.0**-10, 2e-7)}
 
 
 class Penalty(NamedTuple):
-    """sum_k relu(max z - z_k - margin), times share, times strength; strength None stands for one per row."""
+    """sum_k relu(max z - z_k - margin), times scale, times strength; strength None: one per row."""
 
     margin: float = 1.5
     strength: float | None = 0.3
-    share: float = 1.0 / 37
+    scale: float = 1.0 / 37
     mix: bool = False
 
 
@@ -48,7 +50,9 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def on_device(values: Any, device: str) -> Any:
-    """A copy there with the same strides: PyTorch's own copies keep dense ones only."""
+    """A copy there with the same strides (PyTorch's own copies are dense), of each tensor of a named tuple."""
+    if isinstance(values, tuple):
+        return type(values)(*(on_device(value, device) for value in values))
     if not isinstance(values, Tensor):
         return values
     size = max(0, 1 + sum((n - 1) * step for n, step in zip(values.shape, values.stride(), strict=True)))
@@ -61,7 +65,7 @@ def make(
     terms: str = "scale bias weight", layout: str = "", special: str = "", cap: float = 0.0, margin: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Inputs of one case, on the CPU; with `margin` another number stands in for the label's logit."""
+    """Inputs of one case, on the CPU; with `margin` the label's logit is overridden."""
     generator = torch.Generator().manual_seed(seed)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     shape = (rows[0], classes, *rows[1:])
@@ -135,8 +139,8 @@ def leaves(made: dict[str, Any]) -> tuple[Leaves, Tensor]:
         torch.full((classes,), default, dtype=torch.float64) if made[key] is None else made[key].double()
         for key, default in (("scale", 1.0), ("bias", 0.0), ("class_weight", 1.0))
     )
-    stand_in = made["per_row"] if made["target_override"] is None else made["target_override"]
-    return Leaves(*(value.clone().double().requires_grad_() for value in (x, scale, bias, stand_in))), weight
+    override = made["per_row"] if made["target_override"] is None else made["target_override"]
+    return Leaves(*(value.clone().double().requires_grad_() for value in (x, scale, bias, override))), weight
 
 
 def columns(vector: Tensor, like: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ def plain_logits(made: dict[str, Any], leaf: Leaves) -> Tensor:
 
 
 def final_logits(made: dict[str, Any], leaf: Leaves) -> Tensor:
-    """The same with the stand-in at the label."""
+    """The same with the override at the label."""
     z = plain_logits(made, leaf)
     if made["target_override"] is None:
         return z
@@ -162,7 +166,7 @@ def final_logits(made: dict[str, Any], leaf: Leaves) -> Tensor:
 
 
 def through_label(made: dict[str, Any], gradient: Tensor, of_label: Tensor) -> Tensor:
-    """dL/dx with the part that reaches it by way of the stand-in."""
+    """dL/dx with the part that reaches it by way of the override."""
     kept, label = _labels(made)
     part = torch.where(kept, of_label * made["target_override_grad"].double(), 0.0).unsqueeze(1)
     return gradient.scatter_add(1, label, part)
@@ -185,17 +189,22 @@ def statistics(made: dict[str, Any], z: Tensor, weight: Tensor, penalty_margin: 
     if target.is_floating_point():
         q = target.double() * spread
         kept = torch.ones_like(z[:, 0], dtype=torch.bool)
-        logit, hard, rest = weighted(q, z), weighted(q, -log_p), torch.zeros_like(z[:, 0])
+        logit, hard, one_minus_pt = weighted(q, z), weighted(q, -log_p), torch.zeros_like(z[:, 0])
     else:
         kept, label = _labels(made)
         logit = z.gather(1, label).squeeze(1)
         hard = -log_p.gather(1, label).squeeze(1) * weight[label.squeeze(1)]
         others = torch.ones_like(z, dtype=torch.bool).scatter(1, label, False)
-        rest = torch.where(others, log_p.exp(), 0.0).sum(1)
-    found = {"target_logit": logit, "cross_entropy": hard, "uniform": weighted(spread, -log_p), "rest": rest,
-             "hinge": _hinge(z, penalty_margin)}  # fmt: skip
-    found = {key: torch.where(kept, value, 0.0) for key, value in found.items()}
-    return {"log_sum_exp": z.logsumexp(1), **found, "kept": kept}
+        one_minus_pt = torch.where(others, log_p.exp(), 0.0).sum(1)
+    values = {
+        "target_logit": logit,
+        "cross_entropy": hard,
+        "smooth_loss": weighted(spread, -log_p),
+        "one_minus_pt": one_minus_pt,
+        "hinge": _hinge(z, penalty_margin),
+    }
+    values = {key: torch.where(kept, value, 0.0) for key, value in values.items()}
+    return {"log_sum_exp": z.logsumexp(1), **values, "kept": kept}
 
 
 def _hinge(z: Tensor, margin: float) -> Tensor:
@@ -207,25 +216,26 @@ def _hinge(z: Tensor, margin: float) -> Tensor:
 
 
 def row_loss(
-    made: dict[str, Any], found: dict[str, Tensor], eps: Any, gamma: float, z_loss: float, penalty: Penalty | None,
-    strength: Any,
-) -> Tensor:  # fmt: skip
-    """Loss of each row."""
-    row = found["cross_entropy"]
-    if isinstance(eps, Tensor) or eps:
-        row = (1 - eps) * row + eps / made["logits"].shape[1] * found["uniform"]
-    if gamma:
-        row = found["rest"] ** gamma * row
-    if penalty:
-        pulled = penalty.share * found["hinge"]
-        row = (1 - strength) * row + strength * pulled if penalty.mix else row + strength * pulled
-    if z_loss:
-        row = row + z_loss * found["log_sum_exp"].square()
-    return torch.where(found["kept"], row, 0.0)
+    made: dict[str, Any], values: dict[str, Tensor], options: RowOptions, smoothing: Any, strength: Any
+) -> Tensor:
+    """Loss of each row; `smoothing` and `strength` are numbers or one value per row."""
+    row = values["cross_entropy"]
+    if isinstance(smoothing, Tensor) or smoothing:
+        row = (1 - smoothing) * row + smoothing / made["logits"].shape[1] * values["smooth_loss"]
+    if options.focal_gamma:
+        row = values["one_minus_pt"] ** options.focal_gamma * row
+    if options.poly_epsilon:
+        row = row + options.poly_epsilon * values["one_minus_pt"]
+    if isinstance(strength, Tensor) or strength:
+        penalty = options.penalty_scale * values["hinge"]
+        row = (1 - strength) * row + strength * penalty if options.penalty_mix else row + strength * penalty
+    if options.z_loss:
+        row = row + options.z_loss * values["log_sum_exp"].square()
+    return torch.where(values["kept"], row, 0.0)
 
 
 def guess(made: dict[str, Any], leaf: Leaves) -> tuple[Tensor, Tensor]:
-    """First largest class and its probability, of the logits without a stand-in."""
+    """First largest class and its probability, of the logits without an override."""
     z = plain_logits(made, leaf)
     return z.argmax(1), z.softmax(1).amax(1)
 
@@ -258,5 +268,5 @@ def repeated(device: str, function: Callable[[], Any]) -> Any:
     return first
 
 
-def _flat(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else [tensor for part in found for tensor in _flat(part)]
+def _flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [tensor for part in result for tensor in _flat(part)]

@@ -7,9 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import fusedloss
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +53,32 @@ def test_a_failing_compiler_is_an_error(checkout):
     assert done.returncode != 0
     assert "no OpenMP" in done.stderr
     assert not list(checkout.rglob("*.so"))
+
+
+def test_a_source_distribution_holds_what_is_compiled_and_what_types_need(checkout):
+    for name in ("py.typed", "_C.pyi"):
+        shutil.copy(ROOT / "fusedloss" / name, checkout / "fusedloss")
+    command = [sys.executable, "setup.py", "--quiet", "sdist"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    assert held >= {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert held >= {"setup.py", "pyproject.toml", "LICENSE", "fusedloss/py.typed", "fusedloss/_C.pyi"}
+
+
+def test_the_version_is_the_installed_package_s(monkeypatch):
+    monkeypatch.setattr(metadata, "version", {"fusedloss": "1.2.3"}.__getitem__)
+    assert fusedloss.__version__ == "1.2.3"
+
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert fusedloss.__version__ == "0+unknown"
+    with pytest.raises(AttributeError, match="'fusedloss' has no attribute 'version'"):
+        _ = fusedloss.version
 
 
 def test_nothing_of_the_build_needs_torch():

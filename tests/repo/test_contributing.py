@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import scratch
 
 from fusedloss import backends
+from fusedloss.backends import cpp
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ["reference"] + (["cpp"] if backends.resolve_backend("cpu") == "cpp" else [])
@@ -53,10 +55,13 @@ def compare(found, expected, tensors):
 """
 
 
+def section_of(heading):
+    return (ROOT / "CONTRIBUTING.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
 def code_of(heading):
     """The code block under a heading of CONTRIBUTING.md."""
-    section = (ROOT / "CONTRIBUTING.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.search(r"```python\n(.*?)```", section, re.S).group(1)
+    return re.search(r"```python\n(.*?)```", section_of(heading), re.S).group(1)
 
 
 def class_of(code):
@@ -64,35 +69,60 @@ def class_of(code):
     return re.search(r"((?:@dataclass[^\n]*\n)?class .*?)\n\n\n", code, re.S).group(1)
 
 
+def changes_of(heading):
+    """(file, lines before, lines after) of the ```diff blocks under a heading, each of the last file named above it."""
+    section = section_of(heading)
+    for block in re.finditer(r"^( *)```diff\n(.*?)^ *```", section, re.M | re.S):
+        path = re.findall(r"`((?:fusedloss|csrc)/[\w/]+\.\w+)`", section[: block.start()])[-1]
+        lines = [line[len(block.group(1)) :] for line in block.group(2).splitlines()]
+        for hunk in split_at(lines, "@@"):
+            before, after = ([line[1:] for line in hunk if line[:1] != sign] for sign in "+-")
+            yield path, "\n".join(before) + "\n", "\n".join(after) + "\n"
+
+
+def split_at(lines, separator):
+    parts = [[]]
+    for line in lines:
+        if line == separator:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    return parts
+
+
 @pytest.fixture
-def scratch(tmp_path):
-    shutil.copytree(ROOT / "fusedloss", tmp_path / "fusedloss", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path
+def folder(tmp_path):
+    return scratch.copy_package(tmp_path)
 
 
-def run(scratch, code):
-    environment = {**os.environ, "PYTHONPATH": str(scratch)}
-    for backend in BACKENDS:
-        found = subprocess.run(
-            [sys.executable, "-c", PRELUDE + code],
-            env={**environment, "FUSEDLOSS_BACKEND": backend},
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-        )
-        assert found.returncode == 0, f"{backend}: {found.stderr}"
+def run(folder, code, backend):
+    """Runs code on a backend with the package in the folder, the repository's where that is None."""
+    folder = folder or ROOT
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "FUSEDLOSS_BACKEND": backend,
+        "TRITON_INTERPRET": str(int(backend == "triton")),
+    }
+    command = [sys.executable, "-W", "ignore", "-c", PRELUDE + code]
+    found = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert found.returncode == 0, f"{backend}: {found.stderr}"
 
 
-def changed(scratch):
-    """Files of the scratch copy that differ from the repository's."""
-    paths = [path.relative_to(scratch) for path in (scratch / "fusedloss").rglob("*") if path.is_file()]
-    paths = [path for path in paths if path.suffix != ".pyc"]
-    return {str(path) for path in paths if not filecmp.cmp(scratch / path, ROOT / path, shallow=False)}
+def changed(folder):
+    """Files of the copy that differ from the repository's, or are missing there; without what was compiled."""
+    paths = [path.relative_to(folder) for name in ("fusedloss", "csrc") for path in (folder / name).rglob("*")]
+    sources = [path for path in paths if path.suffix in (".py", ".pyi", ".h", ".inl", ".cpp")]
+    return {
+        str(path)
+        for path in sources
+        if not (ROOT / path).exists() or not filecmp.cmp(folder / path, ROOT / path, shallow=False)
+    }
 
 
-def exported(scratch, name, module):
+def exported(folder, name, module):
     """Writes the export of a new term into both packages' __init__.py."""
-    inner, outer = scratch / "fusedloss" / "terms" / "__init__.py", scratch / "fusedloss" / "__init__.py"
+    inner, outer = folder / "fusedloss" / "terms" / "__init__.py", folder / "fusedloss" / "__init__.py"
     inner.write_text(inner.read_text() + f"\nfrom fusedloss.terms.{module} import {name}\n")
     outer.write_text(outer.read_text() + f"\nfrom fusedloss.terms import {name}\n")
 
@@ -104,22 +134,29 @@ def exported(scratch, name, module):
         ("How to add a margin", "margins", "Shrink", CHECK_MARGIN),
     ],
 )
-def test_a_new_term_is_one_class(scratch, heading, module, name, check):
-    path = scratch / "fusedloss" / "terms" / f"{module}.py"
+def test_a_new_term_is_one_class(folder, heading, module, name, check):
+    path = folder / "fusedloss" / "terms" / f"{module}.py"
     source = class_of(code_of(heading)).replace("torch.Tensor", "Tensor")
     assert f"class {name}" in source
     path.write_text(f"{path.read_text()}\n\nimport torch\n\n\n{source}\n")
-    exported(scratch, name, module)
-    run(scratch, check)
-    assert changed(scratch) == {f"fusedloss/terms/{module}.py", "fusedloss/terms/__init__.py", "fusedloss/__init__.py"}
+    exported(folder, name, module)
+    if "cpp" in BACKENDS:
+        shutil.copy(cpp.extension.__file__, folder / "fusedloss")
+    for backend in BACKENDS:
+        run(folder, check, backend)
+    assert changed(folder) == {f"fusedloss/terms/{module}.py", "fusedloss/terms/__init__.py", "fusedloss/__init__.py"}
 
 
-def test_a_row_of_ones_own_changes_no_file(scratch):
-    run(scratch, class_of(code_of("How to add a row of your own")) + "\n" + CHECK_ROW)
-    assert changed(scratch) == set()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_ones_own_changes_no_file(backend):
+    run(None, class_of(code_of("How to add a row of your own")) + "\n" + CHECK_ROW, backend)
 
 
 def test_the_files_that_the_steps_name_exist():
+    """<stem> stands for each operation."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    for path in set(re.findall(r"`((?:fusedloss|tests|docs|bench|csrc)/[\w/]+\.\w+)`", text)):
-        assert (ROOT / path).exists(), path
+    named = set(re.findall(r"`((?:fusedloss|tests|docs|bench|csrc)/[\w/<>]+\.\w+)`", text))
+    assert len(named) >= 10
+    for path in named:
+        for stem in backends.OPERATIONS:
+            assert (ROOT / path.replace("<stem>", stem)).exists(), path.replace("<stem>", stem)

@@ -12,7 +12,7 @@ from fusedloss.train import Predictor, Recipe, fit, split_rows
 from fusedloss.train.data import TrainingData
 from fusedloss.train.evaluate import evaluate_run
 from fusedloss.train.fit import load_result
-from fusedloss.train.heads import build_head, build_transform
+from fusedloss.train.heads import HEADS, Head, build_head, build_transform, head
 from fusedloss.train.objectives import OBJECTIVES, Objective, build_objective, objective
 from fusedloss.train.step import gradient_step, schedule
 
@@ -251,6 +251,51 @@ def test_a_loss_is_added_in_one_place(bank):
         del OBJECTIVES["squared"]
 
 
+def test_a_head_is_added_in_one_place(bank, tmp_path):
+    @head("scaled")
+    class ScaledHead(Head):
+        """Logits of doubled features, which are all that the last layer reads."""
+
+        def __init__(self, in_features, num_classes):
+            super().__init__()
+            self.last = torch.nn.Linear(in_features, num_classes, bias=False)
+
+        @classmethod
+        def build(cls, settings, in_features, num_classes):
+            return cls(in_features, num_classes)
+
+        @property
+        def class_weight(self):
+            return self.last.weight
+
+        def hidden(self, features):
+            return 2 * features
+
+        def classify(self, hidden):
+            return self.last(hidden)
+
+    try:
+        result = fit(bank, QUICK.replace(head="scaled", loss="fedlas"), folder=tmp_path / "run", device="cpu")
+        loaded = Predictor.load(tmp_path / "run")
+        assert result.report["top1"] > 0.4 and isinstance(loaded.head, ScaledHead)
+        assert torch.equal(loaded.logits(bank.features), result.predictor.logits(bank.features))
+        rows = loaded.transform(torch.from_numpy(bank.features))
+        torch.testing.assert_close(loaded.embeddings(bank.features), 2 * rows)
+    finally:
+        del HEADS["scaled"]
+    with pytest.raises(ValueError, match="head must be one of linear, cosine, mlp; got 'scaled'"):
+        QUICK.replace(head="scaled")
+
+
+def test_embeddings_are_what_the_last_layer_reads(bank):
+    for settings in ({}, {"head": "cosine"}, {"head": "mlp", "hidden": (5,)}):
+        predictor = fit(bank, QUICK.replace(epochs=1, **settings), device="cpu").predictor
+        embeddings = predictor.embeddings(bank.features)
+        assert embeddings.shape == (len(bank), predictor.head.class_weight.shape[1])
+        assert torch.equal(predictor.head.classify(embeddings), predictor.logits(bank.features))
+        assert predictor.embeddings(bank.features[:0]).shape == (0, embeddings.shape[1])
+
+
 def test_a_run_folder_holds_everything_and_predicts_alone(bank, tmp_path):
     source = FeatureSource(backbone="timm:some_net", pooling="pre_logits")
     named = long_tailed_bank(class_names=[f"c{k}" for k in range(8)], source=source)
@@ -315,9 +360,9 @@ def test_evaluating_a_run_repeats_its_report(tmp_path):
 def test_a_folder_is_never_mixed_up(bank, tmp_path):
     folder = tmp_path / "run"
     result = fit(bank, QUICK, folder=folder, device="cpu", pictures=False)
-    with pytest.raises(StorageError, match="already holds a run"):
+    with pytest.raises(StorageError, match="folder must be new, or its run resumed"):
         fit(bank, QUICK, folder=folder)
-    with pytest.raises(StorageError, match="another recipe: seed was 0 and is now 1"):
+    with pytest.raises(StorageError, match=r"of the same recipe; got .*, where seed was 0 and is now 1"):
         fit(bank, QUICK.replace(seed=1), folder=folder, resume=True)
     with pytest.raises(StorageError, match="another bank"):
         fit(long_tailed_bank(seed=1), QUICK, folder=folder, resume=True)
@@ -328,7 +373,7 @@ def test_a_folder_is_never_mixed_up(bank, tmp_path):
         assert stored == pytest.approx(row, nan_ok=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match="is not a run folder"):
+    with pytest.raises(StorageError, match="folder must be a run folder, new or empty"):
         fit(bank, QUICK, folder=tmp_path / "other")
 
 

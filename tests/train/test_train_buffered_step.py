@@ -166,7 +166,7 @@ def test_another_device_does_not_go_on_with_a_run(tmp_path):
     values = json.loads(path.read_text())
     assert values["device"] == "cpu"
     path.write_text(json.dumps(values | {"device": "cuda"}))
-    with pytest.raises(StorageError, match="trained on cuda and has its random state; resume it there"):
+    with pytest.raises(StorageError, match=r"device must be cuda, whose random state .* holds; got cpu"):
         fit(bank(), Recipe(epochs=2), **options)
 
 

@@ -197,7 +197,7 @@ def linear_stats(kernels: Kernels, inputs: LinearInputs, options: StatisticsOpti
     parts = [kernels.softmax.softmax_stats(chunk.inputs, options) for chunk in walk.chunks()]
     if not parts:
         nothing = walk._logit_inputs(slice(0, 0), inputs.input.new_empty(0, len(inputs.weight)))
-        return kernels.softmax.softmax_stats(nothing, options)
+        parts = [kernels.softmax.softmax_stats(nothing, options)]
     return SoftmaxStatistics(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 

@@ -110,7 +110,7 @@ class _Leaves:
             bias = logits.new_zeros(logits.shape[1], dtype=dtype) if bias is None else bias
         # Widened once: the gradient is rounded to the stored type at the end.
         self.inputs = inputs._replace(
-            logits=leaf(logits.to(dtype), mask.logits),
+            logits=logits.to(dtype).detach().requires_grad_(mask.logits),
             scale=leaf(scale, mask.affine),
             bias=leaf(bias, mask.affine),
             target_override=leaf(inputs.target_override, mask.target_override),
