@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedloss import ops
-from fusedloss.core.checks import check_ignore_index, check_integer_tensor, check_tensor
+from fusedloss.core.checks import check_ignore_index, check_tensor
 from fusedloss.core.dtypes import compute_dtype
-from fusedloss.losses.class_statistics import ClassStatistics, all_reduced, check_feature_rows
+from fusedloss.distributed import reduced_moments
+from fusedloss.losses.class_statistics import ClassStatistics
+from fusedloss.losses.row_checks import check_feature_rows, check_row_labels
 from fusedloss.losses.running_state import add_skipped
 from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms.term import readable
@@ -108,7 +110,7 @@ class NormStatistics(SettingsRepr):
             >>> NormStatistics().row_norms(torch.tensor([[1.0, -2.0]]))
             tensor([3.])
         """
-        check_feature_rows(features, None)
+        check_feature_rows(features)
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if self.norm == 1 and not transformed and not (features.requires_grad and torch.is_grad_enabled()):
             return ops.row_magnitudes(features)
@@ -133,8 +135,7 @@ class NormStatistics(SettingsRepr):
             >>> statistics.count.item()
             1
         """
-        check_feature_rows(features, labels)
-        self.update_values(self.row_norms(features.detach()), labels, group)
+        self.update_values(self.row_norms(features), labels, group)
 
     @torch.no_grad()
     def update_values(
@@ -182,7 +183,7 @@ class NormStatistics(SettingsRepr):
         """What the state is after `values`, for `store`; nothing has changed yet."""
         check_tensor("values", values, ("B",), like=self.statistics.mean, of="the statistics")
         if labels is not None:
-            check_integer_tensor("labels", labels, (values.shape[0],))
+            check_row_labels(labels, values)
         batch = ops.moments(values, labels, self.ignore_index)
         if group is None and readable(batch):
             return self._moved_numbers(*batch.tolist())
@@ -234,5 +235,5 @@ class NormStatistics(SettingsRepr):
 
 def _reduced(count: Tensor, mean: Tensor, variance: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """The moments of all ranks' values."""
-    count, means, variances = all_reduced(count.reshape(1), mean.reshape(1, 1), variance.reshape(1), group)
+    count, means, variances = reduced_moments(count.reshape(1), mean.reshape(1, 1), variance.reshape(1), group)
     return count[0].double(), means[0, 0], variances[0]
