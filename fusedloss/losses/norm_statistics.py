@@ -111,13 +111,15 @@ class NormStatistics(SettingsRepr):
             tensor([3.])
         """
         check_feature_rows(features)
+        return self._row_norms(features)
+
+    def _row_norms(self, features: Tensor) -> Tensor:
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if self.norm == 1 and not transformed and not (features.requires_grad and torch.is_grad_enabled()):
             return ops.row_magnitudes(features)
         norms: Tensor = torch.linalg.vector_norm(features, self.norm, dim=1, dtype=compute_dtype(features.dtype))
         return norms
 
-    @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
         """Takes one batch in; rows labelled `ignore_index` are left out, and labels serve nothing else.
 
@@ -135,9 +137,9 @@ class NormStatistics(SettingsRepr):
             >>> statistics.count.item()
             1
         """
-        self.update_values(self.row_norms(features), labels, group)
+        check_feature_rows(features)
+        self.update_values(self._row_norms(features.detach()), labels, group)
 
-    @torch.no_grad()
     def update_values(
         self, values: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None
     ) -> None:
@@ -176,7 +178,6 @@ class NormStatistics(SettingsRepr):
             return NormMoments(state.count.item(), state.mean.item(), state.scatter.item())
         return NormMoments(state.count[0], state.mean[0, 0], state.scatter[0])
 
-    @torch.no_grad()
     def moved(
         self, values: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None
     ) -> NormMoments:
@@ -192,7 +193,6 @@ class NormStatistics(SettingsRepr):
             count, mean, variance = _reduced(count, mean, variance, group)
         return self._moved_tensors(count, mean, variance, skipped.to(torch.int64))
 
-    @torch.no_grad()
     def store(self, moments: NormMoments) -> None:
         """Makes what `moved` returned the state."""
         state = self.statistics

@@ -632,12 +632,19 @@ WRONG["labels of a queue"] = [
 ]
 # Arguments whose errors are of another form so far, by call: a name is taken out with its mend.
 PENDING = {
-    "cross_entropy": "terms return_stats",
-    "linear_cross_entropy": "terms return_stats",
-    "supcon": "features labels temperature contrast_mode normalize reduction class_balance ignore_index mask class_weight",
-    "SupConLoss": "temperature contrast_mode normalize reduction class_weight class_balance ignore_index base_temperature prototype_weight focal_gamma learn_temperature",
+    "cross_entropy": "return_stats",
+    "linear_cross_entropy": "return_stats",
+    "supcon": (
+        "features labels temperature contrast_mode normalize reduction class_balance ignore_index mask class_weight"
+    ),
+    "SupConLoss": (
+        "temperature contrast_mode normalize reduction class_weight class_balance ignore_index "
+        "base_temperature prototype_weight focal_gamma learn_temperature"
+    ),
     "SupConLoss()": "features labels",
-    "PrototypeLoss": "in_features num_classes distance separation separation_margin center_update reduction ignore_index",
+    "PrototypeLoss": (
+        "in_features num_classes distance separation separation_margin center_update reduction ignore_index"
+    ),
     "PrototypeLoss()": "target",
 }
 
