@@ -1,6 +1,5 @@
 """The Triton backend: interpreted on the CPU, compiled ahead of time, and on a GPU where there is one."""
 
-import functools
 import json
 import os
 import re
@@ -39,28 +38,17 @@ def kernels_of_the_backend():
     return {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
 
 
-CHUNKS = 4
+CHUNKS = 4  # processes, for workers to share: each takes seconds to start
 INTERPRETED = [*triton_cases.CASES, *triton_cases.INTERPRETED]
 
 
-@functools.cache
-def interpret(chunk):
-    """What was wrong with each case of a chunk; a process for each chunk, since starting one takes seconds."""
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_interpreted(chunk):
     # NumPy, which interprets, warns of the infinities that the cases are about.
     options = {"allowed": (0, 1), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *INTERPRETED[chunk::CHUNKS], **options))
-
-
-def in_chunks():
-    """Each name with its chunk; the cases of a chunk run in one worker, which starts their process once."""
-    for index, name in enumerate(INTERPRETED):
-        chunk = index % CHUNKS
-        yield pytest.param(name, chunk, id=name, marks=pytest.mark.xdist_group(f"interpreted {chunk}"))
-
-
-@pytest.mark.parametrize(("name", "chunk"), list(in_chunks()))
-def test_interpreted(name, chunk):
-    assert interpret(chunk)[name] == []
+    found = json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *INTERPRETED[chunk::CHUNKS], **options))
+    assert list(found) == INTERPRETED[chunk::CHUNKS]
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
 def test_compiled_without_spills():
