@@ -45,6 +45,14 @@ p = logits[:5].softmax(1).gather(1, labels[:5].unsqueeze(1)).squeeze(1)
 expected = (weight[labels[:5]] * (1 - p - p.log())).sum() / weight[labels[:5]].sum()
 compare(found, expected, [logits])
 """
+CHECK_OPTION = """
+logits, labels = 3 * torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, -100])
+for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"focal_gamma": 2.0, "poly_epsilon": 0.5}):
+    x = logits.clone().requires_grad_()
+    found = fusedloss.cross_entropy(x, labels, poly2_epsilon=0.7, **options)
+    p = x[:5].softmax(1).gather(1, labels[:5].unsqueeze(1)).squeeze(1)
+    compare(found, fusedloss.cross_entropy(x, labels, **options) + 0.7 * (1 - p).square().mean(), [x])
+"""
 PRELUDE = """
 import torch, fusedloss
 import torch.nn.functional as F
@@ -71,10 +79,12 @@ def class_of(code):
 
 
 def changes_of(heading):
-    """(file, lines before, lines after) of the ```diff blocks under a heading, each of the last file named above it."""
-    section = section_of(heading)
-    for block in re.finditer(r"^( *)```diff\n(.*?)^ *```", section, re.M | re.S):
-        path = re.findall(r"`((?:fusedloss|csrc)/[\w/]+\.\w+)`", section[: block.start()])[-1]
+    """(file, lines before, lines after) of the ```diff blocks under a heading, each of the first file of its step."""
+    for step in re.split(r"^\d+\. ", section_of(heading), flags=re.M)[1:]:
+        block = re.search(r"^( *)```diff\n(.*?)^ *```", step, re.M | re.S)
+        if not block:
+            continue
+        path = re.search(r"`((?:fusedloss|csrc)/[\w/]+\.\w+)`", step).group(1)
         lines = [line[len(block.group(1)) :] for line in block.group(2).splitlines()]
         for hunk in split_at(lines, "@@"):
             before, after = ([line[1:] for line in hunk if line[:1] != sign] for sign in "+-")
@@ -140,6 +150,22 @@ def test_a_new_term_is_one_class(folder, heading, module, name, check):
         shutil.copy(cpp.extension.__file__, folder / "fusedloss")
     run(folder, check)
     assert changed(folder) == {f"fusedloss/terms/{module}.py", "fusedloss/terms/__init__.py", "fusedloss/__init__.py"}
+
+
+def test_a_row_option_is_a_few_lines_in_each_language(folder):
+    changes = list(changes_of("How to add a row option"))
+    for path, before, after in changes:
+        scratch.replace_once(folder / path, before, after)
+    files = {path for path, _, _ in changes}
+    names = ["reference"]
+    if any(path.startswith("csrc/") for path in files):
+        scratch.build_kernels(folder)
+        names.append("cpp")
+    if any("triton" in path for path in files):
+        names.append("triton")
+    run(folder, CHECK_OPTION, names)
+    assert changed(folder) == files
+    assert len(files) <= 7
 
 
 def test_a_row_of_ones_own_changes_no_file():
