@@ -21,9 +21,9 @@ BACKENDS = ["reference"] + (["cpp"] if backends.resolve_backend("cpu") == "cpp" 
 CHECK_AFFINE = """
 logits, labels = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, -100])
 offset = torch.randn(5, requires_grad=True)
-found = fusedloss.cross_entropy(logits, labels, terms=[fusedloss.Scale(2.0), fusedloss.Shift(offset)])
+result = fusedloss.cross_entropy(logits, labels, terms=[fusedloss.Scale(2.0), fusedloss.Shift(offset)])
 expected = F.cross_entropy(2 * logits + offset, labels)
-compare(found, expected, [logits, offset])
+compare(result, expected, [logits, offset])
 layer = torch.nn.Linear(3, 5)
 folded = fusedloss.CrossEntropyLoss(terms=[fusedloss.Shift(offset)]).fold_into(layer)
 torch.testing.assert_close(folded(torch.ones(1, 3)), layer(torch.ones(1, 3)) + offset)
@@ -32,34 +32,34 @@ CHECK_MARGIN = """
 logits, labels = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0])
 amount = torch.tensor(0.3, requires_grad=True)
 terms = [fusedloss.Shrink(amount), fusedloss.Scale(3.0)]
-found = fusedloss.cross_entropy(logits, labels, terms=terms, label_smoothing=0.1)
+result = fusedloss.cross_entropy(logits, labels, terms=terms, label_smoothing=0.1)
 chosen = F.one_hot(labels, 5)
 expected = F.cross_entropy(3 * (logits - chosen * amount * torch.tanh(logits)), labels, label_smoothing=0.1)
-compare(found, expected, [logits, amount])
+compare(result, expected, [logits, amount])
 """
 CHECK_ROW = """
 logits, labels = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, -100])
 weight = torch.rand(5)
-found = Polynomial(weight=weight)(logits, labels)
+result = Polynomial(weight=weight)(logits, labels)
 p = logits[:5].softmax(1).gather(1, labels[:5].unsqueeze(1)).squeeze(1)
 expected = (weight[labels[:5]] * (1 - p - p.log())).sum() / weight[labels[:5]].sum()
-compare(found, expected, [logits])
+compare(result, expected, [logits])
 """
 CHECK_OPTION = """
 logits, labels = 3 * torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, -100])
 for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"focal_gamma": 2.0, "poly_epsilon": 0.5}):
     x = logits.clone().requires_grad_()
-    found = fusedloss.cross_entropy(x, labels, poly2_epsilon=0.7, **options)
+    result = fusedloss.cross_entropy(x, labels, poly2_epsilon=0.7, **options)
     p = x[:5].softmax(1).gather(1, labels[:5].unsqueeze(1)).squeeze(1)
-    compare(found, fusedloss.cross_entropy(x, labels, **options) + 0.7 * (1 - p).square().mean(), [x])
+    compare(result, fusedloss.cross_entropy(x, labels, **options) + 0.7 * (1 - p).square().mean(), [x])
 """
 PRELUDE = """
 import torch, fusedloss
 import torch.nn.functional as F
 
-def compare(found, expected, tensors):
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors), strict=True):
+def compare(result, expected, tensors):
+    torch.testing.assert_close(result, expected)
+    for one, other in zip(torch.autograd.grad(result, tensors), torch.autograd.grad(expected, tensors), strict=True):
         torch.testing.assert_close(one, other)
 """
 
@@ -111,8 +111,8 @@ def run(folder, code, names=BACKENDS):
     code = PRELUDE + "".join(f"with fusedloss.backend('{name}'):\n{textwrap.indent(code, '    ')}\n" for name in names)
     environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": str(int("triton" in names))}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    found = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def changed(folder):
