@@ -56,7 +56,7 @@ def test_the_battery_fails_on_a_wrong_kernel(tmp_path):
     folder = scratch.copy_package(tmp_path)
     right, wrong = "const double rest = sums.rest * per_sum,", "const double rest = (1 + 1e-4) * sums.rest * per_sum,"
     scratch.replace_once(folder / "csrc" / "rows.inl", right, wrong)
-    result = run_battery("--extension", str(scratch.build_kernels(folder)))
-    assert result.returncode == 1, result.stdout + result.stderr
-    failures = [line for line in result.stdout.splitlines() if "AssertionError" in line]
-    assert any("input[" in line for line in failures), result.stdout
+    found = run_battery("--extension", str(scratch.build_kernels(folder)))
+    assert found.returncode == 1, found.stdout + found.stderr
+    failures = [line for line in found.stdout.splitlines() if "AssertionError" in line]
+    assert any("input[" in line for line in failures), found.stdout
