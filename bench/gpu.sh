@@ -134,10 +134,10 @@ if [[ $1 == list ]]; then
 elif [[ $# == 1 && $1 != all ]]; then
     run "$1"
 else
-    [[ $1 == all ]] && mapfile -t wanted < <(modes) || wanted=("$@")
+    [[ $1 == all ]] && mapfile -t chosen < <(modes) || chosen=("$@")
     failed=()
     # Each in a process of its own: one that fails leaves the others their turn.
-    for mode in "${wanted[@]}"; do
+    for mode in "${chosen[@]}"; do
         bench/gpu.sh "${dry_run[@]}" "$mode" || failed+=("$mode (exit status $?)")
     done
     [[ ${#failed[@]} == 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -1,6 +1,5 @@
 """The Triton backend: interpreted on the CPU, compiled ahead of time, and on a GPU where there is one."""
 
-import functools
 import json
 import os
 import re
@@ -27,11 +26,11 @@ def run(*command, allowed=(0,), **environment):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "cases"), str(ROOT / "tests" / "oracles")]),
         **environment,
     }
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert found.returncode in allowed, found.stdout + found.stderr
-    return found.stdout
+    assert result.returncode in allowed, result.stdout + result.stderr
+    return result.stdout
 
 
 def kernels_of_the_backend():
@@ -39,28 +38,17 @@ def kernels_of_the_backend():
     return {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
 
 
-CHUNKS = 4
+CHUNKS = 4  # processes, for workers to share: each takes seconds to start
 INTERPRETED = [*triton_cases.CASES, *triton_cases.INTERPRETED]
 
 
-@functools.cache
-def interpret(chunk):
-    """What was wrong with each case of a chunk; a process for each chunk, since starting one takes seconds."""
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_interpreted(chunk):
     # NumPy, which interprets, warns of the infinities that the cases are about.
     options = {"allowed": (0, 1), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *INTERPRETED[chunk::CHUNKS], **options))
-
-
-def in_chunks():
-    """Each name with its chunk; the cases of a chunk run in one worker, which starts their process once."""
-    for index, name in enumerate(INTERPRETED):
-        chunk = index % CHUNKS
-        yield pytest.param(name, chunk, id=name, marks=pytest.mark.xdist_group(f"interpreted {chunk}"))
-
-
-@pytest.mark.parametrize(("name", "chunk"), list(in_chunks()))
-def test_interpreted(name, chunk):
-    assert interpret(chunk)[name] == []
+    result = json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *INTERPRETED[chunk::CHUNKS], **options))
+    assert list(result) == INTERPRETED[chunk::CHUNKS]
+    assert {name: wrong for name, wrong in result.items() if wrong} == {}
 
 
 def test_compiled_without_spills():
@@ -76,13 +64,13 @@ def test_every_case_compiles():
 
 
 def test_labels_are_asserted_on_the_device():
-    # The interpreter leaves assertions out, so the compiled kernel is asked for its own.
+    # The interpreter leaves assertions out, so it is looked for in the compiled kernel.
     code = (
         "from bench.resources import compiling\n"
         "from bench.variants.softmax_ce import softmax_stats\n"
-        "with compiling(90) as found:\n"
+        "with compiling(90) as result:\n"
         "    softmax_stats('f32', 10)\n"
-        "print({name: 'assertfail' in kernel.asm['ptx'] for name, kernel in found})\n"
+        "print({name: 'assertfail' in kernel.asm['ptx'] for name, kernel in result})\n"
     )
     assert run("-c", code) == "{'label_kernel': True, 'row_kernel': False}\n"
 
@@ -162,9 +150,9 @@ def test_label_out_of_range_fails_an_assertion():
         "fusedloss.cross_entropy(x, y)\n"
         "torch.cuda.synchronize()\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode != 0
-    assert "a label is outside" in found.stderr
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "a label is outside" in result.stderr
 
 
 @pytest.mark.gpu

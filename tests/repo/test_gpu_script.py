@@ -74,21 +74,21 @@ def test_a_case_is_not_timed_where_ours_is_wrong():
 
 @pytest.mark.parametrize("stem", ["linear_ce", "supcon", "training"])
 def test_small_cases_are_right(stem):
-    """On the backend that answers here: what each case compares is true of it."""
+    """On the backend of this machine: what each case compares is true of it."""
     for case in cases_of(stem, small=True)[:: 3 if stem == "linear_ce" else 1]:
         assert case.prepare(torch.device("cpu")).check() == []
 
 
 def test_unknown_mode_is_refused(tmp_path):
-    found = script("tune", OUT=str(tmp_path))
-    assert found.returncode == 2
-    assert "got 'tune'; allowed are: list, all, build" in found.stderr
+    result = script("tune", OUT=str(tmp_path))
+    assert result.returncode == 2
+    assert "got 'tune'; allowed are: list, all, build" in result.stderr
 
 
 def test_dry_run_tunes_and_writes_tables(tmp_path):
     before = tuning.PATH.read_text()
-    found = script("--dry-run", "tune:softmax_ce:bfloat16", "bench:softmax_ce", "report", OUT=str(tmp_path))
-    assert found.returncode == 0, found.stdout + found.stderr
+    result = script("--dry-run", "tune:softmax_ce:bfloat16", "bench:softmax_ce", "report", OUT=str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
     assert tuning.PATH.read_text() == before
     assert "the interpreter" in (tmp_path / "tuning.json").read_text()
     lines = list(csv.DictReader((tmp_path / "gpu_softmax_ce.csv").read_text().splitlines()))
@@ -97,7 +97,7 @@ def test_dry_run_tunes_and_writes_tables(tmp_path):
 
 
 def test_a_failing_mode_leaves_the_others_their_turn(tmp_path):
-    found = script("--dry-run", "nonsense", "sanitize:memcheck", OUT=str(tmp_path))
-    assert found.returncode == 1
-    assert "failed: nonsense (exit status 2)" in found.stderr
-    assert "== sanitize:memcheck" in found.stdout
+    result = script("--dry-run", "nonsense", "sanitize:memcheck", OUT=str(tmp_path))
+    assert result.returncode == 1
+    assert "failed: nonsense (exit status 2)" in result.stderr
+    assert "== sanitize:memcheck" in result.stdout
