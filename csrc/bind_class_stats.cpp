@@ -25,9 +25,9 @@ std::vector<int64_t> class_offsets(const Labels& labels, int64_t num_classes) {
         const int64_t label = labels.data[row];
         if (label == labels.ignore_index) continue;
         if (label < 0 || label >= num_classes)
-            throw py::index_error("labels must lie in [0, " + std::to_string(num_classes) + ") or be ignore_index=" +
-                                  std::to_string(labels.ignore_index) + "; got label " + std::to_string(label) +
-                                  " at row " + std::to_string(row));
+            throw py::index_error("labels must lie in [0, " + std::to_string(num_classes) +
+                                  ") or be ignore_index=" + std::to_string(labels.ignore_index) + "; got label " +
+                                  std::to_string(label) + " at row " + std::to_string(row));
         ++offset[label + 1];
     }
     for (int64_t label = 0; label < num_classes; ++label) offset[label + 1] += offset[label];
@@ -123,8 +123,8 @@ int64_t subtract_skipped(const Plan& plan, int64_t* count) {
 
 // Fills call.sum, call.square and `count`; returns the number of rows left out.
 template <class T>
-int64_t class_stats(ClassStats<T>& call, const Labels& labels, int64_t num_classes, const int64_t* seen,
-                    int64_t* count, int threads) {
+int64_t class_stats(ClassStats<T>& call, const Labels& labels, int64_t num_classes, const int64_t* seen, int64_t* count,
+                    int threads) {
     const std::vector<int64_t> offset = class_offsets(labels, num_classes);
     for (int64_t label = 0; label < num_classes; ++label) count[label] = offset[label + 1] - offset[label];
     if (num_classes == 0) return 0;
@@ -184,9 +184,8 @@ void moments(const T* values, const Labels& labels, double* moments) {
 }
 
 template <class T>
-void run_class_stats(const View& features, const Labels& labels, int64_t num_classes, bool per_feature,
-                         uintptr_t shift, uintptr_t seen, uintptr_t count, uintptr_t sum, uintptr_t square,
-                         uintptr_t skipped, int threads) {
+void run_class_stats(const View& features, const Labels& labels, int64_t num_classes, bool per_feature, uintptr_t shift,
+                     uintptr_t seen, uintptr_t count, uintptr_t sum, uintptr_t square, uintptr_t skipped, int threads) {
     ClassStats<T> call;
     call.features = features;
     call.per_feature = per_feature;

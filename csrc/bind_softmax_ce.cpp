@@ -75,9 +75,9 @@ void check_labels(uintptr_t labels, int64_t count, int64_t num_classes, int64_t 
     if (!any) return;
     for (int64_t row = 0; row < count; ++row) {
         if (label[row] == ignore_index || class_or_none(label[row], num_classes, ignore_index) >= 0) continue;
-        throw py::index_error(name + " must lie in [0, " + std::to_string(num_classes) + ") or be ignore_index=" +
-                              std::to_string(ignore_index) + "; got label " + std::to_string(label[row]) + " at row " +
-                              std::to_string(row));
+        throw py::index_error(name + " must lie in [0, " + std::to_string(num_classes) +
+                              ") or be ignore_index=" + std::to_string(ignore_index) + "; got label " +
+                              std::to_string(label[row]) + " at row " + std::to_string(row));
     }
 }
 

@@ -84,8 +84,7 @@ int64_t sum_usable_rows(const ClassStats<T>& call, const ClassSegment& segment, 
         for (const Element*& row : rows) row = call.features.template row<const Element>(call.order[i]);
         if (row_is_usable<T>(rows[0], width))
             add_rows<T, Element, kPerFeature, 1>(rows, call.shift + segment.label * width, width, slot);
-        else
-            ++skipped;
+        else ++skipped;
     }
     return skipped;
 }

@@ -95,7 +95,7 @@ def _contiguous(inputs: LinearInputs) -> LinearInputs:
     """With contiguous tensors but for input, weight and probabilities, of which rows may lie anywhere."""
     tensors = inputs[3:11]
     kept = contiguous(tensors)
-    return inputs if kept is tensors else LinearInputs(*inputs[:3], *kept, *inputs[11:])
+    return inputs if kept is tensors else LinearInputs._make((*inputs[:3], *kept, *inputs[11:]))
 
 
 def _pairs(inputs: LinearInputs) -> tuple[tuple[Tensor | None, ...], Any]:
