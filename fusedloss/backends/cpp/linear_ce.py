@@ -95,7 +95,9 @@ def _contiguous(inputs: LinearInputs) -> LinearInputs:
     """With contiguous tensors but for input, weight and probabilities, of which rows may lie anywhere."""
     tensors = inputs[3:11]
     kept = contiguous(tensors)
-    return inputs if kept is tensors else LinearInputs(*inputs[:3], *kept, *inputs[11:])
+    if kept is tensors:
+        return inputs
+    return inputs._replace(**dict(zip(LinearInputs._fields[3:11], kept, strict=True)))  # type: ignore[arg-type]
 
 
 def _pairs(inputs: LinearInputs) -> tuple[tuple[Tensor | None, ...], Any]:
