@@ -1,4 +1,4 @@
-// supcon for Python: one panel of similarities at a time, its rows shared between threads.
+// supcon for Python: one panel of similarities at a time, its rows or columns shared between threads.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -12,90 +12,98 @@ namespace py = pybind11;
 namespace fusedloss {
 namespace {
 
-// (similarity, first, rows, columns, codes, mask, mask_back, common_shift, row_shift, negative_weight, positive_weight,
-// share): addresses, 0 where there is none.
-template <class T>
-SupConPanel<T> panel_of(const py::tuple& t) {
-    SupConPanel<T> panel;
-    panel.similarity = pointer<T>(t[0].cast<uintptr_t>());
-    panel.first = t[1].cast<int64_t>();
-    panel.rows = t[2].cast<int64_t>();
-    panel.columns = t[3].cast<int64_t>();
-    panel.codes = pointer<const int32_t>(t[4].cast<uintptr_t>());
-    panel.mask = pointer<const uint8_t>(t[5].cast<uintptr_t>());
-    panel.mask_back = pointer<const uint8_t>(t[6].cast<uintptr_t>());
-    panel.common_shift = T(t[7].cast<double>());
-    panel.row_shift = pointer<T>(t[8].cast<uintptr_t>());
-    panel.negative_weight = pointer<const T>(t[9].cast<uintptr_t>());
-    panel.positive_weight = pointer<const T>(t[10].cast<uintptr_t>());
-    panel.share = pointer<const T>(t[11].cast<uintptr_t>());
-    return panel;
-}
+// A SupConPanel as Python fills it in: addresses, 0 where there is nothing.
+struct PanelArguments {
+    bool is_double = false;
+    uintptr_t similarity = 0;
+    int64_t first = 0, rows = 0, columns = 0;
+    uintptr_t codes = 0, mask = 0, mask_back = 0;
+    double common_shift = 0;
+    uintptr_t row_shift = 0, negative_weight = 0, positive_weight = 0, share = 0;
+
+    template <class T>
+    SupConPanel<T> view() const {
+        SupConPanel<T> panel;
+        panel.similarity = pointer<T>(similarity);
+        panel.first = first;
+        panel.rows = rows;
+        panel.columns = columns;
+        panel.codes = pointer<const int32_t>(codes);
+        panel.mask = pointer<const uint8_t>(mask);
+        panel.mask_back = pointer<const uint8_t>(mask_back);
+        panel.common_shift = T(common_shift);
+        panel.row_shift = pointer<T>(row_shift);
+        panel.negative_weight = pointer<const T>(negative_weight);
+        panel.positive_weight = pointer<const T>(positive_weight);
+        panel.share = pointer<const T>(share);
+        return panel;
+    }
+};
 
 template <class T>
-int threads_for(const SupConPanel<T>& panel, int threads) {
-    return useful_threads(panel.rows * panel.columns, panel.rows, threads);
-}
-
-// The panel's columns that are anchors too: the others have no sums of their own.
-template <class T>
-int64_t anchor_columns(const SupConPanel<T>& panel, int64_t anchors) {
-    return std::min(panel.columns, anchors - panel.first);
-}
-
-template <class T>
-void supcon_maxima(const py::tuple& tuple, int64_t anchors, int threads) {
-    const SupConPanel<T> panel = panel_of<T>(tuple);
+void supcon_maxima(const PanelArguments& arguments, int64_t num_anchors, int threads) {
+    const SupConPanel<T> panel = arguments.view<T>();
     py::gil_scoped_release release;
-    threads = threads_for(panel, threads);
-    std::vector<T> found(panel.columns * threads, -std::numeric_limits<T>::infinity());
+    threads = useful_threads(panel.rows * panel.columns, panel.rows, threads);
+    std::vector<T> maxima(panel.columns * threads, -std::numeric_limits<T>::infinity());
     const auto kernel = kernels().supcon<T>().maxima;
     parallel_ranges(panel.rows, threads, [&](int64_t first, int64_t last, int thread) {
-        kernel(panel, panel.first + first, panel.first + last, found.data() + panel.columns * thread);
+        kernel(panel, panel.first + first, panel.first + last, maxima.data() + panel.columns * thread);
     });
-    const int64_t kept = anchor_columns(panel, anchors);
+    // Columns that are no anchors have no sums and need no shift.
+    const int64_t anchor_columns = std::min(panel.columns, num_anchors - panel.first);
     for (int thread = 0; thread < threads; ++thread)
-        for (int64_t j = 0; j < kept; ++j) {
+        for (int64_t j = 0; j < anchor_columns; ++j) {
             T& top = panel.row_shift[panel.first + j];
-            top = std::max(top, found[panel.columns * thread + j]);
+            top = std::max(top, maxima[panel.columns * thread + j]);
         }
 }
 
-// sums: addresses of (sums of exp, sums over positives), double (anchors,).
+// Columns of a tile: enough tiles for several threads. It must not follow from their number, or sums would.
+int64_t tile_columns(int64_t columns) {
+    constexpr int64_t kTiles = 8, kFewest = 256, kMultiple = 64;
+    const int64_t rounded = (columns / kTiles + kMultiple - 1) / kMultiple * kMultiple;
+    return std::min(std::max(rounded, kFewest), kSupConTileColumns);
+}
+
+// Adds to `total`, one value per column of all panels.
 template <class T>
-void supcon_sums(const py::tuple& tuple, int64_t anchors, const py::tuple& sums, int threads) {
-    const SupConPanel<T> panel = panel_of<T>(tuple);
-    const SupConSums total{pointer<double>(sums[0].cast<uintptr_t>()), pointer<double>(sums[1].cast<uintptr_t>())};
+void supcon_sums(const PanelArguments& arguments, SupConSums total, int threads) {
+    const SupConPanel<T> panel = arguments.view<T>();
     py::gil_scoped_release release;
-    threads = threads_for(panel, threads);
-    std::vector<double> found(2 * panel.columns * threads);
+    // The first column has no pair above the diagonal.
+    const int64_t begin = panel.first + 1, width = tile_columns(panel.columns);
+    const int64_t tiles = (panel.last() - begin + width - 1) / width;
+    std::vector<double> row_sums(tiles * 2 * panel.rows);
     const auto kernel = kernels().supcon<T>().sums;
-    parallel_ranges(panel.rows, threads, [&](int64_t first, int64_t last, int thread) {
-        double* columns = found.data() + 2 * panel.columns * thread;
-        kernel(panel, panel.first + first, panel.first + last, total, {columns, columns + panel.columns});
+    threads = useful_threads(panel.rows * panel.columns, tiles, threads);
+    parallel_ranges(tiles, threads, [&](int64_t first, int64_t last, int) {
+        for (int64_t tile = first; tile < last; ++tile) {
+            double* rows = row_sums.data() + tile * 2 * panel.rows;
+            const int64_t start = begin + tile * width;
+            kernel(panel, start, std::min(start + width, panel.last()), {rows, rows + panel.rows}, total);
+        }
     });
-    const int64_t kept = anchor_columns(panel, anchors);
-    for (int thread = 0; thread < threads; ++thread) {
-        const double* columns = found.data() + 2 * panel.columns * thread;
-        for (int64_t j = 0; j < kept; ++j) {
-            total.exponentials[panel.first + j] += columns[j];
-            total.positives[panel.first + j] += columns[panel.columns + j];
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const double* rows = row_sums.data() + tile * 2 * panel.rows;
+        for (int64_t i = 0; i < panel.rows; ++i) {
+            total.exponentials[panel.first + i] += rows[i];
+            total.positives[panel.first + i] += rows[panel.rows + i];
         }
     }
 }
 
-// slopes: addresses of (softmax, mean), T (columns of all panels,). Returns the sum of slope * (s - shift).
+// Returns the sum of gradient * (s - shift).
 template <class T>
-double supcon_backward(const py::tuple& tuple, const py::tuple& slopes, int threads) {
-    const SupConPanel<T> panel = panel_of<T>(tuple);
-    const SupConSlopes<T> given{pointer<const T>(slopes[0].cast<uintptr_t>()),
-                                pointer<const T>(slopes[1].cast<uintptr_t>())};
+double supcon_backward(const PanelArguments& arguments, SupConCoefficients<T> coefficients, int threads) {
+    const SupConPanel<T> panel = arguments.view<T>();
     py::gil_scoped_release release;
-    threads = threads_for(panel, threads);
-    std::vector<double> moments(threads);
-    const auto kernel = kernels().supcon<T>().sweep;
-    parallel_ranges(panel.rows, threads, [&](int64_t first, int64_t last, int thread) {
-        moments[thread] = kernel(panel, panel.first + first, panel.first + last, given);
+    threads = useful_threads(panel.rows * panel.columns, panel.rows, threads);
+    std::vector<double> moments(panel.rows);
+    const auto kernel = kernels().supcon<T>().backward;
+    parallel_ranges(panel.rows, threads, [&](int64_t first, int64_t last, int) {
+        for (int64_t i = first; i < last; ++i)
+            moments[i] = kernel(panel, panel.first + i, panel.first + i + 1, coefficients);
     });
     double total = 0;
     for (const double moment : moments) total += moment;
@@ -105,16 +113,44 @@ double supcon_backward(const py::tuple& tuple, const py::tuple& slopes, int thre
 }  // namespace
 
 void bind_supcon(py::module_& module) {
-    module.def("supcon_maxima", [](const py::tuple& panel, bool is_double, int64_t anchors, int threads) {
-        (is_double ? supcon_maxima<double> : supcon_maxima<float>)(panel, anchors, threads);
-    });
-    module.def("supcon_sums",
-               [](const py::tuple& panel, bool is_double, int64_t anchors, const py::tuple& sums, int threads) {
-                   (is_double ? supcon_sums<double> : supcon_sums<float>)(panel, anchors, sums, threads);
-               });
-    module.def("supcon_backward", [](const py::tuple& panel, bool is_double, const py::tuple& slopes, int threads) {
-        return (is_double ? supcon_backward<double> : supcon_backward<float>)(panel, slopes, threads);
-    });
+    py::class_<PanelArguments>(module, "SupConPanel")
+        .def(py::init<>())
+        .def_readwrite("is_double", &PanelArguments::is_double)
+        .def_readwrite("similarity", &PanelArguments::similarity)
+        .def_readwrite("first", &PanelArguments::first)
+        .def_readwrite("rows", &PanelArguments::rows)
+        .def_readwrite("columns", &PanelArguments::columns)
+        .def_readwrite("codes", &PanelArguments::codes)
+        .def_readwrite("mask", &PanelArguments::mask)
+        .def_readwrite("mask_back", &PanelArguments::mask_back)
+        .def_readwrite("common_shift", &PanelArguments::common_shift)
+        .def_readwrite("row_shift", &PanelArguments::row_shift)
+        .def_readwrite("negative_weight", &PanelArguments::negative_weight)
+        .def_readwrite("positive_weight", &PanelArguments::positive_weight)
+        .def_readwrite("share", &PanelArguments::share);
+    module.def(
+        "supcon_maxima",
+        [](const PanelArguments& panel, int64_t num_anchors, int threads) {
+            (panel.is_double ? supcon_maxima<double> : supcon_maxima<float>)(panel, num_anchors, threads);
+        },
+        py::arg("panel"), py::arg("num_anchors"), py::arg("threads"));
+    module.def(
+        "supcon_sums",
+        [](const PanelArguments& panel, uintptr_t exponentials, uintptr_t positives, int threads) {
+            const SupConSums total{pointer<double>(exponentials), pointer<double>(positives)};
+            (panel.is_double ? supcon_sums<double> : supcon_sums<float>)(panel, total, threads);
+        },
+        py::arg("panel"), py::arg("exponentials"), py::arg("positives"), py::arg("threads"));
+    module.def(
+        "supcon_backward",
+        [](const PanelArguments& panel, uintptr_t softmax, uintptr_t positive, int threads) {
+            if (panel.is_double)
+                return supcon_backward<double>(panel, {pointer<const double>(softmax), pointer<const double>(positive)},
+                                               threads);
+            return supcon_backward<float>(panel, {pointer<const float>(softmax), pointer<const float>(positive)},
+                                          threads);
+        },
+        py::arg("panel"), py::arg("softmax"), py::arg("positive"), py::arg("threads"));
 }
 
 }  // namespace fusedloss

@@ -27,12 +27,12 @@ struct ClassStatsKernels {
     void (*magnitudes)(const RowMagnitudes<T>&, int64_t first, int64_t last);
 };
 
-// Rows [begin, end) of a panel, counted like its columns.
+// Maxima and backward take rows [begin, end) of a panel, counted like its columns; sums takes columns.
 template <class T>
 struct SupConKernels {
     void (*maxima)(const SupConPanel<T>&, int64_t begin, int64_t end, T* column_max);
     void (*sums)(const SupConPanel<T>&, int64_t begin, int64_t end, SupConSums rows, SupConSums columns);
-    double (*sweep)(const SupConPanel<T>&, int64_t begin, int64_t end, SupConSlopes<T>);
+    double (*backward)(const SupConPanel<T>&, int64_t begin, int64_t end, SupConCoefficients<T>);
 };
 
 struct LinearKernels {

@@ -5,11 +5,14 @@
 
 namespace fusedloss {
 
+// Columns whose sums one call of the sums kernel keeps in the first-level cache.
+constexpr int64_t kSupConTileColumns = 1024;
+
 // Similarities of the rows first .. first + rows - 1 with the columns first .. first + columns - 1. Only those above
 // the diagonal count: with j > i, s_ij stands for both directions. Arrays of one value per column are indexed from 0.
 template <class T>
 struct SupConPanel {
-    T* similarity = nullptr;  // (rows, columns); a sweep overwrites it with slopes
+    T* similarity = nullptr;  // (rows, columns); the backward overwrites it with gradients
     int64_t first = 0, rows = 0, columns = 0;
     // Positives: columns with the row's code, or the bytes of a mask, (rows, columns) for each direction.
     const int32_t* codes = nullptr;
@@ -31,11 +34,12 @@ struct SupConSums {
     double *exponentials = nullptr, *positives = nullptr;
 };
 
+// Of each row, in the gradient of a pair's similarity, in both directions:
 // dL/ds_ij + dL/ds_ji = exp(s - shift_i) softmax_i w_j + exp(s - shift_j) softmax_j w_i
-//                       - [positive] (mean_i q_j + mean_j q_i)
+//                       - [positive] (positive_i q_j + positive_j q_i)
 template <class T>
-struct SupConSlopes {
-    const T *softmax = nullptr, *mean = nullptr;
+struct SupConCoefficients {
+    const T *softmax = nullptr, *positive = nullptr;
 };
 
 }  // namespace fusedloss

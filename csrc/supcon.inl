@@ -1,8 +1,7 @@
-// Supervised contrast on panels of similarities: maxima, sums and slopes, each pair in both directions at once. Twin of
-// fusedloss/backends/reference/supcon.py.
+// Supervised contrast on panels of similarities: maxima, sums and gradients, each pair in both directions at once. Twin
+// of fusedloss/backends/reference/supcon.py.
 
-constexpr int64_t kTileColumns = 1024;  // columns whose sums stay in the first-level cache
-constexpr int64_t kTileRows = 32;       // rows added up in T before their column sums are widened
+constexpr int64_t kTileRows = 32;  // rows added up in T before their column sums are widened
 
 template <class T>
 using Bits = typename Lanes<T>::Bits;
@@ -77,16 +76,17 @@ void supcon_maxima(const SupConPanel<T>& panel, int64_t begin, int64_t end, T* c
             const Vector<T> value = load_some(s + j, count, lowest);
             T* column = column_max + (j - panel.first);
             // What has no weight does not count.
-            const Vector<T> counted =
+            const Vector<T> candidate =
                 weight ? (load_some(weight + j, count, T(0)) > 0 ? value : Vector<T>{} + lowest) : value;
-            top = larger(counted, top);
+            top = larger(candidate, top);
             if (row_weight > 0) store_some(column, larger(value, load_some(column, count, lowest)), count);
         }
         panel.row_shift[row] = std::max(panel.row_shift[row], largest_lane<T>(top));
     }
 }
 
-// One tile of one row: adds to the row's two sums (in double) and to the columns' (in T).
+// Columns [begin, end) of one row: adds to the row's two sums (in double, from the panel's first row on) and to the
+// columns' (in T).
 template <class T, class Match, bool kCommon, bool kWeighted>
 inline void add_tile(const SupConPanel<T>& panel, int64_t row, int64_t begin, int64_t end, SupConSums sums,
                      T* column_exp, T* column_positive) {
@@ -131,37 +131,37 @@ inline void add_tile(const SupConPanel<T>& panel, int64_t row, int64_t begin, in
             store(to_positive, load(to_positive) + relative_back);
         }
     }
-    sums.exponentials[row] += sum_lanes<T>(row_exp);
-    sums.positives[row] += sum_lanes<T>(row_positive);
+    sums.exponentials[row - panel.first] += sum_lanes<T>(row_exp);
+    sums.positives[row - panel.first] += sum_lanes<T>(row_positive);
 }
 
-// Rows [begin, end): their own sums, and those of the panel's columns in `columns`.
+// Columns [begin, end), at most kSupConTileColumns, of all rows of the panel: what they add to the rows' sums (from the
+// panel's first row on), and the columns' own. One call sees all rows of a column, in order, so that no sum depends on
+// how many threads there are.
 template <class T, class Match, bool kCommon, bool kWeighted>
-void add_rows_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSums sums, SupConSums columns) {
-    alignas(64) T column_exp[kTileColumns + Lanes<T>::count], column_positive[kTileColumns + Lanes<T>::count];
-    for (int64_t group = begin; group < end; group += kTileRows) {
-        const int64_t group_end = std::min(group + kTileRows, end);
-        for (int64_t tile = group + 1; tile < panel.last(); tile += kTileColumns) {
-            const int64_t tile_end = std::min(tile + kTileColumns, panel.last());
-            std::memset(column_exp, 0, sizeof column_exp);
-            std::memset(column_positive, 0, sizeof column_positive);
-            for (int64_t row = group; row < group_end; ++row) {
-                // Whole vectors from the diagonal on: a row's first column moves by one from row to row.
-                const int64_t start = std::max(tile, row + 1), skipped = start - tile;
-                if (start < tile_end)
-                    add_tile<T, Match, kCommon, kWeighted>(panel, row, start, tile_end, sums, column_exp + skipped,
-                                                           column_positive + skipped);
-            }
-            for (int64_t j = tile; j < tile_end; ++j) {
-                columns.exponentials[j - panel.first] += column_exp[j - tile];
-                columns.positives[j - panel.first] += column_positive[j - tile];
-            }
+void add_columns_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSums rows, SupConSums columns) {
+    constexpr int64_t W = Lanes<T>::count;
+    alignas(64) T column_exp[kSupConTileColumns + W], column_positive[kSupConTileColumns + W];
+    // Rows from the last column on have no pair above the diagonal here.
+    const int64_t last_row = std::min(panel.first + panel.rows, end - 1);
+    for (int64_t group = panel.first; group < last_row; group += kTileRows) {
+        const int64_t group_end = std::min(group + kTileRows, last_row);
+        std::memset(column_exp, 0, (end - begin + W) * sizeof(T));
+        std::memset(column_positive, 0, (end - begin + W) * sizeof(T));
+        for (int64_t row = group; row < group_end; ++row) {
+            const int64_t start = std::max(begin, row + 1), skipped = start - begin;
+            add_tile<T, Match, kCommon, kWeighted>(panel, row, start, end, rows, column_exp + skipped,
+                                                   column_positive + skipped);
+        }
+        for (int64_t j = begin; j < end; ++j) {
+            columns.exponentials[j] += column_exp[j - begin];
+            columns.positives[j] += column_positive[j - begin];
         }
     }
 }
 
 template <class T, class Match, bool kCommon, bool kWeighted>
-double sweep_rows_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSlopes<T> slopes) {
+double backward_rows_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConCoefficients<T> coefficients) {
     typedef Vector<T> V;
     constexpr int64_t W = Lanes<T>::count;
     double total = 0;
@@ -170,7 +170,7 @@ double sweep_rows_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, Su
         std::memset(s + panel.first, 0, (row + 1 - panel.first) * sizeof(T));
         const Match match(panel, row);
         const V shift = V{} + (kCommon ? panel.common_shift : panel.row_shift[row]);
-        const V softmax = V{} + slopes.softmax[row], mean = V{} + slopes.mean[row];
+        const V softmax = V{} + coefficients.softmax[row], positive_coefficient = V{} + coefficients.positive[row];
         V moment = {};
         for (int64_t j = row + 1; j < panel.last(); j += W) {
             const int64_t count = panel.last() - j;
@@ -179,53 +179,55 @@ double sweep_rows_of(const SupConPanel<T>& panel, int64_t begin, int64_t end, Su
             const V e = exp_below<T>(value, shift), e_back = kCommon ? e : exp_below<T>(value, back_shift);
             const Bits<T> positive = match.forward(j, count);
             const Bits<T> back = match.back(j, count, positive);
-            V forward_slope = e * softmax, back_slope = e_back * load_some(slopes.softmax + j, count, T(0));
-            V forward_mean = mean, back_mean = load_some(slopes.mean + j, count, T(0));
+            V forward_grad = e * softmax, back_grad = e_back * load_some(coefficients.softmax + j, count, T(0));
+            V forward_positive = positive_coefficient,
+              back_positive = load_some(coefficients.positive + j, count, T(0));
             if (kWeighted) {
-                forward_slope *= positive ? load_some(panel.positive_weight + j, count, T(0))
-                                          : load_some(panel.negative_weight + j, count, T(0));
-                back_slope *= back ? V{} + panel.positive_weight[row] : V{} + panel.negative_weight[row];
-                forward_mean *= load_some(panel.share + j, count, T(0));
-                back_mean *= panel.share[row];
+                forward_grad *= positive ? load_some(panel.positive_weight + j, count, T(0))
+                                         : load_some(panel.negative_weight + j, count, T(0));
+                back_grad *= back ? V{} + panel.positive_weight[row] : V{} + panel.negative_weight[row];
+                forward_positive *= load_some(panel.share + j, count, T(0));
+                back_positive *= panel.share[row];
             }
-            forward_slope -= positive ? forward_mean : V{};
-            back_slope -= back ? back_mean : V{};
-            const V slope = forward_slope + back_slope;
-            // A row's slopes add up to 0, so that any reference will do: one near the values keeps the digits.
+            forward_grad -= positive ? forward_positive : V{};
+            back_grad -= back ? back_positive : V{};
+            const V grad = forward_grad + back_grad;
+            // A row's gradients add up to 0, so that any reference will do: one near the values keeps the digits.
             const V part =
-                kCommon ? slope * (value - shift) : forward_slope * (value - shift) + back_slope * (value - back_shift);
+                kCommon ? grad * (value - shift) : forward_grad * (value - shift) + back_grad * (value - back_shift);
             moment += count < W ? first_lanes<T>(part, count, T(0)) : part;
-            store_some(s + j, slope, count);
+            store_some(s + j, grad, count);
         }
         total += sum_lanes<T>(moment);
     }
     return total;
 }
 
-// The variant of add_rows_of: a common shift or one per row, weights or none, labels or a mask (which has no weights).
+// The variant of add_columns_of: a common shift or one per row, weights or none, labels or a mask (which has no
+// weights).
 template <class T>
-void supcon_sums(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSums sums, SupConSums columns) {
+void supcon_sums(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSums rows, SupConSums columns) {
     const bool common = panel.row_shift == nullptr, weighted = panel.negative_weight != nullptr;
     if (panel.mask)
-        return common ? add_rows_of<T, MaskMatch<T>, true, false>(panel, begin, end, sums, columns)
-                      : add_rows_of<T, MaskMatch<T>, false, false>(panel, begin, end, sums, columns);
+        return common ? add_columns_of<T, MaskMatch<T>, true, false>(panel, begin, end, rows, columns)
+                      : add_columns_of<T, MaskMatch<T>, false, false>(panel, begin, end, rows, columns);
     if (weighted)
-        return common ? add_rows_of<T, LabelMatch<T>, true, true>(panel, begin, end, sums, columns)
-                      : add_rows_of<T, LabelMatch<T>, false, true>(panel, begin, end, sums, columns);
-    return common ? add_rows_of<T, LabelMatch<T>, true, false>(panel, begin, end, sums, columns)
-                  : add_rows_of<T, LabelMatch<T>, false, false>(panel, begin, end, sums, columns);
+        return common ? add_columns_of<T, LabelMatch<T>, true, true>(panel, begin, end, rows, columns)
+                      : add_columns_of<T, LabelMatch<T>, false, true>(panel, begin, end, rows, columns);
+    return common ? add_columns_of<T, LabelMatch<T>, true, false>(panel, begin, end, rows, columns)
+                  : add_columns_of<T, LabelMatch<T>, false, false>(panel, begin, end, rows, columns);
 }
 
-// Overwrites rows [begin, end) with slopes, zero up to the diagonal; returns the sum of slope * (s - shift).
+// Overwrites rows [begin, end) with gradients, zero up to the diagonal; returns the sum of gradient * (s - shift).
 template <class T>
-double supcon_backward(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConSlopes<T> slopes) {
+double supcon_backward(const SupConPanel<T>& panel, int64_t begin, int64_t end, SupConCoefficients<T> coefficients) {
     const bool common = panel.row_shift == nullptr, weighted = panel.negative_weight != nullptr;
     if (panel.mask)
-        return common ? sweep_rows_of<T, MaskMatch<T>, true, false>(panel, begin, end, slopes)
-                      : sweep_rows_of<T, MaskMatch<T>, false, false>(panel, begin, end, slopes);
+        return common ? backward_rows_of<T, MaskMatch<T>, true, false>(panel, begin, end, coefficients)
+                      : backward_rows_of<T, MaskMatch<T>, false, false>(panel, begin, end, coefficients);
     if (weighted)
-        return common ? sweep_rows_of<T, LabelMatch<T>, true, true>(panel, begin, end, slopes)
-                      : sweep_rows_of<T, LabelMatch<T>, false, true>(panel, begin, end, slopes);
-    return common ? sweep_rows_of<T, LabelMatch<T>, true, false>(panel, begin, end, slopes)
-                  : sweep_rows_of<T, LabelMatch<T>, false, false>(panel, begin, end, slopes);
+        return common ? backward_rows_of<T, LabelMatch<T>, true, true>(panel, begin, end, coefficients)
+                      : backward_rows_of<T, LabelMatch<T>, false, true>(panel, begin, end, coefficients);
+    return common ? backward_rows_of<T, LabelMatch<T>, true, false>(panel, begin, end, coefficients)
+                  : backward_rows_of<T, LabelMatch<T>, false, false>(panel, begin, end, coefficients);
 }

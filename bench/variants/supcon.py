@@ -8,10 +8,11 @@ from functools import partial
 import torch
 
 from bench.variants import DTYPES, ROWS, ShapeClass, Variant, limited, variant
+from fusedloss.core.operands import SavedAnchors, SupConInputs, SupConMask
 
 TUNED = ("float32",)
 _WIDTHS = (512, 256, 100, 20)
-_ANCHORS, _LEARNED = ROWS - 8, ROWS - 4
+_ANCHORS, _NUM_GRAD_ROWS = ROWS - 8, ROWS - 4
 _TIMED_ROWS, _TIMED_CLASSES = 8192, 100
 # Rows, columns, features of a step and of a block, warps, stages.
 _TILES = {
@@ -31,23 +32,24 @@ _TILES = {
 }  # fmt: skip
 
 
-class _Tensors:
-    def __init__(self, dtype: str, width: int, mask: bool, weights: bool):
-        self.features = torch.empty(ROWS, width, dtype=DTYPES[dtype])
-        self.codes = torch.zeros(ROWS, dtype=torch.int32)
-        self.mask = torch.empty(ROWS, ROWS, dtype=torch.bool) if mask else None
-        self.weights = self.features.new_empty(3, ROWS) if weights else None
-        self.row = self.features.new_empty(_ANCHORS)
-        self.temperature = self.features.new_empty(())
-
-    def inputs(self) -> tuple[torch.Tensor | None, ...]:
-        return self.features, self.codes, self.mask, self.weights, self.row, self.temperature
+def _inputs(dtype: str, width: int, mask: bool, weights: bool, unit: bool) -> SupConInputs:
+    features = torch.empty(ROWS, width, dtype=DTYPES[dtype])
+    return SupConInputs(
+        features,
+        torch.zeros(ROWS, dtype=torch.int32),
+        torch.empty(ROWS, ROWS, dtype=torch.bool) if mask else None,
+        features.new_empty(3, ROWS) if weights else None,
+        features.new_empty(_ANCHORS),
+        features.new_empty(()),
+        _NUM_GRAD_ROWS,
+        unit,
+    )
 
 
 def supcon_stats(dtype: str, width: int, *, mask: bool = False, weights: bool = False, unit: bool = True) -> None:
     from fusedloss.backends.triton.supcon import supcon_stats
 
-    supcon_stats(*_Tensors(dtype, width, mask, weights).inputs(), _ANCHORS, unit)
+    supcon_stats(_inputs(dtype, width, mask, weights, unit))
 
 
 def supcon_backward(
@@ -55,8 +57,9 @@ def supcon_backward(
 ) -> None:
     from fusedloss.backends.triton.supcon import supcon_backward
 
-    made = _Tensors(dtype, width, mask, weights)
-    supcon_backward(*made.inputs(), *(made.row,) * 3, _ANCHORS, _LEARNED, unit, [True, temperature])
+    inputs = _inputs(dtype, width, mask, weights, unit)
+    row = inputs.per_positive
+    supcon_backward(inputs, SavedAnchors(row, row), row, SupConMask(True, temperature))
 
 
 def variants(quick: bool) -> list[Variant]:
@@ -88,15 +91,16 @@ def _call(
     codes = (torch.arange(rows, device=device) % min(_TIMED_CLASSES, rows // 2)).int()
     positives = torch.bincount(codes)[codes] - 1
     temperature = torch.full((), 0.1, device=device, dtype=dtype)
-    given = (features, codes, None, None, (1 / positives).to(dtype), temperature)
-    _, shift, total = supcon_stats(*given, rows, unit)
-    upstream = torch.full_like(shift, 1 / rows)
+    per_positive = (1 / positives).to(dtype)
+    inputs = SupConInputs(features, codes, None, None, per_positive, temperature, rows, unit)
+    _, *saved = supcon_stats(inputs)
+    grad_loss = torch.full_like(per_positive, 1 / rows)
 
     def sums() -> tuple[torch.Tensor, ...]:
-        return supcon_stats(*given, rows, unit)
+        return supcon_stats(inputs)
 
     def gradient() -> tuple[torch.Tensor, ...]:
-        return tuple(supcon_backward(*given, shift, total, upstream, rows, rows, unit, [True, False]))
+        return tuple(supcon_backward(inputs, SavedAnchors(*saved), grad_loss, SupConMask(features=True)))
 
     return {"sums": sums, "gradient": gradient, "any length": lambda: (*sums(), *gradient())}[kernel]
 
@@ -105,7 +109,7 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     from fusedloss.backends.triton import tuning
 
     found = []
-    for name in reversed(tuning.TABLES["supcon"][str(dtype).removeprefix("torch.")]):
+    for name in reversed(tuning.DEVICES[tuning.DEFAULT]["tiles"]["supcon"][str(dtype).removeprefix("torch.")]):
         kernel, size = name.rsplit(" ", 1)
         rows, width = 40 if small else _TIMED_ROWS, int(size)
         prepare = partial(_call, kernel=kernel, rows=rows, width=width, dtype=dtype)

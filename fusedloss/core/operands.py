@@ -129,3 +129,53 @@ class LinearMask(NamedTuple):
     target_override: bool = False
     label_smoothing: bool = False
     penalty_strength: bool = False
+
+
+class SupConInputs(NamedTuple):
+    """What every contrastive operation reads: M rows, of which the first A are the anchors and all are contrasts.
+
+    ``codes`` are equal and not negative for positives; rows of code ``IGNORED`` are neither anchors nor contrasts,
+    those of code ``NEGATIVE`` are nobody's positives. A mask replaces codes: ``M = V * B`` rows, view-major: row i is
+    sample ``i % B``.
+    """
+
+    features: Tensor  # (M, D) in the compute dtype
+    codes: Tensor  # int32 (M,)
+    mask: Tensor | None  # bool (B, B)
+    weights: Tensor | None  # (3, M): weight in the sums of exp as a negative, as a positive, and in the mean; None: 1
+    per_positive: Tensor  # (A,): 1 over the sum of the positives' weights in the mean, 0 without a positive
+    temperature: Tensor  # ()
+    num_grad_rows: int  # rows from here on get no gradient
+    normalized: bool  # whether no row is longer than 1
+
+    @property
+    def num_anchors(self) -> int:
+        """A."""
+        return self.per_positive.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+        """All but the two numbers, in order."""
+        return self.features, self.codes, self.mask, self.weights, self.per_positive, self.temperature
+
+
+class AnchorSums(NamedTuple):
+    """What ``supcon_stats`` returns, ``(A,)`` each: the loss, and ``sum_j w_ij exp(s_ij - shift_i)`` with its shift."""
+
+    loss: Tensor
+    shift: Tensor
+    sum: Tensor
+
+
+class SavedAnchors(NamedTuple):
+    """What the backward of a contrast needs of the forward, ``(A,)`` each."""
+
+    shift: Tensor
+    sum: Tensor
+
+
+class SupConMask(NamedTuple):
+    """Which gradients ``supcon_backward`` returns, in this order."""
+
+    features: bool = False
+    temperature: bool = False

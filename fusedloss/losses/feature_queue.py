@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedloss.core.checks import check_integer
 from fusedloss.distributed import gathered
-from fusedloss.functional.supcon_arguments import check_features, checked_labels
+from fusedloss.functional.supcon_checks import check_features, checked_labels
 from fusedloss.losses.settings_repr import SettingsRepr
 
 
@@ -68,7 +68,7 @@ class FeatureQueue(SettingsRepr):
     @torch.no_grad()
     def push(self, features: Tensor, labels: Tensor) -> None:
         """Adds rows ``(B, D)`` with their labels ``(B,)``; the oldest rows make room."""
-        check_features("features", features, self.in_features, self.stored_features)
+        check_features("features", features, self.stored_features)
         labels = checked_labels("labels", labels, len(features), self.stored_features)
         if self.group is not None:
             features, labels = gathered(features, self.group), gathered(labels, self.group)

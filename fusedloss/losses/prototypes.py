@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedloss.backends.reference.class_stats import check_labels
-from fusedloss.functional.supcon_arguments import check_features, checked_labels, unit_rows
+from fusedloss.core.checks import check_choice, check_ignore_index, check_integer, check_labels, check_number
+from fusedloss.core.dtypes import compute_dtype
+from fusedloss.core.normalize import unit_rows
+from fusedloss.functional.supcon_checks import check_features, checked_labels
 from fusedloss.losses.registered_terms import StepWatch
-from fusedloss.ops import compute_dtype
+from fusedloss.losses.settings_repr import SettingsRepr
+from fusedloss.terms.term import readable
 
 _DISTANCES = ("l2", "cosine")
 _REDUCTIONS = ("mean", "sum", "none")
 _UPDATES = ("gradient", "delta")
 
 
-class PrototypeLoss(nn.Module):
-    """Distance of each row to its class's learned prototype: ``|x_i - c_y|^2``, or ``1 - cos(x_i, c_y)``.
+class PrototypeLoss(SettingsRepr):
+    """Distance of each row to its class's prototype, a parameter: ``|x_i - c_y|^2``, or ``1 - cos(x_i, c_y)``.
 
     The prototypes of the batch's labels are gathered: O(B * D), where the usual code masks a (B, K) matrix. The loss
     has no factor 1/2, as that code and unlike the paper (Wen et al., "A Discriminative Feature Learning Approach for
@@ -66,21 +67,17 @@ class PrototypeLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("distance", distance, _DISTANCES),
-            ("center_update", center_update, _UPDATES),
-            ("reduction", reduction, _REDUCTIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(allowed)}")
-        if not 0 <= separation < math.inf:
-            raise ValueError(f"separation must be at least 0 and finite; got {separation}")
+        check_choice("distance", distance, _DISTANCES)
+        check_choice("center_update", center_update, _UPDATES)
         if center_update == "delta" and distance != "l2":
-            raise ValueError("center_update='delta' is defined for distance='l2' alone")
-        self.in_features, self.num_classes = in_features, num_classes
+            raise ValueError(f"center_update must be 'gradient' with distance={distance!r}; got {center_update!r}")
+        check_choice("reduction", reduction, _REDUCTIONS)
+        self.in_features = check_integer("in_features", in_features, at_least=1)
+        self.num_classes = check_integer("num_classes", num_classes, at_least=1)
         self.distance, self.center_update, self.reduction = distance, center_update, reduction
-        self.separation, self.separation_margin = separation, separation_margin
-        self.ignore_index = ignore_index
+        self.separation = check_number("separation", separation, at_least=0.0)
+        self.separation_margin = check_number("separation_margin", separation_margin)
+        self.ignore_index = check_ignore_index(ignore_index)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         nn.init.normal_(self.weight, std=in_features**-0.5)
         self._step_watch = StepWatch()
@@ -90,23 +87,23 @@ class PrototypeLoss(nn.Module):
         check_features("features", features)
         if features.dim() != 2 or features.shape[1] != self.in_features:
             raise ValueError(f"features must have shape (B, {self.in_features}); got {tuple(features.shape)}")
-        target = checked_labels("target", target, len(features), features)
+        if features.device != self.weight.device:
+            raise ValueError(f"features must be on the device of weight, {self.weight.device}; got {features.device}")
+        target = checked_labels("target", target, features.shape[0], features)
         if not torch.compiler.is_compiling():
             self._step_watch.look(self)
-            if target.device.type == "cpu":
-                check_labels(target, self.num_classes, self.ignore_index, "target")
+        if readable(target):
+            check_labels(target, self.num_classes, self.ignore_index, "target")
         kept = target != self.ignore_index
         label = torch.where(kept, target, 0)
-        rows = features.to(compute_dtype(features.dtype))
+        # NaN in an ignored row would be NaN in the gradient of the class that stands for none.
+        rows = features.to(compute_dtype(features.dtype)).masked_fill(~kept.unsqueeze(1), 0.0)
         prototypes = F.embedding(label, self.weight).to(rows.dtype)
         loss = torch.where(kept, self._distances(rows, prototypes, label, kept), 0.0)
         if self.reduction == "none":
             return loss
         loss = loss.sum() if self.reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)
         return loss + self.separation * self._likeness().to(loss.dtype) if self.separation else loss
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, distance={self.distance}"
 
     def _distances(self, rows: Tensor, prototypes: Tensor, label: Tensor, kept: Tensor) -> Tensor:
         if self.distance == "cosine":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fusedloss import functional
-from fusedloss.functional.supcon import MODES, REDUCTIONS
+from fusedloss.core.checks import check_bool, check_number
+from fusedloss.functional.supcon_checks import SupConOptions, checked_class_weight
 from fusedloss.losses.registered_terms import StepWatch
+from fusedloss.losses.settings_repr import SettingsRepr
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(SettingsRepr):
     """Supervised contrastive loss (Khosla et al. 2020, L_out) without N x N similarities: ``fusedloss.supcon`` kept.
 
     The call of the SupContrast repository's ``SupConLoss`` works: the same three arguments first, ``(B, V, D)``
@@ -24,7 +28,7 @@ class SupConLoss(nn.Module):
         normalize: scale each row to length 1 first.
         reduction, class_weight, class_balance, ignore_index, prototype_weight, focal_gamma: as in
             ``fusedloss.supcon``.
-        learn_temperature: T starts at `temperature` and is learned, by its logarithm, as in CLIP.
+        learn_temperature: T starts at `temperature` and is a parameter, by its logarithm, as in CLIP.
 
     Shape:
         features ``(B, D)`` or ``(B, V, D)``; labels ``(B,)``; mask ``(B, B)``; prototypes ``(P, D)``; contrast
@@ -56,20 +60,19 @@ class SupConLoss(nn.Module):
         learn_temperature: bool = False,
     ) -> None:
         super().__init__()
-        if contrast_mode not in MODES:
-            raise ValueError(f"contrast_mode: got {contrast_mode!r}; allowed are {', '.join(MODES)}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: got {reduction!r}; allowed are {', '.join(REDUCTIONS)}")
-        for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
-            if value is not None and not 0 < float(value) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite; got {float(value)}")
+        SupConOptions(
+            normalize, reduction, class_balance, ignore_index, contrast_mode, prototype_weight, focal_gamma
+        ).check()
+        self.learn_temperature = check_bool("learn_temperature", learn_temperature)
+        self.fixed_temperature = check_number("temperature", temperature, above=0.0)
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log()) if learn_temperature else None
-        self.fixed_temperature = temperature
+        if base_temperature is not None:
+            check_number("base_temperature", base_temperature, above=0.0)
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
         self.normalize = normalize
         self.reduction = reduction
-        self.register_buffer("class_weight", class_weight)
+        self.register_buffer("class_weight", None if class_weight is None else checked_class_weight(class_weight))
         self.class_balance = class_balance
         self.ignore_index = ignore_index
         self.prototype_weight = prototype_weight
@@ -118,6 +121,6 @@ class SupConLoss(nn.Module):
         )
         return loss if self.base_temperature is None else loss * (temperature / self.base_temperature)
 
-    def extra_repr(self) -> str:
-        temperature = "learned" if self.log_temperature is not None else self.fixed_temperature
-        return f"temperature={temperature}, contrast_mode={self.contrast_mode}, reduction={self.reduction}"
+    def settings(self) -> dict[str, Any]:
+        """T as it was given."""
+        return {"temperature": self.fixed_temperature}

@@ -5,10 +5,9 @@ from fusedloss.ops.class_stats import ClassState, ClassTensors, class_stats, mom
 from fusedloss.ops.flops import register_flop_formulas
 from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
 from fusedloss.ops.softmax_ce import softmax_ce, softmax_stats
-from fusedloss.ops.supcon import AnchorSums, supcon
+from fusedloss.ops.supcon import supcon_stats
 
 __all__ = [
-    "AnchorSums",
     "ClassState",
     "ClassTensors",
     "class_stats",
@@ -20,7 +19,7 @@ __all__ = [
     "row_norms",
     "softmax_ce",
     "softmax_stats",
-    "supcon",
+    "supcon_stats",
     "target_products",
     "update_class_stats",
 ]

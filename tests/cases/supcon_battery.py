@@ -62,6 +62,7 @@ def make(samples=37, width=11, classes=6, *, views=0, dtype=torch.float32, seed=
 def cases():
     """(name, case) of every option, small."""
     ten = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    some_absent = ten.masked_fill(torch.tensor([True, False, False, True, False, False]), -torch.inf)
     everything = {
         "prototypes": True, "contrast": "labelled", "class_balance": True, "prototype_weight": 0.3,
         "prototype_bias": ten, "focal_gamma": 2.0,
@@ -77,6 +78,8 @@ def cases():
         "mask, small T": {"mask": True, "views": 2, "temperature": 0.005},
         "sum": {"reduction": "sum", "upstream": 0.25},
         "all anchors": {"reduction": "mean_all", "classes": 30},
+        "all anchors, ignored": {"reduction": "mean_all", "classes": 30, "ignore_index": 4},
+        "all anchors, ignored, focal": {"reduction": "mean_all", "ignore_index": 4, "focal_gamma": 1.0},
         "each anchor": {"reduction": "none", "views": 2, "upstream": torch.linspace(-1, 2, 74)},
         "T of 0.005": {"temperature": 0.005},
         "T of 0.02": {"temperature": 0.02, "views": 2},
@@ -87,7 +90,9 @@ def cases():
         "prototypes": {"prototypes": True},
         "prototypes, ignored": {"prototypes": True, "ignore_index": 4, "class_balance": True},
         "prototype bias": {"prototypes": True, "prototype_bias": ten, "prototype_weight": 2.0},
-        "prototypes that count nothing": {"prototypes": True, "prototype_weight": 0.0, "classes": 6},
+        "absent prototypes": {"prototypes": True, "prototype_bias": some_absent, "samples": 9},
+        "absent prototypes, everything": {**everything, "prototype_bias": some_absent, "ignore_index": 4},
+        "prototypes of weight 0": {"prototypes": True, "prototype_weight": 0.0, "classes": 6},
         "balanced": {"class_balance": True, "views": 2},
         "balanced, prototypes": {"class_balance": True, "prototypes": True},
         "balanced, small T": {"class_balance": True, "prototypes": True, "temperature": 0.01},

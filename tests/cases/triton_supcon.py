@@ -16,8 +16,9 @@ from fusedloss import backends
 STEPS, OBLONG, OWN = (16, 16, 16, 16), (32, 16, 16, 32), None
 NAMES = (
     "labels", "views", "first view", "no labels", "mask", "mask, views", "each anchor", "T of 0.005", "not normalised",
-    "ignored, everything", "prototypes, ignored", "prototype bias", "balanced, small T", "bank without labels",
-    "focal, no negatives", "everything", "everything, small T", "one feature", "one class", "labels all distinct",
+    "ignored, everything", "prototypes, ignored", "prototype bias", "absent prototypes", "balanced, small T",
+    "bank without labels", "focal, no negatives", "everything", "everything, small T", "one feature", "one class",
+    "labels all distinct",
     "one row", "a zero row", "duplicates, T = 0.005", "antipodes, T = 0.005", "long rows, not normalised",
     "labels, float64", "everything, float64", "labels, bfloat16", "mask, views, float16",
 )  # fmt: skip

@@ -76,12 +76,32 @@ def test_half_precision_and_zero_rows():
     assert value.dtype == torch.float32 and value == 1 and not x.grad.any() and x.grad.dtype == torch.bfloat16
 
 
+def test_a_non_finite_ignored_row_leaves_every_gradient_finite():
+    loss, x, y = made()
+    with torch.no_grad():
+        x[3], x[4, 0] = torch.nan, torch.inf
+    y[3:5] = -100
+    grads = torch.autograd.grad(loss(x, y), (x, loss.weight))
+    assert all(torch.isfinite(grad).all() for grad in grads) and not grads[0][3:5].any()
+
+
+ONES, ZEROS = torch.ones(2, 5), torch.zeros(2, dtype=torch.int64)
+
+
 @pytest.mark.parametrize("error, words, x, y", [
-    (ValueError, r"features must have shape \(B, 5\)", torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)),
-    (TypeError, "features must be float32", torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)),
-    (ValueError, r"target must have shape \(2,\)", torch.ones(2, 5), torch.zeros(3, dtype=torch.int64)),
-    (IndexError, "target must lie in .*; got label 4 at row 1", torch.ones(2, 5), torch.tensor([0, 4])),
-    (IndexError, "target must lie in .*; got label -1 at row 0", torch.ones(2, 5), torch.tensor([-1, 0])),
+    (ValueError, r"^features must have shape \(B, 5\); got \(2, 4\)", torch.ones(2, 4), ZEROS),
+    (ValueError, r"^features must have shape \(B, 5\); got \(2, 3, 5\)", torch.ones(2, 3, 5), ZEROS),
+    (ValueError, r"^features must have shape .*; got \(5,\)", ONES[0], ZEROS),
+    (TypeError, "^features must be float32, .*; got torch.int64", ONES.long(), ZEROS),
+    (TypeError, "^features must be a floating-point tensor; got list", ONES.tolist(), ZEROS),
+    (TypeError, "^features must be a floating-point tensor; got NoneType", None, ZEROS),
+    (ValueError, "^features must be on the device of weight, cpu; got meta", ONES.to("meta"), ZEROS.to("meta")),
+    (TypeError, "^target must be a tensor of integers; got list", ONES, [0, 1]),
+    (TypeError, "^target must be integers .*; got torch.float32", ONES, ZEROS.float()),
+    (ValueError, r"^target must have shape \(2,\).*; got \(3,\)", ONES, torch.zeros(3, dtype=torch.int64)),
+    (ValueError, r"^target must have shape \(2,\).*; got \(2, 4\) \(target.argmax", ONES, torch.eye(4).long()[:2]),
+    (IndexError, "target must lie in .*; got label 4 at row 1", ONES, torch.tensor([0, 4])),
+    (IndexError, "target must lie in .*; got label -1 at row 0", ONES, torch.tensor([-1, 0])),
 ])  # fmt: skip
 def test_bad_input(error, words, x, y):
     with pytest.raises(error, match=words):
@@ -89,11 +109,27 @@ def test_bad_input(error, words, x, y):
 
 
 def test_bad_options():
-    for options, words in (
-        ({"distance": "l1"}, "distance: got 'l1'"),
-        ({"center_update": "sgd"}, "center_update: got 'sgd'"),
-        ({"separation": -1.0}, "separation must be at least 0"),
-        ({"distance": "cosine", "center_update": "delta"}, "defined for distance='l2' alone"),
+    for error, options, words in (
+        (ValueError, {"distance": "l1"}, "^distance must be 'l2' or 'cosine'; got 'l1'"),
+        (ValueError, {"center_update": "sgd"}, "^center_update must be 'gradient' or 'delta'; got 'sgd'"),
+        (ValueError, {"reduction": None}, "^reduction must be 'mean', 'sum' or 'none'; got None"),
+        (ValueError, {"separation": -1.0}, "^separation must be finite and at least 0; got -1.0"),
+        (TypeError, {"separation": "1"}, "^separation must be a number; got str"),
+        (ValueError, {"separation_margin": float("nan")}, "^separation_margin must be finite; got nan"),
+        (
+            ValueError,
+            {"distance": "cosine", "center_update": "delta"},
+            "^center_update must be 'gradient' with distance",
+        ),
+        (ValueError, {"num_classes": 0}, "^num_classes must be at least 1; got 0"),
+        (TypeError, {"in_features": 5.0}, "^in_features must be an integer; got float"),
+        (TypeError, {"ignore_index": "none"}, "^ignore_index must be an integer; got str"),
     ):
-        with pytest.raises(ValueError, match=words):
-            fusedloss.PrototypeLoss(5, 4, **options)
+        with pytest.raises(error, match=words):
+            fusedloss.PrototypeLoss(**{"in_features": 5, "num_classes": 4, **options})
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    assert repr(fusedloss.PrototypeLoss(5, 4)) == "PrototypeLoss(in_features=5, num_classes=4)"
+    loss = fusedloss.PrototypeLoss(5, 4, "cosine", separation=0.5)
+    assert repr(loss) == "PrototypeLoss(in_features=5, num_classes=4, distance='cosine', separation=0.5)"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 _judged = {}
-LEARNED = ("features", "temperature", "prototypes")
+DIFFERENTIABLE = ("features", "temperature", "prototypes")
 TENSOR_EPSILONS = 16
 
 
@@ -73,7 +73,9 @@ def eager(case):
     share[span] = case.prototype_weight
     if case.prototype_bias is not None:
         bias[span] = case.prototype_bias
-    losses, weights, counted = [], [], []
+    # A bias of -inf leaves a prototype out.
+    ignored = [gone or float(b) == -torch.inf for gone, b in zip(ignored, bias, strict=True)]
+    losses, weights, averaged = [], [], []
     for i in range(samples if case.contrast_mode == "one" else len(flat)):
         loss, focus, has_positive = of_anchor(case, rows, labels, owner, ignored, bias, share, i)
         weight = focus
@@ -81,13 +83,13 @@ def eager(case):
             weight = 0.0 if ignored[i] else float(case.class_weight[labels[i]]) * focus
         losses.append(loss * weight)
         weights.append(weight)
-        counted.append(has_positive)
+        averaged.append(not ignored[i] if case.reduction == "mean_all" else has_positive)
     losses = torch.stack(losses) if losses else rows.new_zeros(0) * rows.sum()
     if case.reduction == "none":
         return losses
     if case.reduction == "sum":
         return losses.sum()
-    chosen = [w for w, c in zip(weights, counted, strict=True) if c or case.reduction == "mean_all"]
+    chosen = [w for w, a in zip(weights, averaged, strict=True) if a]
     return losses.sum() / (sum(chosen) or 1.0)
 
 
@@ -119,23 +121,23 @@ def of_anchor(case, rows, labels, owner, ignored, bias, share, i):
 
 
 def cast(case, dtype):
-    """The case with every floating tensor in `dtype`; those that learn are leaves, T a tensor."""
+    """The case with every floating tensor in `dtype`; those that get gradients are leaves, T a tensor."""
     changed = {}
     for field in fields(case):
         value = getattr(case, field.name)
         if field.name == "temperature":
             changed[field.name] = torch.as_tensor(value).detach().to(dtype).clone().requires_grad_()
         elif isinstance(value, torch.Tensor) and value.is_floating_point():
-            changed[field.name] = value.detach().to(dtype).clone().requires_grad_(field.name in LEARNED)
+            changed[field.name] = value.detach().to(dtype).clone().requires_grad_(field.name in DIFFERENTIABLE)
     return replace(case, **changed)
 
 
 def loss_and_gradients(case, loss_of):
     loss = loss_of(case)
-    wanted = {name: getattr(case, name) for name in LEARNED if getattr(case, name) is not None}
+    leaves = {name: getattr(case, name) for name in DIFFERENTIABLE if getattr(case, name) is not None}
     upstream = torch.as_tensor(case.upstream, dtype=loss.dtype).expand(loss.shape)
-    gradients = torch.autograd.grad(loss, list(wanted.values()), upstream, allow_unused=True, materialize_grads=True)
-    return {"loss": loss.detach(), **dict(zip(wanted, gradients, strict=True))}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream, allow_unused=True, materialize_grads=True)
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def wrong_with(case, loss_of):
@@ -149,14 +151,14 @@ def wrong_with(case, loss_of):
     truth, usual = _judged[id(case)][1]
     leaves = cast(case, computing)
     leaves = replace(leaves, features=case.features.detach().clone().requires_grad_())
-    found = loss_and_gradients(leaves, loss_of)
+    judged = loss_and_gradients(leaves, loss_of)
     wrong = []
     per_t = 1 / float(case.temperature)
     largest_s = per_t if case.normalize else per_t * float(case.features.detach().double().square().sum(-1).max())
     # In float64 the truth has the same rounding as what is judged, of similarities as large as these.
     tensor_epsilons = TENSOR_EPSILONS * (4 + largest_s if computing == torch.float64 else 1)
     for name, expected in truth.items():
-        got = found[name]
+        got = judged[name]
         dtype = stored if name == "features" else computing
         if got.dtype != dtype or got.shape != expected.shape:
             wrong.append(f"{name}: {got.dtype} {tuple(got.shape)}, not {dtype} {tuple(expected.shape)}")
