@@ -65,8 +65,8 @@ struct StatisticsGradArguments {
     uintptr_t log_sum_exp = 0, target_logit = 0, cross_entropy = 0, smooth_loss = 0, one_minus_pt = 0, hinge = 0;
 };
 
+// IndexError for the first label that is no class.
 void check_labels(uintptr_t labels, int64_t count, int64_t num_classes, int64_t ignore_index, const std::string& name) {
-    py::gil_scoped_release release;
     const int64_t* label = pointer<const int64_t>(labels);
     // Without a way out of the loop, which is vectorised then.
     bool any = false;
@@ -234,11 +234,19 @@ void bind_row_options(py::module_& module) {
 
 LogitArguments logit_arguments(const py::tuple& logits, const py::object& target, uintptr_t scale, uintptr_t bias,
                                uintptr_t class_weight, uintptr_t target_override, uintptr_t target_override_grad,
-                               double soft_cap, int64_t ignore_index) {
+                               double soft_cap, int64_t ignore_index, bool labels_checked) {
     LogitArguments arguments{view_of(logits),      View(),   0,           scale, bias, class_weight, target_override,
                              target_override_grad, soft_cap, ignore_index};
-    if (py::isinstance<py::tuple>(target)) arguments.probabilities = view_of(target);
-    else arguments.labels = target.cast<uintptr_t>();
+    if (py::isinstance<py::tuple>(target)) {
+        arguments.probabilities = view_of(target);
+        return arguments;
+    }
+    arguments.labels = target.cast<uintptr_t>();
+    const View& view = arguments.logits;
+    if (!labels_checked) {
+        py::gil_scoped_release release;
+        check_labels(arguments.labels, view.num_rows(), view.num_classes, ignore_index, "target");
+    }
     return arguments;
 }
 
@@ -252,7 +260,8 @@ void bind_operands(py::module_& module) {
     py::class_<LogitArguments>(module, "LogitInputs")
         .def(py::init(&logit_arguments), py::arg("logits"), py::arg("target"), py::arg("scale") = 0,
              py::arg("bias") = 0, py::arg("class_weight") = 0, py::arg("target_override") = 0,
-             py::arg("target_override_grad") = 0, py::arg("soft_cap") = 0.0, py::arg("ignore_index") = -100);
+             py::arg("target_override_grad") = 0, py::arg("soft_cap") = 0.0, py::arg("ignore_index") = -100,
+             py::arg("labels_checked") = false);
     py::class_<RowArguments>(module, "RowInputs")
         .def(py::init<A, A, A>(), py::arg("label_smoothing") = 0, py::arg("sample_weight") = 0,
              py::arg("penalty_strength") = 0);
@@ -276,8 +285,8 @@ void bind_operands(py::module_& module) {
 void bind_softmax_ce(py::module_& module) {
     bind_row_options(module);
     bind_operands(module);
-    module.def("check_labels", &check_labels, py::arg("labels"), py::arg("count"), py::arg("num_classes"),
-               py::arg("ignore_index"), py::arg("name"), "IndexError for the first label that is no class.");
+    module.def("check_labels", &check_labels, py::call_guard<py::gil_scoped_release>(), py::arg("labels"),
+               py::arg("count"), py::arg("num_classes"), py::arg("ignore_index"), py::arg("name"));
     module.def("softmax_ce", by_dtype(&softmax_ce<float>, &softmax_ce<double>), py::arg("inputs"), py::arg("rows"),
                py::arg("options"), py::arg("mean"), py::arg("grad_scale"), py::arg("loss"), py::arg("row_loss"),
                py::arg("grads"), py::arg("threads"));

@@ -24,6 +24,7 @@ class LogitInputs:
         target_override_grad: int = 0,
         soft_cap: float = 0.0,
         ignore_index: int = -100,
+        labels_checked: bool = False,
     ) -> None: ...
 
 class RowInputs:

@@ -219,9 +219,18 @@ class TestLabels:
         ids=["softmax_ce", "linear_ce", "linear_stats", "angular margin"],
     )
     def test_they_are_checked_once_a_call(self, loss, monkeypatch):
-        calls = []
-        check = extension.check_labels
-        monkeypatch.setattr(extension, "check_labels", lambda *arguments: (calls.append(arguments), check(*arguments)))
+        checks = []
+
+        def logit_inputs(*arguments):
+            checks.append(not arguments[-1])
+            return bound(*arguments)
+
+        def check_labels(*arguments):
+            checks.append(True)
+
+        bound = extension.LogitInputs
+        monkeypatch.setattr(extension, "LogitInputs", logit_inputs)
+        monkeypatch.setattr(extension, "check_labels", check_labels)
         x, w = (torch.randn(size, WIDTH, requires_grad=True) for size in (ROWS, CLASSES))
         loss(x, w, torch.randint(CLASSES, (ROWS,))).backward()
-        assert len(calls) == 1
+        assert sum(checks) == 1

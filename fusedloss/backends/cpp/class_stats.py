@@ -63,7 +63,7 @@ def update_class_stats(
 
 def row_magnitudes(rows: Tensor) -> Tensor:
     rows = adjacent(rows)
-    magnitudes = rows.new_empty(len(rows), dtype=compute_dtype(rows))
+    magnitudes = rows.new_empty(len(rows), dtype=compute_dtype(rows.dtype))
     extension.row_magnitudes(rows=rows_view(rows), sum=magnitudes.data_ptr(), threads=torch.get_num_threads())
     return magnitudes
 

@@ -6,14 +6,15 @@ The kernels take a label that is no class for an ignored row, and read nothing t
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedloss.backends.cpp import extension
-from fusedloss.backends.cpp.views import address, check_labels, contiguous, rows_view
+from fusedloss.backends.cpp.views import address, contiguous, rows_view
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.operands import (
     LogitInputs,
@@ -37,35 +38,34 @@ def softmax_ce(
     in_place: bool = False,
     labels_checked: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    logits = inputs.logits
-    _kept_inputs, of_inputs = _arguments(inputs, labels_checked)
-    kept_rows = contiguous(rows)
-    grads = _Grads(logits, mask, in_place)
-    loss, row_loss = logits.new_empty((), dtype=grads.dtype), grads.new_rows()
+    kept, of_inputs, of_logits = _arguments(inputs, labels_checked)
+    _kept_rows, of_rows = _row_arguments(rows)
+    row_loss = _new_rows(inputs.logits, kept[0])
+    loss = torch.empty_like(_SCALARS[row_loss.dtype])
+    grads, of_grads = _new_grads(inputs.logits, of_logits, mask, in_place, row_loss)
     extension.softmax_ce(
         of_inputs,
-        extension.RowInputs(*map(address, kept_rows)),
+        of_rows,
         _compiled_options(options),
         mean,
         grad_scale,
         loss.data_ptr(),
         row_loss.data_ptr(),
-        grads.arguments,
+        of_grads,
         torch.get_num_threads(),
     )
-    return loss, row_loss, grads.tensors
+    return loss, row_loss, grads
 
 
 def softmax_stats(inputs: LogitInputs, options: StatisticsOptions, labels_checked: bool = False) -> SoftmaxStatistics:
-    logits = inputs.logits
-    _kept, of_inputs = _arguments(inputs, labels_checked)
-    shape, dtype = _rows_shape(logits), compute_dtype(logits.dtype)
+    kept, of_inputs, _ = _arguments(inputs, labels_checked)
+    row_max = _new_rows(inputs.logits, kept[0])
 
-    def rows(needed: bool = True, dtype: torch.dtype = dtype) -> Tensor:
-        return logits.new_empty(shape if needed else 0, dtype=dtype)
+    def rows(needed: bool = True, dtype: torch.dtype = row_max.dtype) -> Tensor:
+        return torch.empty_like(row_max, dtype=dtype) if needed else row_max.new_empty(0, dtype=dtype)
 
     statistics = SoftmaxStatistics(
-        row_max=rows(),
+        row_max=row_max,
         row_sum=rows(),
         log_sum_exp=rows(),
         target_logit=rows(),
@@ -90,19 +90,23 @@ def softmax_stats_backward(
     mask: SoftmaxMask,
     in_place: bool = False,
 ) -> list[Tensor]:
-    # Labels that the forward refused can't come here; those of a call of its own are ignored where they are no class.
-    _kept, of_inputs = _arguments(inputs, labels_checked=True)
-    kept_saved, kept_grads = contiguous(saved), contiguous(grads)
-    result = _Grads(inputs.logits, mask, in_place)
+    # The forward has checked the labels; where there was none, rows whose label is no class are ignored.
+    _kept, of_inputs, of_logits = _arguments(inputs, labels_checked=True)
+    kept_saved, kept_upstream = contiguous(saved), contiguous(grads)
+    result, of_result = _new_grads(inputs.logits, of_logits, mask, in_place, saved.row_max)
     extension.softmax_stats_backward(
         of_inputs,
         extension.SavedStatistics(*map(address, kept_saved)),
         penalty_margin,
-        extension.StatisticsGrads(*map(address, kept_grads)),
-        result.arguments,
+        extension.StatisticsGrads(*map(address, kept_upstream)),
+        of_result,
         torch.get_num_threads(),
     )
-    return result.tensors
+    return result
+
+
+# A like tensor is half the time of one made from a shape.
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 @lru_cache(maxsize=256)
@@ -110,46 +114,73 @@ def _compiled_options(options: RowOptions) -> Any:
     return extension.RowOptions(*options)
 
 
-def _rows_shape(logits: Tensor) -> tuple[int, ...]:
-    return (logits.shape[0],) if logits.dim() == 2 else (logits.shape[0], logits.shape[2])
+def _new_rows(logits: Tensor, target: Tensor) -> Tensor:
+    """One value per row, in the compute dtype."""
+    dtype = compute_dtype(logits.dtype)
+    if target.is_floating_point():
+        return logits.new_empty((logits.shape[0], *logits.shape[2:]), dtype=dtype)
+    return torch.empty_like(target, dtype=dtype)
 
 
-def _arguments(inputs: LogitInputs, labels_checked: bool) -> tuple[tuple[Any, ...], Any]:
-    """Tensors to keep until the kernel is done, and the inputs as it takes them."""
-    logits, target = inputs.logits, inputs.target
+def _arguments(inputs: LogitInputs, labels_checked: bool) -> tuple[tuple[Any, ...], Any, tuple[int, ...]]:
+    """Tensors to keep until the kernel is done (the target first), the inputs as it takes them, the logits' view."""
+    logits, target, scale, bias, class_weight, override, override_grad, soft_cap, ignore_index = inputs
     if target.is_floating_point():
         if target.dtype != logits.dtype and torch.float64 in (target.dtype, logits.dtype):
             target = target.to(logits.dtype)
         place: tuple[int, ...] | int = rows_view(target)
     else:
-        target = target.contiguous() if labels_checked else check_labels(target, logits.shape[1], inputs.ignore_index)
+        target = target.contiguous()
         place = target.data_ptr()
-    tensors = contiguous(inputs[2:7])
-    places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    arguments = extension.LogitInputs(rows_view(logits), place, *places, inputs.soft_cap, inputs.ignore_index)
-    return (target, tensors), arguments
+    view = rows_view(logits)
+    if scale is None and bias is None and class_weight is None and override is None:
+        places: Sequence[int] = _NOWHERE
+        kept: Sequence[Tensor | None] = ()
+    else:
+        kept = contiguous((scale, bias, class_weight, override, override_grad))
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in kept]
+    arguments = extension.LogitInputs(view, place, *places, soft_cap, ignore_index, labels_checked)
+    return (target, kept), arguments, view
 
 
-class _Grads:
-    """Fresh tensors for the gradients of a mask, in its order, that of the logits `in_place` over them."""
+_NOWHERE = (0, 0, 0, 0, 0)
 
-    def __init__(self, logits: Tensor, mask: SoftmaxMask, in_place: bool) -> None:
-        self.logits, self.dtype = logits, compute_dtype(logits.dtype)
-        self.tensors: list[Tensor] = []
-        view, places = None, [0, 0, 0, 0, 0]
-        if mask.logits:
-            grad = logits if in_place else torch.empty_like(logits)
-            self.tensors.append(grad)
-            view = rows_view(grad)
-        if mask.affine:
-            places[:2] = (self._new(logits.new_empty(logits.shape[1], dtype=self.dtype)) for _ in range(2))
-        if mask.target_override or mask.label_smoothing or mask.penalty_strength:
-            places[2:] = (self._new(self.new_rows()) if needed else 0 for needed in mask[2:])
-        self.arguments = extension.SoftmaxGrads(view, *places)
 
-    def new_rows(self) -> Tensor:
-        return self.logits.new_empty(_rows_shape(self.logits), dtype=self.dtype)
+def _row_arguments(rows: RowInputs) -> tuple[Any, Any]:
+    """Tensors to keep until the kernel is done, and the rows' own values as it takes them."""
+    if rows.label_smoothing is None and rows.sample_weight is None and rows.penalty_strength is None:
+        return None, _no_rows()
+    kept = contiguous(rows)
+    return kept, extension.RowInputs(*map(address, kept))
 
-    def _new(self, tensor: Tensor) -> int:
-        self.tensors.append(tensor)
-        return tensor.data_ptr()
+
+@cache
+def _no_rows() -> Any:
+    return extension.RowInputs()
+
+
+def _new_grads(
+    logits: Tensor, view: tuple[int, ...], mask: SoftmaxMask, in_place: bool, row: Tensor
+) -> tuple[list[Tensor], Any]:
+    """Fresh tensors for what the mask names, in its order, and as a kernel takes them; `in_place` over the logits.
+
+    `view` is that of the logits, and `row` a contiguous tensor with one value per row in the compute dtype.
+    """
+    if not any(mask):
+        return [], extension.SoftmaxGrads()
+    grads: list[Tensor] = []
+    grad_view = None
+    if mask.logits:
+        grad = logits if in_place else torch.empty_like(logits)
+        grads.append(grad)
+        grad_view = (grad.data_ptr(), *view[1:]) if logits.is_contiguous() else rows_view(grad)
+        if mask == _LOGITS_ONLY:
+            return grads, extension.SoftmaxGrads(grad_view)
+    scale = logits.new_empty(logits.shape[1], dtype=row.dtype) if mask.affine else None
+    bias = None if scale is None else torch.empty_like(scale)
+    made = [scale, bias, *(torch.empty_like(row) if needed else None for needed in mask[2:])]
+    grads += [tensor for tensor in made if tensor is not None]
+    return grads, extension.SoftmaxGrads(grad_view, *map(address, made))
+
+
+_LOGITS_ONLY = SoftmaxMask(logits=True)

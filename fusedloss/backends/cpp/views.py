@@ -49,12 +49,3 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int, name: str 
     target = target.contiguous()
     extension.check_labels(target.data_ptr(), target.numel(), num_classes, ignore_index, name)
     return target
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What the kernels compute in: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-# What class_stats and supcon call it.
-adjacent = contiguous_rows
