@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fusedloss-installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-# Workers of the tests (auto: one a core); each computes on one thread.
+# Workers of the tests (auto: one a core), of one thread each. They start with neighbouring tests, so that few set the
+# same fixture up.
 WORKERS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-all check ext bench format clean
 

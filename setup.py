@@ -27,7 +27,7 @@ class BuildKernels(build_ext):
         if shutil.which(compiler) is None:
             message = (
                 f"fusedloss: no C++ compiler ('{compiler}' is not on PATH), so no CPU kernels are built and slower "
-                "PyTorch formulas answer on the CPU. Install one (Debian: apt install g++) and reinstall; "
+                "PyTorch formulas are used on the CPU. Install one (Debian: apt install g++) and reinstall; "
                 "`python -m fusedloss info` says what is in use."
             )
             print(message, file=sys.stderr)

@@ -6,7 +6,7 @@
 #   bench/gpu.sh test:losses bench:softmax_ce
 #   bench/gpu.sh --dry-run all    every step on the CPU with small sizes, in Triton's interpreter
 #
-# Tuned tiles go to fusedloss/backends/triton/tuning.py, figures to bench/results; with --dry-run both go to OUT.
+# Tuned tiles go to fusedloss/backends/triton/tuning.json, figures to bench/results; with --dry-run both go to OUT.
 # PYTHON is the interpreter to use, OUT another folder for the figures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -101,7 +101,7 @@ sanitize() {
 
 tune() {
     local out=()
-    [[ $device == cpu ]] && out=(--out "$OUT/tuning.py")
+    [[ $device == cpu ]] && out=(--out "$OUT/tuning.json")
     limited "$PYTHON" -m bench.tune "$1" --dtype "$2" --device "$device" "${small[@]}" "${out[@]}"
 }
 
@@ -134,10 +134,10 @@ if [[ $1 == list ]]; then
 elif [[ $# == 1 && $1 != all ]]; then
     run "$1"
 else
-    [[ $1 == all ]] && mapfile -t wanted < <(modes) || wanted=("$@")
+    [[ $1 == all ]] && mapfile -t chosen < <(modes) || chosen=("$@")
     failed=()
     # Each in a process of its own: one that fails leaves the others their turn.
-    for mode in "${wanted[@]}"; do
+    for mode in "${chosen[@]}"; do
         bench/gpu.sh "${dry_run[@]}" "$mode" || failed+=("$mode (exit status $?)")
     done
     [[ ${#failed[@]} == 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

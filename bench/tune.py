@@ -1,8 +1,8 @@
-"""Times the tiles of each shape class on this GPU and writes the fastest into fusedloss/backends/triton/tuning.py.
+"""Times the tiles of each shape class on this GPU and writes the fastest into fusedloss/backends/triton/tuning.json.
 
     python -m bench.tune softmax_ce                      # every type, float16 as bfloat16
     python -m bench.tune linear_ce --dtype bfloat16      # a few minutes
-    TRITON_INTERPRET=1 python -m bench.tune --small --device cpu --out build/tuning.py
+    TRITON_INTERPRET=1 python -m bench.tune --small --device cpu --out build/tuning.json
 
 The file is written after each shape class. A tile whose values differ, or that doesn't compile, is not taken.
 """
@@ -30,16 +30,19 @@ _ROUNDS = 15
 _AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-def tune(stem: str, dtype: torch.dtype, each: ShapeClass, device: torch.device, rounds: int) -> tuning_file.Entry:
+Entry = list[int]
+
+
+def tune(stem: str, dtype: torch.dtype, each: ShapeClass, device: torch.device, rounds: int) -> Entry:
     """The fastest entry of one shape class, the present one among the candidates."""
-    table = tuning.TABLES[stem][str(dtype).removeprefix("torch.")]
-    present = table[each.name]
+    table = table_of(device, stem, str(dtype).removeprefix("torch."))
+    present, before = tuning.entry(device, stem, dtype, each.name), table.get(each.name)
     call = each.prepare(device)
     truth = [value.clone() for value in call()]
     calls: dict[str, Callable[[], Any]] = {}
-    entries: dict[str, tuning_file.Entry] = {}
+    entries: dict[str, Entry] = {}
     try:
-        for entry in dict.fromkeys([present, *each.candidates]):
+        for entry in map(list, dict.fromkeys([tuple(present), *each.candidates])):
             table[each.name] = entry
             try:
                 right = all(_close(one, other, dtype) for one, other in zip(call(), truth, strict=True))
@@ -52,14 +55,22 @@ def tune(stem: str, dtype: torch.dtype, each: ShapeClass, device: torch.device, 
                 print(f"  {entry}: other values", file=sys.stderr)
         took = seconds_in_turn(calls, device, rounds)
     finally:
-        table[each.name] = present
+        table.pop(each.name)
+        if before is not None:
+            table[each.name] = before
     best = min(took, key=lambda name: took[name])
     print(f"{stem} {dtype} {each.name}: {present} {1e6 * took[str(present)]:.1f} us, {best} {1e6 * took[best]:.1f} us")
     # A tile that gains less than the noise is no reason to change the file.
     return entries[best] if took[best] < 0.98 * took[str(present)] else present
 
 
-def _in_tile(table: dict[str, Any], name: str, entry: tuning_file.Entry, call: Callable[[], Any]) -> Callable[[], Any]:
+def table_of(device: torch.device, stem: str, dtype: str) -> dict[str, Entry]:
+    """The device's own tiles by shape class."""
+    own = tuning.DEVICES.setdefault(tuning.device_key(device), {"measured": {}, "tiles": {}})
+    return own["tiles"].setdefault(stem, {}).setdefault(dtype, {})
+
+
+def _in_tile(table: dict[str, Entry], name: str, entry: Entry, call: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
         table[name] = entry
         return call()
@@ -81,7 +92,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=_LIKE, help="default: each that the stem is tuned for")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, two tiles of a few shape classes")
-    parser.add_argument("--out", type=Path, default=tuning_file.PATH)
+    parser.add_argument("--out", type=Path, default=tuning.PATH)
     options = parser.parse_args()
     if unknown := set(options.stems) - set(stems()):
         parser.error(f"stem: got {', '.join(sorted(unknown))}; allowed are {', '.join(stems())}")
@@ -95,9 +106,10 @@ def main() -> None:
             for each in shape_classes(stem, dtype, options.small):
                 best = tune(stem, dtype, each, device, 1 if options.small else _ROUNDS)
                 for like in _LIKE[kind]:
-                    tuning.TABLES[stem][like][each.name] = best
-                    tuning.MEASURED[stem][like] = f"{today}, {name}, {versions}"
-                options.out.write_text(tuning_file.text(tuning.MEASURED, tuning.TABLES))
+                    table_of(device, stem, like)[each.name] = best
+                    measured = tuning.DEVICES[tuning.device_key(device)]["measured"]
+                    measured.setdefault(stem, {})[like] = f"{today}, {name}, {versions}"
+                options.out.write_text(tuning_file.text(tuning.DEVICES))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of fusedloss for CPUs.";
-    module.def("level", &fusedloss::simd_level, "The SIMD level that answers: baseline, avx2 or avx512.");
+    module.def("level", &fusedloss::simd_level, "The SIMD level in use: baseline, avx2 or avx512.");
     module.def("has_openmp", &fusedloss::has_openmp, "Whether the kernels were built with OpenMP threads.");
     fusedloss::bind_class_stats(module);
     fusedloss::bind_linear_ce(module);

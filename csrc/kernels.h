@@ -15,7 +15,7 @@ template <class T>
 struct SoftmaxKernels {
     void (*ce)(const SoftmaxCE<T>&, int64_t first, int64_t last, int thread);
     void (*stats)(const SoftmaxStatistics<T>&, int64_t first, int64_t last, int thread);
-    void (*sweep)(const SoftmaxStatisticsBackward<T>&, int64_t first, int64_t last, int thread);
+    void (*stats_backward)(const SoftmaxStatisticsBackward<T>&, int64_t first, int64_t last, int thread);
 };
 
 template <class T>
@@ -39,14 +39,14 @@ struct LinearKernels {
     void (*norms)(const RowNorms&, int64_t first, int64_t last);
     void (*project_float)(const Projection<float>&, int64_t first, int64_t last);
     void (*project_double)(const Projection<double>&, int64_t first, int64_t last);
-    void (*target_products)(const LabelPairs&, int64_t first, int64_t last);
-    void (*gradients_float)(const LabelGradients<float>&, bool of_weight, int64_t first, int64_t last);
-    void (*gradients_double)(const LabelGradients<double>&, bool of_weight, int64_t first, int64_t last);
+    void (*target_products)(const TargetPairs&, int64_t first, int64_t last);
+    void (*target_grads_float)(const TargetGrads<float>&, bool of_weight, int64_t first, int64_t last);
+    void (*target_grads_double)(const TargetGrads<double>&, bool of_weight, int64_t first, int64_t last);
 
     template <class T>
-    auto label_gradients() const {
-        if constexpr (std::is_same_v<T, float>) return gradients_float;
-        else return gradients_double;
+    auto add_target_grads() const {
+        if constexpr (std::is_same_v<T, float>) return target_grads_float;
+        else return target_grads_double;
     }
 };
 

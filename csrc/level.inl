@@ -5,9 +5,13 @@ namespace fusedloss {
 namespace FUSEDLOSS_LEVEL {
 
 #include "row_math.inl"
-#include "rows.inl"
+#include "row_loss.inl"
 #include "softmax_chunk.inl"
+#include "softmax_write.inl"
 #include "softmax_soft.inl"
+#include "softmax_logits.inl"
+#include "softmax_sums.inl"
+#include "softmax_grads.inl"
 #include "softmax_row.inl"
 #include "softmax_rows.inl"
 #include "softmax_ce.inl"
@@ -23,8 +27,8 @@ Kernels table() {
         {widen_row<double>, class_stats<double>, write_class<double>, update_classes<double>, row_magnitudes<double>},
         {supcon_maxima<float>, supcon_sums<float>, supcon_backward<float>},
         {supcon_maxima<double>, supcon_sums<double>, supcon_backward<double>},
-        {row_norms, project_rows<float>, project_rows<double>, target_products, label_gradients<float>,
-         label_gradients<double>}};
+        {row_norms, project_rows<float>, project_rows<double>, target_products, add_target_grads<float>,
+         add_target_grads<double>}};
 }
 
 }  // namespace FUSEDLOSS_LEVEL

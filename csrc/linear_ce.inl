@@ -33,7 +33,7 @@ void project_rows_of(const Projection<T>& call, int64_t first, int64_t last) {
     const int64_t D = call.rows.num_classes;
     std::vector<Widened<Element>> buffer;
     for (int64_t row = first; row < last; ++row) {
-        T* gradient = call.gradient + row * D;
+        T* gradient = call.grad + row * D;
         const Widened<Element>* values = widened_row(call.rows.template row<const Element>(row), D, buffer);
         const double norm = call.norm[row];
         const double along = dot(static_cast<const T*>(gradient), values, D) / norm / norm;
@@ -48,21 +48,21 @@ void project_rows_of(const Projection<T>& call, int64_t first, int64_t last) {
 }
 
 template <class Element>
-void label_products_of(const LabelPairs& call, int64_t first, int64_t last) {
+void target_products_of(const TargetPairs& call, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-        const int64_t label = call.labels[row];
+        const int64_t label = call.label_of(row);
         call.product[row] = 0;
-        if (label == call.ignore_index) continue;
+        if (label < 0) continue;
         const Element* x = call.input.template row<const Element>(row);
         const Element* w = call.weight.template row<const Element>(label);
         double product = dot(x, w, call.input.num_classes);
         // Two divisions: the product of two lengths may leave even the range of double.
-        if (call.input_norm) product = product / call.input_norm[row] / call.weight_norm[label];
+        if (call.input_norm) product = product / call.input_norm[row] / call.class_norm[label];
         call.product[row] = product;
     }
 }
 
-// gradient += factor * (towards / its length - cosine * from / its length), plainly factor * towards without lengths.
+// gradient += factor * (towards / its length - cosine * from / its length), or factor * towards without lengths.
 template <class T, class Value>
 void add_tangent(const Value* towards, double towards_norm, const Value* from, double from_norm, double cosine,
                  double factor, int64_t count, T* gradient) {
@@ -76,23 +76,23 @@ void add_tangent(const Value* towards, double towards_norm, const Value* from, d
 
 // Rows [first, last) of the input's gradient, or of the weight's: a thread owns what it writes.
 template <class T, class Element>
-void label_gradients_of(const LabelGradients<T>& call, bool of_weight, int64_t first, int64_t last) {
-    const LabelPairs& pairs = call.pairs;
+void add_target_grads_of(const TargetGrads<T>& call, bool of_weight, int64_t first, int64_t last) {
+    const TargetPairs& pairs = call.pairs;
     const int64_t D = pairs.input.num_classes;
     const bool cosines = pairs.input_norm != nullptr;
     const int64_t begin = of_weight ? 0 : first, end = of_weight ? pairs.input.num_rows() : last;
     std::vector<Widened<Element>> x_buffer, w_buffer;
     for (int64_t row = begin; row < end; ++row) {
-        const int64_t label = pairs.labels[row];
-        if (label == pairs.ignore_index || call.slope[row] == 0) continue;
+        const int64_t label = pairs.label_of(row);
+        if (label < 0 || call.grad_product[row] == 0) continue;
         if (of_weight && (label < first || label >= last)) continue;
         const auto* x = widened_row(pairs.input.template row<const Element>(row), D, x_buffer);
         const auto* w = widened_row(pairs.weight.template row<const Element>(label), D, w_buffer);
-        const double x_norm = cosines ? pairs.input_norm[row] : 0, w_norm = cosines ? pairs.weight_norm[label] : 0;
-        const double slope = call.slope[row], cosine = pairs.product[row];
+        const double x_norm = cosines ? pairs.input_norm[row] : 0, w_norm = cosines ? pairs.class_norm[label] : 0;
+        const double grad = call.grad_product[row], cosine = pairs.product[row];
         if (of_weight)
-            add_tangent(x, x_norm, w, w_norm, cosine, cosines ? slope / w_norm : slope, D, call.weight + label * D);
-        else add_tangent(w, w_norm, x, x_norm, cosine, cosines ? slope / x_norm : slope, D, call.input + row * D);
+            add_tangent(x, x_norm, w, w_norm, cosine, cosines ? grad / w_norm : grad, D, call.weight + label * D);
+        else add_tangent(w, w_norm, x, x_norm, cosine, cosines ? grad / x_norm : grad, D, call.input + row * D);
     }
 }
 
@@ -118,24 +118,24 @@ void project_rows(const Projection<T>& call, int64_t first, int64_t last) {
     }
 }
 
-inline void target_products(const LabelPairs& call, int64_t first, int64_t last) {
+inline void target_products(const TargetPairs& call, int64_t first, int64_t last) {
     switch (call.input.dtype) {
-        case DType::float64: return label_products_of<double>(call, first, last);
-        case DType::bfloat16: return label_products_of<BFloat16>(call, first, last);
-        case DType::float16: return label_products_of<Float16>(call, first, last);
-        default: label_products_of<float>(call, first, last);
+        case DType::float64: return target_products_of<double>(call, first, last);
+        case DType::bfloat16: return target_products_of<BFloat16>(call, first, last);
+        case DType::float16: return target_products_of<Float16>(call, first, last);
+        default: target_products_of<float>(call, first, last);
     }
 }
 
 template <class T>
-void label_gradients(const LabelGradients<T>& call, bool of_weight, int64_t first, int64_t last) {
+void add_target_grads(const TargetGrads<T>& call, bool of_weight, int64_t first, int64_t last) {
     if constexpr (std::is_same_v<T, double>) {
-        label_gradients_of<T, double>(call, of_weight, first, last);
+        add_target_grads_of<T, double>(call, of_weight, first, last);
     } else {
         switch (call.pairs.input.dtype) {
-            case DType::bfloat16: return label_gradients_of<T, BFloat16>(call, of_weight, first, last);
-            case DType::float16: return label_gradients_of<T, Float16>(call, of_weight, first, last);
-            default: label_gradients_of<T, float>(call, of_weight, first, last);
+            case DType::bfloat16: return add_target_grads_of<T, BFloat16>(call, of_weight, first, last);
+            case DType::float16: return add_target_grads_of<T, Float16>(call, of_weight, first, last);
+            default: add_target_grads_of<T, float>(call, of_weight, first, last);
         }
     }
 }

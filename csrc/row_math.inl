@@ -94,10 +94,10 @@ inline void store(Float16* x, FloatVector value) {
     store_half(&x->bits, half | (sign >> 16));
 }
 
-// To an address that is a multiple of the stored vector's size, past the caches where the machine can; stream_fence()
-// makes what was written so seen by other threads.
+// A store to an address that is a multiple of the stored vector's size, non-temporal where the machine can;
+// nontemporal_fence() makes what was written so seen by other threads.
 template <class Element, class V>
-inline void stream(Element* x, V value) {
+inline void store_nontemporal(Element* x, V value) {
     Element packed[sizeof(V) / sizeof(value[0])];
     store(packed, value);
 #if defined(__x86_64__)
@@ -111,7 +111,7 @@ inline void stream(Element* x, V value) {
     std::memcpy(x, packed, sizeof packed);
 }
 
-inline void stream_fence() {
+inline void nontemporal_fence() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
@@ -206,7 +206,7 @@ inline void write_one(double* x, double value) { *x = value; }
 inline void write_one(BFloat16* x, float value) { store_partial<float>(x, FloatVector{} + value, 1); }
 inline void write_one(Float16* x, float value) { store_partial<float>(x, FloatVector{} + value, 1); }
 
-// Strided elements as adjacent T.
+// Strided elements as contiguous T.
 template <class T, class Element>
 inline void gather(const Element* x, int64_t stride, int64_t count, T* out) {
     int64_t j = 0;

@@ -35,12 +35,12 @@ void soft_sums(const T* q, const T* class_weight, const T* z, T shift, int64_t c
 template <class T>
 class SoftTargets {
 public:
-    explicit SoftTargets(const SoftmaxInputs<T>& inputs)
+    explicit SoftTargets(const LogitInputs<T>& inputs)
         : inputs_(inputs),
           in_place_(inputs.probabilities.class_stride == 1 &&
                     (std::is_same_v<T, double> || inputs.probabilities.dtype == DType::float32)) {}
 
-    // q of `width` classes, where they lie or copied; good until the next chunk is asked for.
+    // q of `width` classes, in place or copied; valid until the next call.
     const T* chunk(int64_t row, int64_t start, int64_t width) {
         const View& view = inputs_.probabilities;
         const int64_t offset = view.row_offset(row) + start * view.class_stride;
@@ -69,23 +69,23 @@ public:
         return weight;
     }
 
-    // From now on what comes next is fetched while sums are taken.
-    void fetch_ahead() { fetches_ahead_ = in_place_; }
+    // From now on what comes next is prefetched while sums are taken.
+    void prefetch() { prefetches_ = in_place_; }
 
 private:
     void add_up(int64_t row, int64_t start, int64_t width, const T* z, T shift, double& weight, double& product) {
         const T* q = chunk(row, start, width);
-        const T* next = fetches_ahead_ ? q + distance_ahead(row) : nullptr;
+        const T* next = prefetches_ ? q + distance_ahead(row) : nullptr;
         const T* w = inputs_.class_weight ? inputs_.class_weight + start : nullptr;
         if (w) soft_sums<T, true>(q, w, z, shift, width, next, weight, product);
         else soft_sums<T, false>(q, w, z, shift, width, next, weight, product);
     }
 
-    // From a row's q to what is fetched while it is summed; see fetched_ahead.
+    // From a row's q to what is prefetched while it is summed; see prefetched.
     int64_t distance_ahead(int64_t row) const {
         const View& view = inputs_.probabilities;
         constexpr int64_t bytes = sizeof(T);
-        if (view.num_classes * bytes > kMostFetchedAhead) return kFetchedAhead / bytes;
+        if (view.num_classes * bytes > kMostPrefetched) return kPrefetchDistance / bytes;
         return row + 1 < view.num_rows() ? view.row_offset(row + 1) - view.row_offset(row) : 0;
     }
 
@@ -95,9 +95,9 @@ private:
         gather(static_cast<const Element*>(view.data) + offset, view.class_stride, width, q_);
     }
 
-    const SoftmaxInputs<T>& inputs_;
+    const LogitInputs<T>& inputs_;
     const bool in_place_;
-    bool fetches_ahead_ = false;
+    bool prefetches_ = false;
     int64_t row_ = -1, start_ = 0;
     alignas(64) T q_[kChunk];
 };

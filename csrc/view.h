@@ -16,6 +16,12 @@ struct Float16 {
     uint16_t bits;
 };
 
+// `label` where it names a class that is not ignored, else -1.
+inline int64_t class_or_none(int64_t label, int64_t num_classes, int64_t ignore_index) {
+    const bool is_class = static_cast<uint64_t>(label) < static_cast<uint64_t>(num_classes);
+    return is_class && label != ignore_index ? label : -1;
+}
+
 // Logits or class probabilities: row r = outer * inner_size + inner holds the classes of one sample.
 struct View {
     void* data = nullptr;

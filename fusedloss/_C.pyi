@@ -4,9 +4,91 @@ View = tuple[int, int, int, int, int, int, int, int]
 
 def level() -> str: ...
 def has_openmp() -> bool: ...
-def softmax_ce(inputs: tuple, options: tuple, outputs: tuple, gradients: tuple, threads: int) -> None: ...
-def softmax_stats(inputs: tuple, outputs: tuple, threads: int) -> None: ...
-def softmax_stats_backward(inputs: tuple, saved: tuple, upstream: tuple, gradients: tuple, threads: int) -> None: ...
+def check_labels(labels: int, count: int, num_classes: int, ignore_index: int, name: str) -> None: ...
+
+class RowOptions:
+    # Its arguments and members are the fields of core.row_loss.RowOptions, which csrc/row_options.h lists too.
+    def __init__(self, *values: float, **fields: float) -> None: ...
+    def __getattr__(self, field: str) -> float: ...
+
+# The named tuples of core.operands with a view or the address of a contiguous tensor for each tensor, 0 for None.
+class LogitInputs:
+    def __init__(
+        self,
+        logits: View,
+        target: View | int,
+        scale: int = 0,
+        bias: int = 0,
+        class_weight: int = 0,
+        target_override: int = 0,
+        target_override_grad: int = 0,
+        soft_cap: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None: ...
+
+class RowInputs:
+    def __init__(self, label_smoothing: int = 0, sample_weight: int = 0, penalty_strength: int = 0) -> None: ...
+
+class SoftmaxGrads:
+    def __init__(
+        self,
+        logits: View | None = None,
+        scale: int = 0,
+        bias: int = 0,
+        target_override: int = 0,
+        label_smoothing: int = 0,
+        penalty_strength: int = 0,
+    ) -> None: ...
+
+class SoftmaxStatistics:
+    def __init__(
+        self,
+        row_max: int,
+        row_sum: int,
+        log_sum_exp: int,
+        target_logit: int,
+        cross_entropy: int,
+        smooth_loss: int,
+        one_minus_pt: int,
+        hinge: int,
+        prediction: int,
+        confidence: int,
+    ) -> None: ...
+
+class SavedStatistics:
+    def __init__(self, row_max: int, row_sum: int, one_minus_pt: int) -> None: ...
+
+class StatisticsGrads:
+    def __init__(
+        self,
+        log_sum_exp: int = 0,
+        target_logit: int = 0,
+        cross_entropy: int = 0,
+        smooth_loss: int = 0,
+        one_minus_pt: int = 0,
+        hinge: int = 0,
+    ) -> None: ...
+
+def softmax_ce(
+    inputs: LogitInputs,
+    rows: RowInputs,
+    options: RowOptions,
+    mean: bool,
+    grad_scale: float,
+    loss: int,
+    row_loss: int,
+    grads: SoftmaxGrads,
+    threads: int,
+) -> None: ...
+def softmax_stats(inputs: LogitInputs, penalty_margin: float, statistics: SoftmaxStatistics, threads: int) -> None: ...
+def softmax_stats_backward(
+    inputs: LogitInputs,
+    saved: SavedStatistics,
+    penalty_margin: float,
+    upstream: StatisticsGrads,
+    grads: SoftmaxGrads,
+    threads: int,
+) -> None: ...
 def class_stats(
     features: View,
     labels: int,
@@ -56,7 +138,22 @@ def supcon_maxima(panel: SupConPanel, num_anchors: int, threads: int) -> None: .
 def supcon_sums(panel: SupConPanel, exponentials: int, positives: int, threads: int) -> None: ...
 def supcon_backward(panel: SupConPanel, softmax: int, positive: int, threads: int) -> float: ...
 def row_norms(rows: View, norm: int, threads: int) -> None: ...
-def project_rows(rows: View, norm: int, gradient: tuple, divide: bool, threads: int) -> None: ...
-def target_products(pairs: tuple, threads: int) -> None: ...
-def label_gradients(pairs: tuple, slope: int, gradients: tuple, is_double: bool, threads: int) -> None: ...
+def project_rows(rows: View, norm: int, grad: int, is_double: bool, divide: bool, threads: int) -> None: ...
+
+class TargetPairs:
+    def __init__(
+        self,
+        input: View,
+        weight: View,
+        target: int,
+        input_norm: int,
+        class_norm: int,
+        target_product: int,
+        ignore_index: int,
+    ) -> None: ...
+
+def target_products(pairs: TargetPairs, threads: int) -> None: ...
+def add_target_grads(
+    pairs: TargetPairs, grad_product: int, grad_input: int, grad_weight: int, is_double: bool, threads: int
+) -> None: ...
 def use_huge_pages(view: View) -> None: ...

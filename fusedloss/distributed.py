@@ -1,4 +1,4 @@
-"""Rows of all ranks of a process group, with gradients that flow back to the rank that they came from."""
+"""Rows of all ranks of a process group, with gradients that flow back to their own rank; sums over ranks."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def shared(tensor: Tensor, group: Any) -> Tensor:
     """A tensor that every rank holds alike; its gradient is summed over ranks."""
     result: Tensor = _Shared.apply(tensor, group)
     return result
+
+
+def reduced_moments(count: Tensor, mean: Tensor, spread: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments of all ranks' rows: first their common mean, then the spread about it; all in float64."""
+    present = (count > 0).unsqueeze(1)
+    rows = count.double().unsqueeze(1)
+    packed = torch.cat([rows, torch.where(present, mean, 0.0) * rows], dim=1)
+    dist.all_reduce(packed, group=group)
+    all_rows = packed[:, :1].clamp(min=1)
+    common = packed[:, 1:] / all_rows
+    distance = torch.where(present, mean - common, 0.0).square()
+    if spread.dim() == 1:
+        distance, rows, all_rows = distance.sum(1), rows.squeeze(1), all_rows.squeeze(1)
+    total = (spread + distance) * rows
+    dist.all_reduce(total, group=group)
+    return packed[:, 0].to(torch.int64), common, total / all_rows
 
 
 class _Gather(torch.autograd.Function):

@@ -49,7 +49,7 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     from fusedloss.backends.triton import tuning
 
     found = []
-    for name in tuning.TABLES["class_stats"][str(dtype).removeprefix("torch.")]:
+    for name in tuning.DEVICES[tuning.DEFAULT]["tiles"]["class_stats"][str(dtype).removeprefix("torch.")]:
         width = int(name)
         rows = 6 if small else _TUNED_BYTES // (width * dtype.itemsize)
         sizes = product((4, 8, 16, 32, 64), (128, 256, 512), (4, 8))

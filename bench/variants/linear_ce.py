@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from bench.variants import DTYPES, ROWS, ShapeClass, Variant, limited, variant
-from fusedloss.core.operands import LinearInputs, LinearMask, RowInputs
+from fusedloss.core.operands import LinearInputs, LinearMask, RowInputs, SavedStatistics, StatisticsGrads
 from fusedloss.core.row_loss import RowOptions
 
 TUNED = ("bfloat16",)
@@ -35,16 +35,21 @@ _WIDTHS_OF_HEADS = (128, 256, 512, 1024)
 def linear_tiles(dtype: str, width: int, *, options: bool = False) -> None:
     """Sums, the input's gradient and the weight's; `options` are all that a head may have."""
     from fusedloss.backends.triton import linear_tiles
+    from fusedloss.backends.triton.linear_coefficients import row_coefficients
 
     operand, per_row, per_class = DTYPES[dtype], torch.empty(ROWS), torch.empty(_CLASSES)
     some = (lambda tensor: tensor) if options else (lambda tensor: None)
     x, w = torch.empty(ROWS, width, dtype=operand), torch.empty(_CLASSES, width, dtype=operand)
     of_head = (*map(some, (per_class,) * 3), some(per_row))
     head = linear_tiles.Head(x, w, ROWS, _CLASSES, width, torch.zeros(ROWS, dtype=torch.int64), *of_head)
-    rows = linear_tiles.RowCoefficients(*(per_row,) * 5)
+    saved = SavedStatistics(per_row, per_row, per_row)
+    grads = StatisticsGrads(per_row, per_row, per_row, some(per_row), per_row)
+    override_grad = torch.empty(ROWS, dtype=torch.float64) if options else None
+    weight_sum = torch.empty((), dtype=torch.float64) if options else None
     linear_tiles.tile_sums(head, options)
-    linear_tiles.input_gradient(head, rows, options)
-    linear_tiles.weight_gradient(head, rows, options, True, options)
+    rows = row_coefficients(head, saved, grads, weight_sum, override_grad)
+    linear_tiles.grad_input(head, rows, options)
+    linear_tiles.grad_weight(head, rows, options, True, options)
 
 
 def linear_rows(dtype: str, width: int, *, cosines: bool = False) -> None:
@@ -89,15 +94,16 @@ def _tiled(
     w = (torch.randn(classes, width, device=device) / width**0.5).to(dtype)
     labels = torch.randint(classes, (rows,), device=device)
     head = linear_tiles.Head(x, w, rows, classes, width, labels, None, None, None, None)
-    top, rest, _, label_z = linear_tiles.tile_sums(head, False)
-    lse = (top.exp() * rest + label_z.exp()).log()
-    share = torch.full_like(lse, 1 / rows)
-    at_label = share * ((label_z - lse).exp() - 1)
-    coefficients = linear_tiles.RowCoefficients(lse, share, torch.zeros_like(lse), at_label, at_label)
+    top, others, _, label_z = linear_tiles.tile_sums(head, False)
+    shift = torch.maximum(top, label_z)
+    row_sum = (top - shift).exp() * others + (label_z - shift).exp()
+    share = torch.full_like(shift, 1 / rows)
+    target = share * ((label_z - shift).exp() / row_sum - 1)
+    coefficients = linear_tiles.RowCoefficients(shift, share / row_sum, torch.zeros_like(share), target, target)
     calls: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
         "sums": lambda: (linear_tiles.tile_sums(head, False),),
-        "input": lambda: (linear_tiles.input_gradient(head, coefficients, False),),
-        "weight": lambda: linear_tiles.weight_gradient(head, coefficients, False, True, False)[:1],  # type: ignore
+        "input": lambda: (linear_tiles.grad_input(head, coefficients, False),),
+        "weight": lambda: linear_tiles.grad_weight(head, coefficients, False, True, False)[:1],  # type: ignore
     }
     return calls[kernel]
 
@@ -128,7 +134,7 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     rows, classes = (5, 40) if small else (_TIMED_ROWS, _TIMED_CLASSES)
     found = []
     # The widest first: they are the slowest, should the time run out.
-    for name in reversed(tuning.TABLES["linear_ce"][str(dtype).removeprefix("torch.")]):
+    for name in reversed(tuning.DEVICES[tuning.DEFAULT]["tiles"]["linear_ce"][str(dtype).removeprefix("torch.")]):
         kernel, size = name.split()
         if kernel in _TILES:
             width = int(size)

@@ -65,8 +65,15 @@ def softmax_ce(
 
     call = _Call(dtype, num_classes, target, terms, layout, extras)
     per_row, override = call.row if options else None, call.inputs.target_override is not None
-    of_row = RowOptions(focal_gamma=2.0 if options and target == "labels" else 0.0, penalty_margin=1.0)
-    mask = SoftmaxMask(True, columns, override, options, call.penalty is not None)
+    labels, penalty = target == "labels", call.penalty is not None
+    of_row = RowOptions(
+        focal_gamma=2.0 if options and labels else 0.0,
+        poly_epsilon=1.0 if options and labels and penalty else 0.0,
+        z_loss=1e-4 if options else 0.0,
+        penalty_margin=1.0,
+        penalty_mix=float(options),
+    )
+    mask = SoftmaxMask(True, columns, override, options, penalty)
     softmax_ce(call.inputs, RowInputs(per_row, per_row, call.penalty), of_row, not options, mask)
 
 
@@ -196,7 +203,7 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     from fusedloss.backends.triton import tuning
 
     found = []
-    for name in tuning.TABLES["softmax_ce"][str(dtype).removeprefix("torch.")]:
+    for name in tuning.DEVICES[tuning.DEFAULT]["tiles"]["softmax_ce"][str(dtype).removeprefix("torch.")]:
         width = int(name.split()[0]) if name[0].isdigit() else 0
         if width:
             # Neither a power of two nor far below one: 100 for 128, 800 for 1024.
@@ -204,7 +211,7 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     found.append(timed("loop", 200 if small else 32000, _loop_tiles()))
     found.append(timed("loop extras", 200 if small else 32000, _loop_tiles(), cap=30.0))
     sizes = product((16, 32, 64), (32, 64, 128), (4, 8))
-    found.append(timed("apart", 100, [(*size, 1) for size in sizes], strided=True))
+    found.append(timed("strided", 100, [(*size, 1) for size in sizes], strided=True))
     sizes = product((1, 2, 4, 8), (256, 512, 1024, 2048), (4, 8))
     wide = 200 if small else 32000
     found.append(timed("columns", wide, [(*size, 1) for size in sizes if size[0] * size[1] <= 4096], columns=True))

@@ -109,7 +109,7 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     from fusedloss.backends.triton import tuning
 
     found = []
-    for name in reversed(tuning.TABLES["supcon"][str(dtype).removeprefix("torch.")]):
+    for name in reversed(tuning.DEVICES[tuning.DEFAULT]["tiles"]["supcon"][str(dtype).removeprefix("torch.")]):
         kernel, size = name.rsplit(" ", 1)
         rows, width = 40 if small else _TIMED_ROWS, int(size)
         prepare = partial(_call, kernel=kernel, rows=rows, width=width, dtype=dtype)

@@ -111,7 +111,8 @@ class AdaFaceLoss(MarginLoss):
         usable = torch.isfinite(norm)
         norm = torch.where(usable, norm, self.norm_mean).clamp(_SHORTEST, _LONGEST).to(compute_dtype(input.dtype))
         mean, deviation = self.norm_mean.clone(), self.norm_deviation.clone()
-        moves = statistics_move(self) and target.numel() == norm.numel()
+        # A target that does not fit is refused below, before anything is stored.
+        moves = statistics_move(self) and target.numel() == norm.numel() and target.device == norm.device
         if moves:
             labelled = target.reshape(-1) != self.loss.ignore_index
             mean, deviation = self._moved(norm, labelled & usable)

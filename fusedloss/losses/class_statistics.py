@@ -15,12 +15,12 @@ from fusedloss.core.checks import (
     check_bool,
     check_ignore_index,
     check_integer,
-    check_integer_tensor,
     check_labels,
     check_number,
-    check_tensor,
 )
-from fusedloss.core.dtypes import FLOATING, LABELS, compute_dtype
+from fusedloss.core.dtypes import compute_dtype
+from fusedloss.distributed import reduced_moments
+from fusedloss.losses.row_checks import check_feature_rows, check_row_labels
 from fusedloss.losses.running_state import add_skipped, register_skipped
 from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms.term import readable
@@ -147,7 +147,7 @@ class ClassStatistics(SettingsRepr):
         square = batch.square.div_(rows.unsqueeze(1) if self.per_feature else rows).double()
         distance = deviation.square()
         spread = square - (distance if self.per_feature else distance.sum(1))
-        self._take_in(*all_reduced(batch.count, shift.double() + deviation, spread.clamp_(min=0), group))
+        self._take_in(*reduced_moments(batch.count, shift.double() + deviation, spread.clamp_(min=0), group))
         return batch.skipped
 
     def _update_present(self, features: Tensor, labels: Tensor) -> Tensor | int:
@@ -206,7 +206,7 @@ class ClassStatistics(SettingsRepr):
             ``statistics.all_reduce()`` after the last ``update`` on every rank.
         """
         self._check_exact("all_reduce")
-        count, mean, spread = all_reduced(*self._moments(), group)
+        count, mean, spread = reduced_moments(*self._moments(), group)
         self.reset()
         self._take_in(count, mean, spread)
 
@@ -258,7 +258,8 @@ class ClassStatistics(SettingsRepr):
         return self
 
     def _check(self, features: Tensor, labels: Tensor) -> None:
-        check_feature_rows(features, labels, self.in_features, self.mean)
+        check_feature_rows(features, self.in_features, self.mean)
+        check_row_labels(labels, features)
         if CHECK_VALUES:
             check_labels(labels, self.num_classes, self.ignore_index)
 
@@ -268,38 +269,6 @@ class ClassStatistics(SettingsRepr):
                 f"momentum must be None for {method}(), for a moving average does not say how many rows it stands for "
                 f"(update(..., group=...) keeps one equal over ranks); got {self.momentum}"
             )
-
-
-def all_reduced(
-    count: Tensor, mean: Tensor, spread: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The moments of all ranks' rows: first their common mean, then the spread about it; all in float64."""
-    present = (count > 0).unsqueeze(1)
-    rows = count.double().unsqueeze(1)
-    packed = torch.cat([rows, torch.where(present, mean, 0.0) * rows], dim=1)
-    dist.all_reduce(packed, group=group)
-    all_rows = packed[:, :1].clamp(min=1)
-    common = packed[:, 1:] / all_rows
-    distance = torch.where(present, mean - common, 0.0).square()
-    if spread.dim() == 1:
-        distance, rows, all_rows = distance.sum(1), rows.squeeze(1), all_rows.squeeze(1)
-    total = (spread + distance) * rows
-    dist.all_reduce(total, group=group)
-    return packed[:, 0].to(torch.int64), common, total / all_rows
-
-
-def check_feature_rows(features: Any, labels: Any, width: int | str = "D", state: Tensor | None = None) -> None:
-    """Raises unless features are rows ``(B, width)`` on the device of `state`, and labels, if any, fit them."""
-    check_tensor("features", features, ("B", width), like=state, of="the statistics")
-    if features.dtype not in FLOATING:
-        raise TypeError(f"features must be float32, float64, bfloat16 or float16; got {features.dtype}")
-    if labels is None:
-        return
-    check_integer_tensor("labels", labels, (features.shape[0],))
-    if labels.dtype not in LABELS:
-        raise TypeError(f"labels must be int64, int32 or uint8; got {labels.dtype}")
-    if labels.device != features.device:
-        raise ValueError(f"labels must be on the device of features, {features.device}; got {labels.device}")
 
 
 def check_momentum(momentum: Any) -> float | None:

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedloss import ops
-from fusedloss.core.checks import check_ignore_index, check_integer_tensor, check_tensor
+from fusedloss.core.checks import check_ignore_index, check_tensor
 from fusedloss.core.dtypes import compute_dtype
-from fusedloss.losses.class_statistics import ClassStatistics, all_reduced, check_feature_rows
+from fusedloss.distributed import reduced_moments
+from fusedloss.losses.class_statistics import ClassStatistics
+from fusedloss.losses.row_checks import check_feature_rows, check_row_labels
 from fusedloss.losses.running_state import add_skipped
 from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms.term import readable
@@ -108,14 +110,16 @@ class NormStatistics(SettingsRepr):
             >>> NormStatistics().row_norms(torch.tensor([[1.0, -2.0]]))
             tensor([3.])
         """
-        check_feature_rows(features, None)
+        check_feature_rows(features)
+        return self._row_norms(features)
+
+    def _row_norms(self, features: Tensor) -> Tensor:
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if self.norm == 1 and not transformed and not (features.requires_grad and torch.is_grad_enabled()):
             return ops.row_magnitudes(features)
         norms: Tensor = torch.linalg.vector_norm(features, self.norm, dim=1, dtype=compute_dtype(features.dtype))
         return norms
 
-    @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
         """Takes one batch in; rows labelled `ignore_index` are left out, and labels serve nothing else.
 
@@ -133,10 +137,9 @@ class NormStatistics(SettingsRepr):
             >>> statistics.count.item()
             1
         """
-        check_feature_rows(features, labels)
-        self.update_values(self.row_norms(features.detach()), labels, group)
+        check_feature_rows(features)
+        self.update_values(self._row_norms(features.detach()), labels, group)
 
-    @torch.no_grad()
     def update_values(
         self, values: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None
     ) -> None:
@@ -175,14 +178,13 @@ class NormStatistics(SettingsRepr):
             return NormMoments(state.count.item(), state.mean.item(), state.scatter.item())
         return NormMoments(state.count[0], state.mean[0, 0], state.scatter[0])
 
-    @torch.no_grad()
     def moved(
         self, values: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None
     ) -> NormMoments:
         """What the state is after `values`, for `store`; nothing has changed yet."""
         check_tensor("values", values, ("B",), like=self.statistics.mean, of="the statistics")
         if labels is not None:
-            check_integer_tensor("labels", labels, (values.shape[0],))
+            check_row_labels(labels, values)
         batch = ops.moments(values, labels, self.ignore_index)
         if group is None and readable(batch):
             return self._moved_numbers(*batch.tolist())
@@ -191,7 +193,6 @@ class NormStatistics(SettingsRepr):
             count, mean, variance = _reduced(count, mean, variance, group)
         return self._moved_tensors(count, mean, variance, skipped.to(torch.int64))
 
-    @torch.no_grad()
     def store(self, moments: NormMoments) -> None:
         """Makes what `moved` returned the state."""
         state = self.statistics
@@ -234,5 +235,5 @@ class NormStatistics(SettingsRepr):
 
 def _reduced(count: Tensor, mean: Tensor, variance: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """The moments of all ranks' values."""
-    count, means, variances = all_reduced(count.reshape(1), mean.reshape(1, 1), variance.reshape(1), group)
+    count, means, variances = reduced_moments(count.reshape(1), mean.reshape(1, 1), variance.reshape(1), group)
     return count[0].double(), means[0, 0], variances[0]

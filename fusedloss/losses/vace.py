@@ -13,11 +13,12 @@ from fusedloss.core.checks import check_bool, check_integer, check_number, check
 from fusedloss.core.row_loss import RowSettings
 from fusedloss.functional import RowStatistics
 from fusedloss.functional.arguments import checked
-from fusedloss.losses.class_statistics import ClassStatistics, check_feature_rows
+from fusedloss.losses.class_statistics import ClassStatistics
 from fusedloss.losses.cross_entropy import CrossEntropyKeywords, CrossEntropyLoss
 from fusedloss.losses.feature_hook import FeatureHook, checked_features
 from fusedloss.losses.folding import check_linear, folded
 from fusedloss.losses.keywords import forwards_keywords
+from fusedloss.losses.row_checks import check_feature_rows
 from fusedloss.losses.running_state import statistics_move
 from fusedloss.terms import ClassTemperature, Term
 
@@ -233,7 +234,7 @@ class VACELoss(CrossEntropyLoss):
         terms = super()._terms()
         checked(logits, target, self.weight, self.ignore_index, self.reduction, terms, settings, sample_weight)
         if features is not None:
-            check_feature_rows(checked_features(features, logits, self.in_features), None, state=self.temperature)
+            check_feature_rows(checked_features(features, logits, self.in_features), state=self.temperature)
 
     @torch.no_grad()
     def _update(self, features: Tensor, target: Tensor) -> None:

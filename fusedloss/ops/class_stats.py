@@ -80,18 +80,39 @@ def _check_update(
     sums: Tensor, squares: Tensor, momentum: float | None,
 ) -> None:  # fmt: skip
     _check_floating("mean", mean, 2, "(K, D)")
+    if momentum is not None and not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must be None or in [0, 1]; got {momentum}")
+    if _is_consistent(count, mean, scatter, variance, rows, shift, sums, squares):
+        return
     size, classes = tuple(mean.shape), tuple(mean.shape[:1])
     check_tensor("count", count, classes, torch.int64, mean)
     check_tensor("scatter", scatter, classes, torch.float64, mean)
     check_tensor("variance", variance, size, mean.dtype, mean)
     check_tensor("rows", rows, classes, torch.int64, mean)
     # Sums of float64 features move a float32 state.
-    dtype = torch.promote_types(mean.dtype, sums.dtype)
+    dtype = mean.dtype if sums.dtype == mean.dtype else torch.float64
     check_tensor("sums", sums, size, dtype, mean)
     check_tensor("shift", shift, size, dtype, mean)
     check_tensor("squares", squares, classes if variance is None else size, dtype, mean)
-    if momentum is not None and not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"momentum must be None or in [0, 1]; got {momentum}")
+
+
+def _is_consistent(
+    count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None, rows: Tensor, shift: Tensor | None,
+    sums: Tensor, squares: Tensor,
+) -> bool:  # fmt: skip
+    """Whether the usual types, shapes and devices were given: faster than looking at each for a message."""
+    size, classes, dtype, device = mean.shape, mean.shape[:1], mean.dtype, mean.device
+    return (
+        count.shape == scatter.shape == rows.shape == classes
+        and squares.shape == (classes if variance is None else size)
+        and count.dtype == rows.dtype == torch.int64
+        and scatter.dtype == torch.float64
+        and squares.dtype == dtype
+        and all(part is None or (part.shape == size and part.dtype == dtype) for part in (sums, shift, variance))
+        and all(
+            part is None or part.device == device for part in (count, scatter, variance, rows, shift, sums, squares)
+        )
+    )
 
 
 def _check_row_magnitudes(rows: Tensor) -> None:
@@ -143,7 +164,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
 def _call(name: str, *arguments: Any) -> Any:
     """The operation, straight from its kernel where the dispatcher would only pass plain tensors on."""
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if transformed or not is_direct(*(value for value in arguments if isinstance(value, Tensor))):
+    if transformed or not is_direct(*[value for value in arguments if isinstance(value, Tensor)]):
         return getattr(torch.ops.fusedloss, name).default(*arguments)
     _CHECKS[name](*arguments)
     return backends.kernel(_STEM, name, arguments[0].device.type)(*arguments)

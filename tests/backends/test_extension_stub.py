@@ -9,13 +9,14 @@ import pytest
 
 import fusedloss
 from fusedloss.backends.cpp import extension, unavailable_reason
+from fusedloss.core.row_loss import RowOptions
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="no compiled module")
 
 STUB = ast.parse((Path(fusedloss.__file__).parent / "_C.pyi").read_text())
 DEFINITIONS = {node.name: node for node in STUB.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 FUNCTIONS = [name for name, node in DEFINITIONS.items() if isinstance(node, ast.FunctionDef)]
-CLASSES = [name for name, node in DEFINITIONS.items() if isinstance(node, ast.ClassDef)]
+CLASSES = [name for name, node in DEFINITIONS.items() if isinstance(node, ast.ClassDef) and name != "RowOptions"]
 
 
 def public(names):
@@ -76,6 +77,15 @@ def test_the_same_members(name):
         function = getattr(bound, method)
         if not isinstance(inspect.getattr_static(bound, method), property):
             compare(f"{name}.{method}", function, node)
+
+
+def test_the_options_of_a_row_are_those_of_python():
+    bound = extension.RowOptions
+    assert module_arguments(bound.__init__) == list(RowOptions._fields)
+    assert public(vars(bound)) == set(RowOptions._fields)
+    values = RowOptions(*range(len(RowOptions._fields)))
+    for made, meant in ((bound(), RowOptions()), (bound(*values), values), (bound(**values._asdict()), values)):
+        assert RowOptions(*(getattr(made, name) for name in RowOptions._fields)) == meant
 
 
 @pytest.mark.parametrize(

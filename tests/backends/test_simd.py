@@ -35,27 +35,27 @@ def run_battery(*arguments, level=None):
 def test_battery_on_level(level):
     if level == extension.level():
         pytest.skip("the level of this process, where test_softmax_ce and test_gradcheck run the battery")
-    found = run_battery("--gradcheck", level=level)
-    if NOT_ALLOWED in found.stderr:
+    result = run_battery("--gradcheck", level=level)
+    if NOT_ALLOWED in result.stderr:
         pytest.skip(f"this machine has no {level}")
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert found.stdout.startswith(f"level {level}\n")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith(f"level {level}\n")
 
 
 @needs_kernels
 def test_a_level_that_does_not_exist_is_an_error():
-    found = run_battery(level="avx9")
-    assert found.returncode != 0
-    assert "FUSEDLOSS_SIMD: got 'avx9'" in found.stderr
-    assert NOT_ALLOWED in found.stderr
+    result = run_battery(level="avx9")
+    assert result.returncode != 0
+    assert "FUSEDLOSS_SIMD: got 'avx9'" in result.stderr
+    assert NOT_ALLOWED in result.stderr
 
 
 @needs_kernels
 @pytest.mark.skipif(scratch.COMPILER is None, reason="no compiler")
 def test_the_battery_fails_on_a_wrong_kernel(tmp_path):
     folder = scratch.copy_package(tmp_path)
-    right, wrong = "const double rest = sums.rest * per_sum,", "const double rest = (1 + 1e-4) * sums.rest * per_sum,"
-    scratch.replace_once(folder / "csrc" / "rows.inl", right, wrong)
+    right, wrong = "one_minus_pt = sums.other_sum * per_sum", "one_minus_pt = (1 + 1e-4) * sums.other_sum * per_sum"
+    scratch.replace_once(folder / "csrc" / "row_loss.inl", right, wrong)
     found = run_battery("--extension", str(scratch.build_kernels(folder)))
     assert found.returncode == 1, found.stdout + found.stderr
     failures = [line for line in found.stdout.splitlines() if "AssertionError" in line]

@@ -537,6 +537,30 @@ class TestOptions:
                 fused,
             )
 
+    @pytest.mark.parametrize("poly", [-1.0, 0.5, 3.0])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_poly(self, backend, dtype, poly):
+        for num_classes in (7, 40, 300):
+            for reduction in ("mean", "none"):
+                case = random_case(7, num_classes, dtype=dtype, poly_epsilon=poly, reduction=reduction)
+                check(case, fused)
+                # Neither the class weight nor focal's factor multiplies it; the penalty's mix does.
+                weight = torch.rand(num_classes) + 0.1
+                check(replace(case, weight=weight, focal_gamma=2.0, label_smoothing=0.1), fused)
+                check(replace(case, penalty=(0.5, "mean", True), penalty_strength=0.3), fused)
+        check(random_case(7, 40, dtype=dtype, poly_epsilon=poly, soft=True), fused)
+
+    def test_poly_of_a_certain_and_of_a_hopeless_row(self, backend):
+        x = torch.tensor([[200.0, 0.0, 0.0], [-INF, 1.0, 0.0]], requires_grad=True)
+        for gamma in (0.0, 0.5):
+            options = {"poly_epsilon": 2.0, "focal_gamma": gamma, "reduction": "none"}
+            loss = fusedloss.cross_entropy(x[:1], torch.tensor([0]), **options)
+            assert loss.tolist() == [0.0]
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            assert (gradient == 0).all()
+        loss = fusedloss.cross_entropy(x[1:], torch.tensor([0]), poly_epsilon=2.0, reduction="none")
+        assert loss.tolist() == [INF]
+
     @pytest.mark.parametrize("z_loss", [1e-4, -0.1, 2.0])
     def test_z_loss(self, backend, z_loss):
         for soft in (False, True):

@@ -1,6 +1,5 @@
 """The Triton backend: interpreted on the CPU, compiled ahead of time, and on a GPU where there is one."""
 
-import functools
 import json
 import os
 import re
@@ -27,11 +26,11 @@ def run(*command, allowed=(0,), **environment):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "cases"), str(ROOT / "tests" / "oracles")]),
         **environment,
     }
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert found.returncode in allowed, found.stdout + found.stderr
-    return found.stdout
+    assert result.returncode in allowed, result.stdout + result.stderr
+    return result.stdout
 
 
 def kernels_of_the_backend():
@@ -39,28 +38,17 @@ def kernels_of_the_backend():
     return {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
 
 
-CHUNKS = 4
+CHUNKS = 4  # processes, for workers to share: each takes seconds to start
 INTERPRETED = [*triton_cases.CASES, *triton_cases.INTERPRETED]
 
 
-@functools.cache
-def interpret(chunk):
-    """What was wrong with each case of a chunk; a process for each chunk, since starting one takes seconds."""
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_interpreted(chunk):
     # NumPy, which interprets, warns of the infinities that the cases are about.
     options = {"allowed": (0, 1), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *INTERPRETED[chunk::CHUNKS], **options))
-
-
-def in_chunks():
-    """Each name with its chunk; the cases of a chunk run in one worker, which starts their process once."""
-    for index, name in enumerate(INTERPRETED):
-        chunk = index % CHUNKS
-        yield pytest.param(name, chunk, id=name, marks=pytest.mark.xdist_group(f"interpreted {chunk}"))
-
-
-@pytest.mark.parametrize(("name", "chunk"), list(in_chunks()))
-def test_interpreted(name, chunk):
-    assert interpret(chunk)[name] == []
+    result = json.loads(run("-W", "ignore", "tests/cases/triton_cases.py", *INTERPRETED[chunk::CHUNKS], **options))
+    assert list(result) == INTERPRETED[chunk::CHUNKS]
+    assert {name: wrong for name, wrong in result.items() if wrong} == {}
 
 
 def test_compiled_without_spills():
@@ -76,13 +64,13 @@ def test_every_case_compiles():
 
 
 def test_labels_are_asserted_on_the_device():
-    # The interpreter leaves assertions out, so the compiled kernel is asked for its own.
+    # The interpreter leaves assertions out, so it is looked for in the compiled kernel.
     code = (
         "from bench.resources import compiling\n"
         "from bench.variants.softmax_ce import softmax_stats\n"
-        "with compiling(90) as found:\n"
+        "with compiling(90) as result:\n"
         "    softmax_stats('f32', 10)\n"
-        "print({name: 'assertfail' in kernel.asm['ptx'] for name, kernel in found})\n"
+        "print({name: 'assertfail' in kernel.asm['ptx'] for name, kernel in result})\n"
     )
     assert run("-c", code) == "{'label_kernel': True, 'row_kernel': False}\n"
 
@@ -111,21 +99,39 @@ def test_tuning_table_is_as_written():
     from bench import tuning_file
     from fusedloss.backends.triton import tuning
 
-    assert tuning_file.PATH.read_text() == tuning_file.text(tuning.MEASURED, tuning.TABLES)
-    assert {stem: set(dates) for stem, dates in tuning.MEASURED.items()} == {
-        stem: set(types) for stem, types in tuning.TABLES.items()
-    }
-    entries = [entry for types in tuning.TABLES.values() for each in types.values() for entry in each.values()]
-    assert all(size & (size - 1) == 0 for *sizes, _stages in entries for size in sizes)
-    # Triton 3.6 multiplies nothing narrower than 16.
-    products = [
-        entry
-        for stem in ("linear_ce", "supcon")
-        for each in tuning.TABLES[stem].values()
-        for name, entry in each.items()
-        if name != "widest tiled"
-    ]
-    assert min(size for *sizes, _warps, _stages in products for size in sizes) >= 16
+    assert tuning.PATH.read_text() == tuning_file.text(tuning.DEVICES)
+    default = tuning.DEVICES[tuning.DEFAULT]["tiles"]
+    for device in tuning.DEVICES.values():
+        tiles = device["tiles"]
+        assert {stem: set(dates) for stem, dates in device["measured"].items()} == (
+            {} if tiles is default else {stem: set(types) for stem, types in tiles.items()}
+        )
+        assert all(name in default[stem][each] for stem in tiles for each in tiles[stem] for name in tiles[stem][each])
+        entries = [entry for types in tiles.values() for each in types.values() for entry in each.values()]
+        assert all(size & (size - 1) == 0 for *sizes, _stages in entries for size in sizes)
+        # Triton 3.6 multiplies nothing narrower than 16.
+        products = [
+            entry
+            for stem in {"linear_ce", "supcon"} & set(tiles)
+            for each in tiles[stem].values()
+            for name, entry in each.items()
+            if name != "widest tiled"
+        ]
+        assert all(size >= 16 for *sizes, _warps, _stages in products for size in sizes)
+
+
+def test_tiles_of_a_device_come_before_the_defaults(monkeypatch):
+    from fusedloss.backends.triton import tuning
+
+    device, other = torch.device("cuda", 0), torch.device("cpu")
+    tuning.device_key.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(tuning.DEVICES, "sm_90", {"tiles": {"softmax_ce": {"float32": {"16": [1, 16, 1, 1]}}}})
+    defaults = tuning.DEVICES[tuning.DEFAULT]["tiles"]["softmax_ce"]["float32"]
+    assert tuning.entry(device, "softmax_ce", torch.float32, "16") == [1, 16, 1, 1]
+    assert tuning.entry(device, "softmax_ce", torch.float32, "32") == defaults["32"]
+    assert tuning.entry(other, "softmax_ce", torch.float32, "16") == defaults["16"]
+    tuning.device_key.cache_clear()
 
 
 @pytest.mark.gpu
@@ -144,9 +150,9 @@ def test_label_out_of_range_fails_an_assertion():
         "fusedloss.cross_entropy(x, y)\n"
         "torch.cuda.synchronize()\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode != 0
-    assert "a label is outside" in found.stderr
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "a label is outside" in result.stderr
 
 
 @pytest.mark.gpu

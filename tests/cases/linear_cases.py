@@ -27,6 +27,7 @@ OPTIONS = {
     "soft cap": {"terms": (("soft cap", 3.0),)},
     "soft cap after a scale": {"terms": (("scale", 2.0), ("soft cap", 3.0))},
     "focal and z loss": {"focal_gamma": 2.0, "z_loss": 1e-2},
+    "poly": {"poly_epsilon": 1.5},
     "additive margin": {"terms": (("additive", ramp(0.1, 0.5, 23)), ("scale", 1.5)), "learned": ("term0",)},
     "penalty": {"penalty": (1.0, "mean", False), "penalty_strength": 0.1},
     "penalty per row": {
@@ -54,6 +55,7 @@ COSINES = {
         "label_smoothing": 0.1,
         "weight": ramp(0.2, 2.0, 23),
         "focal_gamma": 1.0,
+        "poly_epsilon": -0.7,
     },
 }
 
@@ -134,6 +136,7 @@ def fused(head: Head, **keywords) -> torch.Tensor:
         label_smoothing=case.label_smoothing,
         terms=fused_terms(case),
         focal_gamma=case.focal_gamma,
+        poly_epsilon=case.poly_epsilon,
         z_loss=case.z_loss,
         margin_penalty=penalty,
         sample_weight=case.sample_weight,

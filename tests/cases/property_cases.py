@@ -170,6 +170,8 @@ def own_cases(draw):
         case.z_loss = draw(st.sampled_from([1e-3, 0.1]))
     if draft.option("focal"):
         case.focal_gamma = draw(st.sampled_from([0.5, 1.0, 2.0, 3.5]))
+    if draft.option("poly"):
+        case.poly_epsilon = draw(st.sampled_from([-1.0, 0.5, 2.0]))
     penalty(draft, case)
     case.terms = terms(draft, margin)
     if draft.option("upstream"):

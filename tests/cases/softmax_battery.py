@@ -54,6 +54,7 @@ def fused(case: Case) -> torch.Tensor:
         case.label_smoothing,
         terms=fused_terms(case),
         focal_gamma=case.focal_gamma,
+        poly_epsilon=case.poly_epsilon,
         z_loss=case.z_loss,
         margin_penalty=penalty,
         sample_weight=case.sample_weight,
@@ -94,6 +95,7 @@ def everything(case: Case, seed=1, terms=True) -> Case:
         label_smoothing=between(0.0, 0.5, *rows),
         sample_weight=between(0.1, 3.0, *rows),
         focal_gamma=0.0 if soft else 2.0,
+        poly_epsilon=0.0 if soft else 0.6,
         z_loss=0.01,
         terms=(
             ("temperature", between(0.5, 2.0, num_classes)),
@@ -134,6 +136,8 @@ def cases():
         logits[torch.arange(8), confident.target] += 14
         yield f"{name} confident", replace(confident, input=logits)
         yield f"{name} focal", random_case(8, 33, dtype=dtype, focal_gamma=0.5)
+        yield f"{name} poly", random_case(8, 33, dtype=dtype, poly_epsilon=-1.5)
+        yield f"{name} poly smooth", random_case(8, 333, dtype=dtype, poly_epsilon=2.0, label_smoothing=0.1)
         masked = random_case(6, 37, dtype=dtype, soft=True)
         for tensor, value in ((masked.input, -torch.inf), (masked.target, 0.0)):
             tensor[:, ::5] = value
@@ -214,6 +218,7 @@ def gradient_cases():
         yield f"{reduction} soft everything", replace(everything(soft), reduction=reduction)
     yield "smoothing", random_case(4, 5, dtype=double, spread=1.0, label_smoothing=0.2)
     yield "focal", random_case(4, 5, dtype=double, spread=1.0, focal_gamma=0.5)
+    yield "poly", random_case(4, 5, dtype=double, spread=1.0, poly_epsilon=1.5)
     yield "z_loss", random_case(4, 5, dtype=double, spread=1.0, z_loss=0.1)
     yield "one row", random_case(None, 5, dtype=double, spread=1.0)
     yield "classes in the middle", everything(random_case(2, 5, 3, dtype=double, spread=1.0))

@@ -19,6 +19,7 @@ from triton_checks import (
     cross_entropy,
     empty,
     flat_rows,
+    same_bits,
     scaling,
     stats_backward,
     through_the_operation,
@@ -30,7 +31,8 @@ CASES: dict[str, Check] = {}
 LABEL = "logits affine target_override"
 EVERYTHING = {
     "cap": 2.5, "margin": True, "penalty": Penalty(strength=None, mix=True), "per_row": True, "focal_gamma": 2.0,
-    "z_loss": 0.01, "mean": False, "grads": "logits affine label_smoothing target_override penalty_strength",
+    "poly_epsilon": 0.7, "z_loss": 0.01, "mean": False,
+    "grads": "logits affine label_smoothing target_override penalty_strength",
 }  # fmt: skip
 
 
@@ -41,45 +43,50 @@ def case(check: Check, name: str) -> None:
 
 def mutants(device: str) -> list[str]:
     """Wrong kernels must fail the comparison."""
-    import triton_mutants
+    import triton_mutants as wrong
 
     from fusedloss.backends.triton import (
         blocks,
         class_stats,
-        rows,
-        slopes,
+        grad_logits,
         softmax_ce,
         softmax_kernels,
-        statistics_rows,
+        softmax_rows,
+        statistics,
     )
+    from fusedloss.backends.triton import row_loss as formulas
 
-    wrong = []
-    checks = {
-        "label_row": (softmax_ce, cross_entropy()),
-        "soft_row": (softmax_ce, cross_entropy(soft=True)),
-        "sweep_row": (softmax_ce, stats_backward()),
-        "statistics_row": (softmax_ce, stats_backward()),
-        "add_columns": (softmax_kernels, cross_entropy(ONE_BLOCK)),
-        "add_block": (softmax_kernels, cross_entropy()),
-        "add_hinge": (softmax_kernels, cross_entropy(penalty=Penalty(), grads="")),
-        "hinge_at_label": (rows, cross_entropy(penalty=Penalty(), label_smoothing=0.1)),
-        "label_slope": (rows, flat_rows),
-        "penalise": (rows, cross_entropy(penalty=Penalty(mix=True))),
-        "with_label": (rows, cross_entropy(margin=True, special="far label")),
-        "best_class": (statistics_rows, stats_backward(margin=True)),
-        "tanh": (blocks, cross_entropy(cap=2.5)),
-        "is_label": (slopes, cross_entropy(margin=True)),
-        "add_chunks": (class_stats, class_statistics()),
-    }
-    for name, (module, check) in checks.items():
+    poly = {"poly_epsilon": 0.5, "mean": False}
+    changes = [
+        (softmax_rows, "grad_coefficients", wrong.softmax_coefficient, cross_entropy()),
+        (softmax_rows, "grad_coefficients", wrong.target_coefficient, cross_entropy(soft=True)),
+        (softmax_rows, "grad_coefficients", wrong.target_coefficient, stats_backward()),
+        (softmax_rows, "row_loss", wrong.one_minus_pt_partial, cross_entropy(**poly)),
+        (softmax_rows, "row_loss", wrong.one_minus_pt_partial, cross_entropy(focal_gamma=2.0)),
+        (softmax_rows, "row_loss", wrong.unmixed_partial, cross_entropy(penalty=Penalty(mix=True))),
+        (softmax_ce, "loss_row", wrong.loss_row, cross_entropy(label_smoothing=0.1)),
+        (softmax_ce, "statistics_row", wrong.statistics_row, stats_backward()),
+        (formulas, "target_grad", wrong.target_grad, flat_rows),
+        (formulas, "hinge_at_label", wrong.hinge_at_label, cross_entropy(penalty=Penalty(), label_smoothing=0.1)),
+        (softmax_kernels, "add_columns", wrong.add_columns, cross_entropy(ONE_BLOCK)),
+        (softmax_kernels, "add_block", wrong.add_block, cross_entropy()),
+        (softmax_kernels, "add_hinge", wrong.add_hinge, cross_entropy(penalty=Penalty(), grads="")),
+        (statistics, "with_label", wrong.with_label, cross_entropy(margin=True, special="far label")),
+        (softmax_rows, "best_class", wrong.best_class, stats_backward(margin=True)),
+        (blocks, "tanh", wrong.tanh, cross_entropy(cap=2.5)),
+        (grad_logits, "is_label", wrong.is_label, cross_entropy(margin=True)),
+        (class_stats, "add_chunks", wrong.add_chunks, class_statistics()),
+    ]
+    passed = []
+    for module, name, function, check in changes:
         right = getattr(module, name)
-        setattr(module, name, getattr(triton_mutants, name))
+        setattr(module, name, function)
         try:
             if not check(device):
-                wrong.append(f"a wrong {name} passed")
+                passed.append(f"a wrong {function.__name__} passed")
         finally:
             setattr(module, name, right)
-    return wrong
+    return passed
 
 
 for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -101,6 +108,14 @@ for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     case(stats_backward(dtype=_dtype), f"statistics {_word} steps")
     case(stats_backward(dtype=_dtype, soft=True), f"statistics probabilities {_word}")
     case(class_statistics(dtype=_dtype), f"classes {_word}")
+for _dtype in (torch.float32, torch.float64, torch.bfloat16):
+    _word = str(_dtype).split(".")[1]
+    case(cross_entropy(dtype=_dtype, poly_epsilon=2.0), f"ce poly {_word}")
+    case(cross_entropy(ONE_BLOCK, dtype=_dtype, poly_epsilon=-1.0, label_smoothing=0.1), f"ce poly smooth {_word}")
+for _special in ("confident", "ignored", "nan", "infinite"):
+    case(
+        cross_entropy(poly_epsilon=2.0, special=_special, terms="weight", grads="logits"), f"ce poly {_special}"
+    )  # fmt: skip
 for _terms in ("", "scale", "bias", "weight", "scale weight"):
     case(cross_entropy(terms=_terms, torch_agrees=True), f"ce with terms '{_terms}'")
     case(
@@ -284,6 +299,9 @@ for _reduction, _stats in (("mean", False), ("sum", True), ("none", False)):
             f"through the operation: {_reduction}, {_stats}, {str(_dtype).split('.')[1]}",
         )
 case(empty, "no rows")
+for _name in ("softmax", "linear", "cosine"):
+    case(same_bits(_name), f"other strides, {_name}")
+    case(same_bits(_name, "meta"), f"other default device, {_name}")
 for _name, _check in (triton_supcon.CASES | triton_linear.CASES).items():
     case(_check, _name)
 # On a GPU a replaced function is compiled already.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from triton_truth import (
 )
 
 from fusedloss.core.operands import (
+    LinearInputs,
+    LinearMask,
     LogitInputs,
     RowInputs,
     SavedStatistics,
@@ -315,6 +318,90 @@ def empty(device: str) -> list[str]:
         wrong += difference("loss", loss, torch.tensor(truth), (0, 0))
         wrong += difference("scale", gradients[1], torch.zeros(37), (0, 0))
     return wrong
+
+
+def other_strides(values: Any) -> Any:
+    """The same values in every second place of memory, of each tensor of a named tuple but logits and target."""
+    if not isinstance(values, tuple):
+        return laid_out(values, "gaps") if isinstance(values, Tensor) and values.dim() else values
+    kept = ("logits", "target")
+    return type(values)(*(
+        value if name in kept else other_strides(value) for name, value in zip(values._fields, values, strict=True)
+    ))  # fmt: skip
+
+
+def expanded(values: Any) -> Any:
+    """One value for all classes, in tensors whose stride is 0."""
+    classes = ("scale", "bias", "class_weight", "class_norm")
+    changed = {
+        name: getattr(values, name)[:1].expand(37) for name in classes if getattr(values, name, None) is not None
+    }
+    return values._replace(**changed)
+
+
+def same_bits(name: str, default_device: str | None = None) -> Check:
+    """Whatever the strides of what goes with the logits, and under another default device: the same bits."""
+
+    def run(device: str) -> list[str]:
+        wrong = []
+        for function, inputs, *more in _calls_of(name):
+            for given in (inputs, expanded(inputs)):
+                dense = type(given)(*(v.contiguous() if isinstance(v, Tensor) else v for v in given))
+                arguments = [on_device(value, device) for value in (dense, *more)]
+                first = _flat(function(*arguments))
+                arguments = [on_device(other_strides(value), device) for value in (given, *more)]
+                if given is not inputs:
+                    arguments[0] = expanded(arguments[0])
+                with torch.device(default_device) if default_device else contextlib.nullcontext():
+                    second = _flat(function(*arguments))
+                for i, (one, other) in enumerate(zip(first, second, strict=True)):
+                    if one.device != other.device or not torch.equal(one.nan_to_num(1.5), other.nan_to_num(1.5)):
+                        wrong.append(f"{function.__name__}: result {i}")
+        return wrong
+
+    return run
+
+
+def _calls_of(name: str) -> Iterator[tuple[Any, ...]]:
+    """Functions of the backend with their arguments: the inputs first."""
+    options = RowOptions(focal_gamma=2.0, poly_epsilon=0.5, z_loss=0.01, penalty_margin=1.0)
+    if name == "softmax":
+        from fusedloss.backends.triton import softmax_ce as backend
+
+        for rows in ((7,), (3, 5)):
+            made = make(rows=rows, cap=2.5, margin=True)
+            inputs, row = logit_inputs(made), made["per_row"]
+            mask = SoftmaxMask(*(True,) * 5)
+            yield backend.softmax_ce, inputs, RowInputs(row, row + 0.25, 1 - row), options, True, mask
+            needed = StatisticsOptions(1.0, True, True, True)
+            statistics = backend.softmax_stats(inputs._replace(target_override_grad=None), needed)
+            yield backend.softmax_stats, inputs._replace(target_override_grad=None), needed
+            saved = SavedStatistics(statistics.row_max, statistics.row_sum, statistics.one_minus_pt)
+            grads = StatisticsGrads(*(row * i for i in range(1, 7)))
+            yield backend.softmax_stats_backward, inputs, saved, 1.0, grads, mask._replace(label_smoothing=False)
+    else:
+        from fusedloss.backends.triton import linear_ce as backend
+
+        dtype, normalize = (torch.float32, True) if name == "cosine" else (torch.bfloat16, False)
+        made = make(rows=(7,), dtype=dtype, margin=True)
+        generator = torch.Generator().manual_seed(0)
+        x, w = (torch.randn(count, 21, generator=generator).to(dtype) for count in (7, 37))
+        norms = [backend.row_norms(rows) if normalize else None for rows in (x, w)]
+        row, override_grad = made["per_row"], made["target_override_grad"].double()
+        values = (made["scale"], made["bias"], made["class_weight"], made["target_override"], override_grad)
+        inputs = LinearInputs(x, w, made["target"], *norms, *values)
+        inputs = inputs._replace(target_product=backend.target_products(inputs))
+        mask = LinearMask(*(True,) * 6)
+        yield backend.linear_ce, inputs, RowInputs(row, row + 0.25), options, True, mask
+        statistics = backend.linear_stats(inputs, StatisticsOptions(smooth_loss=True))
+        yield backend.linear_stats, inputs, StatisticsOptions(smooth_loss=True)
+        saved = SavedStatistics(statistics.row_max, statistics.row_sum, statistics.one_minus_pt)
+        grads = StatisticsGrads(*(row * i for i in range(1, 6)))
+        yield backend.linear_stats_backward, inputs, saved, 0.0, grads, mask._replace(label_smoothing=False)
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [tensor for part in result for tensor in _flat(part)]
 
 
 def through_the_operation(reduction: str, stats: bool, dtype: torch.dtype = torch.float32) -> Check:

@@ -99,10 +99,10 @@ def weights_of_one(head, right):
 
 
 @triton.jit
-def no_tangent(pairs, row, label, slope, places, inside, OF_WEIGHT: tl.constexpr):
+def no_tangent(pairs, row, label, grad, places, inside, OF_WEIGHT: tl.constexpr):
     x = tl.load(pairs.input + row * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
     w = tl.load(pairs.weight + label * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
-    return slope * (x if OF_WEIGHT else w)
+    return grad * (x if OF_WEIGHT else w)
 
 
 def mutants(device):
@@ -113,7 +113,7 @@ def mutants(device):
     for module, name, function, case in (
         (linear_tiles, "logits_of", no_bias, ("bf16", "plain", "mean", False)),
         (linear_tiles, "class_weights", weights_of_one, ("bf16", "weight and smoothing", "mean", False)),
-        (linear_rows, "toward", no_tangent, ("f32", "angular", "mean", True)),
+        (linear_rows, "product_grad", no_tangent, ("f32", "angular", "mean", True)),
     ):
         before = getattr(module, name)
         setattr(module, name, function)

@@ -3,110 +3,84 @@
 import triton
 import triton.language as tl
 
-from fusedloss.backends.triton import blocks, slopes, statistics_rows
-from fusedloss.backends.triton import class_stats as classes
-from fusedloss.backends.triton import rows as row_functions
-from fusedloss.backends.triton import sums as gathered
-from fusedloss.backends.triton.slopes import Slopes
-from fusedloss.backends.triton.sums import RowSums
+from fusedloss.backends.triton import blocks, class_stats, grad_logits, row_loss, softmax_rows, statistics
+from fusedloss.backends.triton.row_loss import GradCoefficients, RowLoss
+from fusedloss.backends.triton.statistics import RowSums
 
-_label_row, _soft_row, _sweep_row = row_functions.label_row, row_functions.soft_row, statistics_rows.sweep_row
-_statistics_row, _add_block, _add_columns = statistics_rows.statistics_row, gathered.add_block, slopes.add_columns
-_add_hinge, _with_label, _best_class = gathered.add_hinge, gathered.with_label, gathered.best_class
-_hinge_at_label, _penalise, _tanh = row_functions.hinge_at_label, row_functions.penalise, blocks.tanh
-_add_chunks = classes.add_chunks
+_loss_row, _statistics_row = softmax_rows.loss_row, softmax_rows.statistics_row
+_row_loss, _grad_coefficients, _hinge_at_label = row_loss.row_loss, row_loss.grad_coefficients, row_loss.hinge_at_label
+_add_block, _add_hinge = statistics.add_block, statistics.add_hinge
+_with_label, _best_class = statistics.with_label, statistics.best_class
+_add_columns, _tanh, _add_chunks = grad_logits.add_columns, blocks.tanh, class_stats.add_chunks
 
 
 @triton.jit
-def label_row(
-    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
-    right = _label_row(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
-    return Slopes(
-        right.shift,
-        right.softmax * 1.001,
-        right.uniform,
-        right.at_target,
-        right.kept,
-        right.threshold,
-        right.hinge,
-        right.at_first,
-        right.first,
-    )
+def softmax_coefficient(partials, values, hinge, label, kept, spec):
+    right = _grad_coefficients(partials, values, hinge, label, kept, spec)
+    return GradCoefficients(right.shift, right.softmax * 1.001, right.smooth_loss, right.target, right.kept,
+                            right.threshold, right.hinge, right.at_top, right.first_top)  # fmt: skip
 
 
 @triton.jit
-def soft_row(
-    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
-    right = _soft_row(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
-    return Slopes(
-        right.shift,
-        right.softmax,
-        right.uniform,
-        right.at_target * 1.001,
-        right.kept,
-        right.threshold,
-        right.hinge,
-        right.at_first,
-        right.first,
-    )
+def target_coefficient(partials, values, hinge, label, kept, spec):
+    right = _grad_coefficients(partials, values, hinge, label, kept, spec)
+    return GradCoefficients(right.shift, right.softmax, right.smooth_loss, right.target * 1.001, right.kept,
+                            right.threshold, right.hinge, right.at_top, right.first_top)  # fmt: skip
 
 
 @triton.jit
-def sweep_row(
-    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
-    right = _sweep_row(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
-    return Slopes(
-        right.shift,
-        right.softmax,
-        right.uniform,
-        right.at_target * 1.001,
-        right.kept,
-        right.threshold,
-        right.hinge,
-        right.at_first,
-        right.first,
-    )
+def loss_row(rows, sums, hinge, label, num_classes, options, row_tensors, spec):
+    right = _loss_row(rows, sums, hinge, label, num_classes, options, row_tensors, spec)
+    return GradCoefficients(right.shift, right.softmax, right.smooth_loss * 1.001, right.target, right.kept,
+                            right.threshold, right.hinge, right.at_top, right.first_top)  # fmt: skip
 
 
 @triton.jit
-def statistics_row(
-    rows, sums, hinge, label, num_classes, scalars, arguments, T: tl.constexpr, SOFT: tl.constexpr,
-    STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
-    wrong = RowSums(sums.top, sums.rest * 1.001, sums.weight, sums.uniform, sums.soft_weight, sums.soft,
+def statistics_row(rows, sums, hinge, label, num_classes, options, outputs, spec):
+    wrong = RowSums(sums.top, sums.others * 1.001, sums.weight, sums.smooth, sums.soft_weight, sums.soft,
                     sums.first_top, sums.first_nan)  # fmt: skip
-    return _statistics_row(rows, wrong, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
+    return _statistics_row(rows, wrong, hinge, label, num_classes, options, outputs, spec)
 
 
 @triton.jit
-def add_columns(scale_sum, bias_sum, slope, x):
-    scale_sum, bias_sum = _add_columns(scale_sum, bias_sum, slope, x)
+def one_minus_pt_partial(values, options, row_tensors, rows, num_classes, spec):
+    right = _row_loss(values, options, row_tensors, rows, num_classes, spec)
+    return RowLoss(right.value, right.log_sum_exp, right.target_logit, right.cross_entropy, right.smooth_loss,
+                   1.001 * right.one_minus_pt, right.hinge, right.label_smoothing, right.penalty_strength)  # fmt: skip
+
+
+@triton.jit
+def unmixed_partial(values, options, row_tensors, rows, num_classes, spec):
+    # The penalty takes its strength from the loss, but not from its gradient.
+    right = _row_loss(values, options, row_tensors, rows, num_classes, spec)
+    return RowLoss(right.value, right.log_sum_exp, right.target_logit, right.cross_entropy * 0.0 + 1.0,
+                   right.smooth_loss, right.one_minus_pt, right.hinge, right.label_smoothing,
+                   right.penalty_strength)  # fmt: skip
+
+
+@triton.jit
+def target_grad(softmax, target_coeff, excess, values):
+    return excess - softmax * values.one_minus_pt
+
+
+@triton.jit
+def hinge_at_label(coefficient, hinge, label):
+    return _hinge_at_label(coefficient, hinge, label) + 0.001 * coefficient
+
+
+@triton.jit
+def add_columns(scale_sum, bias_sum, grad, x):
+    scale_sum, bias_sum = _add_columns(scale_sum, bias_sum, grad, x)
     return scale_sum * 0.999, bias_sum
 
 
 @triton.jit
-def add_block(
-    sums, block, label, classes, SOFT: tl.constexpr, STAND_IN: tl.constexpr, UNIFORM: tl.constexpr,
-    PREDICTION: tl.constexpr,
-):  # fmt: skip
+def add_block(sums, block, label, classes, spec):
     # The sum of earlier blocks is not moved to the new maximum.
-    right = _add_block(sums, block, label, classes, SOFT, STAND_IN, UNIFORM, PREDICTION)
-    rest = right.rest + sums.rest * (1.0 - tl.exp(sums.top - right.top))
-    return RowSums(
-        right.top, rest, right.weight, right.uniform, right.soft_weight, right.soft, right.first_top,
-        right.first_nan,
-    )  # fmt: skip
-
-
-@triton.jit
-def add_chunks(parts, first, last, width, columns, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    return _add_chunks(parts, first + 1, last, width, columns, CHUNKS, BLOCK)
+    right = _add_block(sums, block, label, classes, spec)
+    others = right.others + sums.others * (1.0 - tl.exp(sums.top - right.top))
+    return RowSums(right.top, others, right.weight, right.smooth, right.soft_weight, right.soft, right.first_top,
+                   right.first_nan)  # fmt: skip
 
 
 @triton.jit
@@ -116,34 +90,18 @@ def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
 
 
 @triton.jit
-def hinge_at_label(coefficient, hinge, label):
-    return _hinge_at_label(coefficient, hinge, label) + 0.001 * coefficient
-
-
-@triton.jit
-def label_slope(softmax, counted, drift, p, rest):
-    return drift - softmax * rest
-
-
-@triton.jit
-def penalise(loss, hinge, rows, kept, scale, scalars, arguments, T: tl.constexpr):
-    total, _, coefficient = _penalise(loss, hinge, rows, kept, scale, scalars, arguments, T)
-    return total, 1.0, coefficient
-
-
-@triton.jit
-def with_label(sums, label, STAND_IN: tl.constexpr):
+def with_label(sums, label, spec):
     # The maximum without the label.
-    right = _with_label(sums, label, STAND_IN)
-    return RowSums(sums.top, right.rest, right.weight, right.uniform, right.soft_weight, right.soft,
-                   right.first_top, right.first_nan)  # fmt: skip
+    right = _with_label(sums, label, spec)
+    return RowSums(sums.top, right.others, right.weight, right.smooth, right.soft_weight, right.soft, right.first_top,
+                   right.first_nan)  # fmt: skip
 
 
 @triton.jit
-def best_class(sums, label, total, num_classes, STAND_IN: tl.constexpr):
-    # The stand-in's sum in place of the plain logits'.
-    first, _ = _best_class(sums, label, total, num_classes, STAND_IN)
-    return first, 1.0 / total
+def best_class(sums, label, row_sum, num_classes, spec):
+    # The sum with target_override in place of the one without.
+    first, _ = _best_class(sums, label, row_sum, num_classes, spec)
+    return first, 1.0 / row_sum
 
 
 @triton.jit
@@ -153,5 +111,10 @@ def tanh(x, T: tl.constexpr):
 
 @triton.jit
 def is_label(classes, label):
-    # The stand-in's slope lands one class further.
+    # The gradient of target_override lands one class further.
     return classes[None, :] == label.index[:, None] + 1
+
+
+@triton.jit
+def add_chunks(parts, first, last, width, columns, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    return _add_chunks(parts, first + 1, last, width, columns, CHUNKS, BLOCK)

@@ -13,9 +13,6 @@ from fusedloss.train.report import collect_rows, difference
 
 QUICK = ["--epochs", "2", "--batch-size", "32", "--device", "cpu"]
 
-# One worker, which sets the module's fixtures up once.
-pytestmark = pytest.mark.xdist_group("cli_train")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

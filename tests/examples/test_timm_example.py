@@ -12,9 +12,6 @@ pytest.importorskip("timm")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "timm_vace.py"
 
-# One worker, which sets the module's fixtures up once.
-pytestmark = pytest.mark.xdist_group("timm_example")
-
 
 @pytest.fixture(scope="module")
 def example():

@@ -13,9 +13,6 @@ from fusedloss import AdditiveMargin, AngularMargin, ClassTemperature, Scale
 
 ROWS, CLASSES, WIDTH, SPLIT = 12, 11, 5, 4
 
-# One worker, which sets the module's fixtures up once.
-pytestmark = pytest.mark.xdist_group("linear_group")
-
 
 def tensors():
     generator = torch.Generator().manual_seed(0)

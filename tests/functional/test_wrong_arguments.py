@@ -451,7 +451,7 @@ CALLS |= {
     },
     "ArcFaceLoss.logits": (
         fusedloss.ArcFaceLoss(D, K).logits,
-        {"input": (FEATURES, "matching rows"), "temperature": (1.0, "positive")},
+        {"input": (FEATURES, "features"), "temperature": (1.0, "positive")},
     ),
     "ArcFaceHead()": (
         fusedloss.ArcFaceHead(D, K),
@@ -536,7 +536,7 @@ CALLS |= {
     "FeatureQueue": (fusedloss.FeatureQueue, {"in_features": (D, "size"), "size": (4, "size")}),
     "FeatureQueue.push": (
         fusedloss.FeatureQueue(D, 8).push,
-        {"features": (FEATURES, "matching rows"), "labels": (LABELS, "group labels")},
+        {"features": (FEATURES, "matching rows"), "labels": (LABELS, "labels of a queue")},
     ),
     "watch": (fusedloss.VACELoss(D, K).watch, {"layer": (torch.nn.Linear(D, K), "layer")}),
 }
@@ -626,6 +626,10 @@ WRONG |= {
     "layer": [None, "text", (torch.nn.Linear(D, K),), torch.nn.Linear(D + 1, K), torch.nn.Linear],
     "rates": ["0.1", 0.1, None, [0.0], [1.0], ["a"], [NAN]],
 }
+# (B, 1), as the reference code of SupCon has them, is taken too.
+WRONG["labels of a queue"] = [
+    value for value in WRONG["group labels"] if not (isinstance(value, torch.Tensor) and value.shape == (B, 1))
+]
 # Arguments whose errors are of another form so far, by call: a name is taken out with its mend.
 PENDING = {
     "cross_entropy": "return_stats",
@@ -638,32 +642,10 @@ PENDING = {
         "base_temperature prototype_weight focal_gamma learn_temperature"
     ),
     "SupConLoss()": "features labels",
-    "ArcFaceLoss": "scale terms poly_epsilon sample_rate",
-    "CosFaceLoss": "scale terms poly_epsilon sample_rate",
-    "CombinedMarginLoss": "scale margin",
-    "AdaFaceLoss": "scale h momentum",
-    "CurricularFaceLoss": "scale momentum",
-    "ArcFaceHead": "scale",
-    "AdaFaceLoss()": "features",
-    "CurricularFaceLoss()": "target",
-    "ArcFaceLoss.logits": "input temperature",
-    "VACELoss": "in_features num_classes a strength tau_min tau_max momentum warmup_steps center",
-    "VACELoss()": "target features",
-    "VACELoss.fit_statistics": "features labels",
-    "FeDLaSLoss": "num_classes base strength beta momentum gate indicator",
-    "FeDLaSLoss()": "logits target features",
     "PrototypeLoss": (
         "in_features num_classes distance separation separation_margin center_update reduction ignore_index"
     ),
     "PrototypeLoss()": "target",
-    "ClassStatistics": "in_features num_classes momentum per_feature",
-    "ClassStatistics.update": "features labels",
-    "ClassStatistics.merge": "other",
-    "NormStatistics": "momentum norm",
-    "NormStatistics.update": "features",
-    "FeatureQueue": "in_features size",
-    "FeatureQueue.push": "labels",
-    "watch": "layer",
 }
 
 

@@ -33,6 +33,7 @@ class Case:
     label_smoothing: float | torch.Tensor = 0.0
     terms: tuple = ()
     focal_gamma: float = 0.0
+    poly_epsilon: float = 0.0
     z_loss: float = 0.0
     sample_weight: torch.Tensor | None = None
     penalty: tuple[float, str, bool] | None = None
@@ -119,7 +120,7 @@ def per_row(value, rows):
 def eager(case: Case) -> torch.Tensor:
     """The loss of a case in the dtype of its tensors."""
     plain = not isinstance(case.label_smoothing, torch.Tensor) and case.sample_weight is None
-    plain = plain and case.focal_gamma == 0 and case.z_loss == 0 and case.penalty is None
+    plain = plain and case.focal_gamma == 0 and case.poly_epsilon == 0 and case.z_loss == 0 and case.penalty is None
     z = case.input if case.input.dim() > 1 else case.input.unsqueeze(0)
     z = apply_terms(z, case.terms, _labels(case, z))
     masked = bool(torch.isinf(z).any()) and case.target.is_floating_point()
@@ -159,6 +160,8 @@ def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
             certain = p == 1
             q = torch.where(certain, 0, torch.where(certain, 0.5, 1 - p) ** case.focal_gamma * q)
         loss = -zero_safe_product(q, log_p).sum(1)
+        if case.poly_epsilon:
+            loss = loss + case.poly_epsilon * (case.target.reshape(z.shape) * (1 - log_p.exp())).sum(1)
         kept = torch.ones(rows, dtype=torch.bool)
         share = torch.ones(rows, dtype=z.dtype)
     else:
@@ -172,12 +175,14 @@ def written_out(case: Case, z: torch.Tensor) -> torch.Tensor:
         if isinstance(smoothing, torch.Tensor) or smoothing != 0:
             uniform = -zero_safe_product(per_class(weight, z).expand_as(z), log_p).sum(1)
             loss = (1 - smoothing) * hard + smoothing * uniform / num_classes
+        others = log_p.masked_fill(torch.zeros_like(z, dtype=torch.bool).scatter(1, picked, True), -torch.inf)
+        one_minus_pt = others.exp().sum(1)
         if case.focal_gamma:
-            others = log_p.masked_fill(torch.zeros_like(z, dtype=torch.bool).scatter(1, picked, True), -torch.inf)
-            rest = others.exp().sum(1)
             # A certain row has loss and slope 0; the power alone has an infinite slope there below gamma = 1.
-            certain = rest == 0
-            loss = torch.where(certain, 0, torch.where(certain, 1, rest) ** case.focal_gamma * loss)
+            certain = one_minus_pt == 0
+            loss = torch.where(certain, 0, torch.where(certain, 1, one_minus_pt) ** case.focal_gamma * loss)
+        if case.poly_epsilon:
+            loss = loss + case.poly_epsilon * one_minus_pt
         share = torch.where(kept, label_weight, 0)
     if case.penalty is not None:
         margin, over, mix = case.penalty
@@ -213,6 +218,7 @@ def cast(case: Case, dtype: torch.dtype) -> Case:
         copy(case.label_smoothing, "label_smoothing"),
         tuple((t[0], copy(t[1], f"term{i}"), *t[2:]) for i, t in enumerate(case.terms)),
         case.focal_gamma,
+        case.poly_epsilon,
         case.z_loss,
         copy(case.sample_weight, "sample_weight"),
         case.penalty,

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ BACKENDS = ["reference"] + (["cpp"] if backends.resolve_backend("cpu") == "cpp" 
 CHECK_AFFINE = """
 logits, labels = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, -100])
 offset = torch.randn(5, requires_grad=True)
-found = fusedloss.cross_entropy(logits, labels, terms=[fusedloss.Scale(2.0), fusedloss.Shift(offset)])
+result = fusedloss.cross_entropy(logits, labels, terms=[fusedloss.Scale(2.0), fusedloss.Shift(offset)])
 expected = F.cross_entropy(2 * logits + offset, labels)
-compare(found, expected, [logits, offset])
+compare(result, expected, [logits, offset])
 layer = torch.nn.Linear(3, 5)
 folded = fusedloss.CrossEntropyLoss(terms=[fusedloss.Shift(offset)]).fold_into(layer)
 torch.testing.assert_close(folded(torch.ones(1, 3)), layer(torch.ones(1, 3)) + offset)
@@ -31,26 +32,34 @@ CHECK_MARGIN = """
 logits, labels = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0])
 amount = torch.tensor(0.3, requires_grad=True)
 terms = [fusedloss.Shrink(amount), fusedloss.Scale(3.0)]
-found = fusedloss.cross_entropy(logits, labels, terms=terms, label_smoothing=0.1)
+result = fusedloss.cross_entropy(logits, labels, terms=terms, label_smoothing=0.1)
 chosen = F.one_hot(labels, 5)
 expected = F.cross_entropy(3 * (logits - chosen * amount * torch.tanh(logits)), labels, label_smoothing=0.1)
-compare(found, expected, [logits, amount])
+compare(result, expected, [logits, amount])
 """
 CHECK_ROW = """
 logits, labels = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, -100])
 weight = torch.rand(5)
-found = Polynomial(weight=weight)(logits, labels)
+result = Polynomial(weight=weight)(logits, labels)
 p = logits[:5].softmax(1).gather(1, labels[:5].unsqueeze(1)).squeeze(1)
 expected = (weight[labels[:5]] * (1 - p - p.log())).sum() / weight[labels[:5]].sum()
-compare(found, expected, [logits])
+compare(result, expected, [logits])
+"""
+CHECK_OPTION = """
+logits, labels = 3 * torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, -100])
+for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"focal_gamma": 2.0, "poly_epsilon": 0.5}):
+    x = logits.clone().requires_grad_()
+    result = fusedloss.cross_entropy(x, labels, poly2_epsilon=0.7, **options)
+    p = x[:5].softmax(1).gather(1, labels[:5].unsqueeze(1)).squeeze(1)
+    compare(result, fusedloss.cross_entropy(x, labels, **options) + 0.7 * (1 - p).square().mean(), [x])
 """
 PRELUDE = """
 import torch, fusedloss
 import torch.nn.functional as F
 
-def compare(found, expected, tensors):
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors), strict=True):
+def compare(result, expected, tensors):
+    torch.testing.assert_close(result, expected)
+    for one, other in zip(torch.autograd.grad(result, tensors), torch.autograd.grad(expected, tensors), strict=True):
         torch.testing.assert_close(one, other)
 """
 
@@ -70,10 +79,12 @@ def class_of(code):
 
 
 def changes_of(heading):
-    """(file, lines before, lines after) of the ```diff blocks under a heading, each of the last file named above it."""
-    section = section_of(heading)
-    for block in re.finditer(r"^( *)```diff\n(.*?)^ *```", section, re.M | re.S):
-        path = re.findall(r"`((?:fusedloss|csrc)/[\w/]+\.\w+)`", section[: block.start()])[-1]
+    """(file, lines before, lines after) of the ```diff blocks under a heading, each of the first file of its step."""
+    for step in re.split(r"^\d+\. ", section_of(heading), flags=re.M)[1:]:
+        block = re.search(r"^( *)```diff\n(.*?)^ *```", step, re.M | re.S)
+        if not block:
+            continue
+        path = re.search(r"`((?:fusedloss|csrc)/[\w/]+\.\w+)`", step).group(1)
         lines = [line[len(block.group(1)) :] for line in block.group(2).splitlines()]
         for hunk in split_at(lines, "@@"):
             before, after = ([line[1:] for line in hunk if line[:1] != sign] for sign in "+-")
@@ -95,18 +106,13 @@ def folder(tmp_path):
     return scratch.copy_package(tmp_path)
 
 
-def run(folder, code, backend):
-    """Runs code on a backend with the package in the folder, the repository's where that is None."""
-    folder = folder or ROOT
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(folder),
-        "FUSEDLOSS_BACKEND": backend,
-        "TRITON_INTERPRET": str(int(backend == "triton")),
-    }
-    command = [sys.executable, "-W", "ignore", "-c", PRELUDE + code]
-    found = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert found.returncode == 0, f"{backend}: {found.stderr}"
+def run(folder, code, names=BACKENDS):
+    """Runs code on each of the backends, with the package that is in the folder."""
+    code = PRELUDE + "".join(f"with fusedloss.backend('{name}'):\n{textwrap.indent(code, '    ')}\n" for name in names)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": str(int("triton" in names))}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def changed(folder):
@@ -142,14 +148,28 @@ def test_a_new_term_is_one_class(folder, heading, module, name, check):
     exported(folder, name, module)
     if "cpp" in BACKENDS:
         shutil.copy(cpp.extension.__file__, folder / "fusedloss")
-    for backend in BACKENDS:
-        run(folder, check, backend)
+    run(folder, check)
     assert changed(folder) == {f"fusedloss/terms/{module}.py", "fusedloss/terms/__init__.py", "fusedloss/__init__.py"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_of_ones_own_changes_no_file(backend):
-    run(None, class_of(code_of("How to add a row of your own")) + "\n" + CHECK_ROW, backend)
+def test_a_row_option_is_a_few_lines_in_each_language(folder):
+    changes = list(changes_of("How to add a row option"))
+    for path, before, after in changes:
+        scratch.replace_once(folder / path, before, after)
+    files = {path for path, _, _ in changes}
+    names = ["reference"]
+    if any(path.startswith("csrc/") for path in files):
+        scratch.build_kernels(folder)
+        names.append("cpp")
+    if any("triton" in path for path in files):
+        names.append("triton")
+    run(folder, CHECK_OPTION, names)
+    assert changed(folder) == files
+    assert len(files) <= 7
+
+
+def test_a_row_of_ones_own_changes_no_file():
+    run(ROOT, class_of(code_of("How to add a row of your own")) + "\n" + CHECK_ROW)
 
 
 def test_the_files_that_the_steps_name_exist():

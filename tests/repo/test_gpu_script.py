@@ -28,7 +28,9 @@ def test_modes_cover_every_stem_that_has_cases_or_a_table(tmp_path):
     modes = script("list", OUT=str(tmp_path)).stdout.split()
     cases = {file.stem for file in (ROOT / "bench" / "gpu").glob("*.py")} - {"__init__", "__main__"}
     assert {mode.split(":")[1] for mode in modes if mode.startswith("bench:")} == cases
-    assert {mode.split(":")[1] for mode in modes if mode.startswith("tune:")} == set(tuning.TABLES)
+    assert {mode.split(":")[1] for mode in modes if mode.startswith("tune:")} == set(
+        tuning.DEVICES[tuning.DEFAULT]["tiles"]
+    )
     assert modes[:2] == ["build", "test:losses"] and modes[-1] == "report"
 
 
@@ -72,30 +74,30 @@ def test_a_case_is_not_timed_where_ours_is_wrong():
 
 @pytest.mark.parametrize("stem", ["linear_ce", "supcon", "training"])
 def test_small_cases_are_right(stem):
-    """On the backend that answers here: what each case compares is true of it."""
+    """On the backend of this machine: what each case compares is true of it."""
     for case in cases_of(stem, small=True)[:: 3 if stem == "linear_ce" else 1]:
         assert case.prepare(torch.device("cpu")).check() == []
 
 
 def test_unknown_mode_is_refused(tmp_path):
-    found = script("tune", OUT=str(tmp_path))
-    assert found.returncode == 2
-    assert "got 'tune'; allowed are: list, all, build" in found.stderr
+    result = script("tune", OUT=str(tmp_path))
+    assert result.returncode == 2
+    assert "got 'tune'; allowed are: list, all, build" in result.stderr
 
 
 def test_dry_run_tunes_and_writes_tables(tmp_path):
-    before = (ROOT / "fusedloss/backends/triton/tuning.py").read_text()
-    found = script("--dry-run", "tune:softmax_ce:bfloat16", "bench:softmax_ce", "report", OUT=str(tmp_path))
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert (ROOT / "fusedloss/backends/triton/tuning.py").read_text() == before
-    assert "the interpreter" in (tmp_path / "tuning.py").read_text()
+    before = tuning.PATH.read_text()
+    result = script("--dry-run", "tune:softmax_ce:bfloat16", "bench:softmax_ce", "report", OUT=str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert tuning.PATH.read_text() == before
+    assert "the interpreter" in (tmp_path / "tuning.json").read_text()
     lines = list(csv.DictReader((tmp_path / "gpu_softmax_ce.csv").read_text().splitlines()))
     assert {line["contestant"] for line in lines} >= {"fused", "eager"}
     assert "| class temperature bfloat16" in (tmp_path / "gpu.md").read_text()
 
 
 def test_a_failing_mode_leaves_the_others_their_turn(tmp_path):
-    found = script("--dry-run", "nonsense", "sanitize:memcheck", OUT=str(tmp_path))
-    assert found.returncode == 1
-    assert "failed: nonsense (exit status 2)" in found.stderr
-    assert "== sanitize:memcheck" in found.stdout
+    result = script("--dry-run", "nonsense", "sanitize:memcheck", OUT=str(tmp_path))
+    assert result.returncode == 1
+    assert "failed: nonsense (exit status 2)" in result.stderr
+    assert "== sanitize:memcheck" in result.stdout

@@ -126,7 +126,7 @@ def test_nobody_takes_private_names_of_another_module():
 def test_terms_and_core_are_leaves():
     for path, name in module_names():
         if name.split(".")[1:2] in (["terms"], ["core"]):
-            assert all(found.startswith(("fusedloss.terms", "fusedloss.core")) for found in imports_of(path, name)), (
+            assert all(result.startswith(("fusedloss.terms", "fusedloss.core")) for result in imports_of(path, name)), (
                 name
             )
 
@@ -154,8 +154,8 @@ def test_importing_the_package_imports_nothing_heavy():
         "import sys, torch; before = set(sys.modules); import fusedloss; "
         f"print([m for m in {HEAVY} if m in set(sys.modules) - before])"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert found.stdout == "[]\n", found.stdout + found.stderr
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stdout + result.stderr
 
 
 def repository_files():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +26,9 @@ from fusedloss.core.row_loss import RowOptions
 
 
 class Kernels(NamedTuple):
-    """What a backend brings: the module of its softmax functions, and three functions of its linear_ce."""
+    """What a backend brings: the softmax functions that work on chunks, and three functions of its linear_ce."""
 
-    softmax: ModuleType
+    softmax: Any
     # (rows, their norms, gradient of their directions to change in place, whether to divide by the norms)
     project_rows: Callable[[Tensor, Tensor, Tensor, bool], None]
     # (inputs, gradient of the label's product, gradients of input and weight to add to)

@@ -1,12 +1,20 @@
-"""softmax_ce, softmax_stats and softmax_stats_backward on the CPU: outputs made here, filled by csrc/softmax_ce.inl."""
+"""softmax_ce, softmax_stats and softmax_stats_backward on the CPU: outputs made here, filled by csrc/softmax_ce.inl.
+
+The kernels take a label that is no class for an ignored row, and read nothing there. An operation raises for one, once;
+``labels_checked`` says that the caller has done so.
+"""
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedloss.backends.cpp import extension
-from fusedloss.backends.cpp.views import address, compute_dtype, rows_view
+from fusedloss.backends.cpp.views import address, check_labels, contiguous, rows_view
+from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.operands import (
     LogitInputs,
     RowInputs,
@@ -27,44 +35,51 @@ def softmax_ce(
     mask: SoftmaxMask,
     grad_scale: float = 1.0,
     in_place: bool = False,
+    labels_checked: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     logits = inputs.logits
-    dtype = compute_dtype(logits)
-    _kept, packed = _packed(inputs)
-    loss = logits.new_empty((), dtype=dtype)
-    row_loss = logits.new_empty(_rows_shape(logits), dtype=dtype)
-    grads, places = _new_grads(logits, mask, dtype, in_place)
-    of_rows = [torch.empty_like(row_loss) if needed else None for needed in mask[2:]]
-    grad_override, grad_smoothing, grad_strength = of_rows
+    _kept_inputs, of_inputs = _arguments(inputs, labels_checked)
+    kept_rows = contiguous(rows)
+    grads = _Grads(logits, mask, in_place)
+    loss, row_loss = logits.new_empty((), dtype=grads.dtype), grads.new_rows()
     extension.softmax_ce(
-        packed,
-        (
-            options.label_smoothing, address(rows.label_smoothing), options.focal_gamma, options.z_loss,
-            address(rows.sample_weight), mean, address(rows.penalty_strength), options.penalty_strength,
-            options.penalty_margin, options.penalty_scale, options.penalty_mix != 0, grad_scale,
-        ),
-        (
-            loss.data_ptr(), row_loss.data_ptr(), address(grad_smoothing), address(grad_override),
-            address(grad_strength),
-        ),
-        places,
+        of_inputs,
+        extension.RowInputs(*map(address, kept_rows)),
+        _compiled_options(options),
+        mean,
+        grad_scale,
+        loss.data_ptr(),
+        row_loss.data_ptr(),
+        grads.arguments,
         torch.get_num_threads(),
-    )  # fmt: skip
-    return loss, row_loss, grads + [grad for grad in of_rows if grad is not None]
+    )
+    return loss, row_loss, grads.tensors
 
 
-def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> SoftmaxStatistics:
+def softmax_stats(inputs: LogitInputs, options: StatisticsOptions, labels_checked: bool = False) -> SoftmaxStatistics:
     logits = inputs.logits
-    _kept, packed = _packed(inputs)
-    shape, dtype = _rows_shape(logits), compute_dtype(logits)
-    needed = (True, True, True, True, True, options.smooth_loss, True, options.hinge, options.prediction)
-    rows = [logits.new_empty(shape if need else 0, dtype=dtype) for need in needed]
-    prediction = logits.new_empty(shape if options.prediction else 0, dtype=torch.int64)
-    places = [address(tensor) if need else 0 for tensor, need in zip(rows, needed, strict=True)]
-    places.append(prediction.data_ptr() if options.prediction else 0)
-    extension.softmax_stats(packed, options.penalty_margin, tuple(places), torch.get_num_threads())
-    *statistics, confidence = rows
-    return SoftmaxStatistics(*statistics, prediction, confidence)
+    _kept, of_inputs = _arguments(inputs, labels_checked)
+    shape, dtype = _rows_shape(logits), compute_dtype(logits.dtype)
+
+    def rows(needed: bool = True, dtype: torch.dtype = dtype) -> Tensor:
+        return logits.new_empty(shape if needed else 0, dtype=dtype)
+
+    statistics = SoftmaxStatistics(
+        row_max=rows(),
+        row_sum=rows(),
+        log_sum_exp=rows(),
+        target_logit=rows(),
+        cross_entropy=rows(),
+        smooth_loss=rows(options.smooth_loss),
+        one_minus_pt=rows(),
+        hinge=rows(options.hinge),
+        prediction=rows(options.prediction, torch.int64),
+        confidence=rows(options.prediction),
+    )
+    # An empty tensor's address is 0, which stands for what is not needed.
+    places = extension.SoftmaxStatistics(*map(address, statistics))
+    extension.softmax_stats(of_inputs, options.penalty_margin, places, torch.get_num_threads())
+    return statistics
 
 
 def softmax_stats_backward(
@@ -75,49 +90,66 @@ def softmax_stats_backward(
     mask: SoftmaxMask,
     in_place: bool = False,
 ) -> list[Tensor]:
-    logits = inputs.logits
-    _kept, packed = _packed(inputs)
-    result, places = _new_grads(logits, mask, compute_dtype(logits), in_place)
-    grad_override = torch.empty_like(saved.row_max) if mask.target_override else None
+    # Labels that the forward refused can't come here; those of a call of its own are ignored where they are no class.
+    _kept, of_inputs = _arguments(inputs, labels_checked=True)
+    kept_saved, kept_grads = contiguous(saved), contiguous(grads)
+    result = _Grads(inputs.logits, mask, in_place)
     extension.softmax_stats_backward(
-        packed,
+        of_inputs,
+        extension.SavedStatistics(*map(address, kept_saved)),
         penalty_margin,
-        tuple(map(address, saved)),
-        tuple(map(address, grads)),
-        (*places, address(grad_override)),
+        extension.StatisticsGrads(*map(address, kept_grads)),
+        result.arguments,
         torch.get_num_threads(),
     )
-    return result if grad_override is None else [*result, grad_override]
+    return result.tensors
+
+
+@lru_cache(maxsize=256)
+def _compiled_options(options: RowOptions) -> Any:
+    return extension.RowOptions(*options)
 
 
 def _rows_shape(logits: Tensor) -> tuple[int, ...]:
     return (logits.shape[0],) if logits.dim() == 2 else (logits.shape[0], logits.shape[2])
 
 
-def _packed(inputs: LogitInputs) -> tuple[Tensor, tuple]:
-    """The target as the kernels take it (keep it alive), and the tuple that bind_softmax_ce.cpp unpacks."""
+def _arguments(inputs: LogitInputs, labels_checked: bool) -> tuple[tuple[Any, ...], Any]:
+    """Tensors to keep until the kernel is done, and the inputs as it takes them."""
     logits, target = inputs.logits, inputs.target
     if target.is_floating_point():
         if target.dtype != logits.dtype and torch.float64 in (target.dtype, logits.dtype):
             target = target.to(logits.dtype)
-        where: tuple | int | None = rows_view(target)
+        place: tuple[int, ...] | int = rows_view(target)
     else:
-        target = target.contiguous()
-        where = target.data_ptr()
-    return target, (
-        rows_view(logits), where, address(inputs.scale), address(inputs.bias), address(inputs.class_weight),
-        inputs.ignore_index, inputs.soft_cap, address(inputs.target_override), address(inputs.target_override_grad),
-    )  # fmt: skip
+        target = target.contiguous() if labels_checked else check_labels(target, logits.shape[1], inputs.ignore_index)
+        place = target.data_ptr()
+    tensors = contiguous(inputs[2:7])
+    places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    arguments = extension.LogitInputs(rows_view(logits), place, *places, inputs.soft_cap, inputs.ignore_index)
+    return (target, tensors), arguments
 
 
-def _new_grads(logits: Tensor, mask: SoftmaxMask, dtype: torch.dtype, in_place: bool) -> tuple[list[Tensor], tuple]:
-    """Where gradients are written, `in_place` over the logits, and what bind_softmax_ce.cpp unpacks."""
-    grads: list[Tensor] = []
-    grad = scale = bias = None
-    if mask.logits:
-        grad = logits if in_place else torch.empty_like(logits)
-        grads.append(grad)
-    if mask.affine:
-        scale, bias = (logits.new_empty(logits.shape[1], dtype=dtype) for _ in range(2))
-        grads += [scale, bias]
-    return grads, (rows_view(grad), address(scale), address(bias))
+class _Grads:
+    """Fresh tensors for the gradients of a mask, in its order, that of the logits `in_place` over them."""
+
+    def __init__(self, logits: Tensor, mask: SoftmaxMask, in_place: bool) -> None:
+        self.logits, self.dtype = logits, compute_dtype(logits.dtype)
+        self.tensors: list[Tensor] = []
+        view, places = None, [0, 0, 0, 0, 0]
+        if mask.logits:
+            grad = logits if in_place else torch.empty_like(logits)
+            self.tensors.append(grad)
+            view = rows_view(grad)
+        if mask.affine:
+            places[:2] = (self._new(logits.new_empty(logits.shape[1], dtype=self.dtype)) for _ in range(2))
+        if mask.target_override or mask.label_smoothing or mask.penalty_strength:
+            places[2:] = (self._new(self.new_rows()) if needed else 0 for needed in mask[2:])
+        self.arguments = extension.SoftmaxGrads(view, *places)
+
+    def new_rows(self) -> Tensor:
+        return self.logits.new_empty(_rows_shape(self.logits), dtype=self.dtype)
+
+    def _new(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return tensor.data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 
 
 class Inputs(NamedTuple):
-    """z = scale * c(x) + bias and the target, with their steps; a missing tensor is None and costs nothing.
+    """LogitInputs as kernels read them, with strides; a missing tensor is None and costs nothing.
 
     Flat, like every tuple that a kernel gets: Triton 3.6 forgets the constants of nested ones inside loops.
     """
@@ -30,6 +31,32 @@ class Inputs(NamedTuple):
     class_weight: Any
     target_override: Any  # one value per row, in place of z at the label
     target_override_grad: Any  # d target_override / dx of the label
+    soft_cap: Any  # see ``number``
+    ignore_index: Any
+
+
+class Spec(NamedTuple):
+    """What a softmax kernel is compiled for: its functions, and constants."""
+
+    row: Any  # turns a row's sums into GradCoefficients, and stores what else it computes; see ``softmax_rows``
+    top: Any  # finds the maximum of the hinge; None without a hinge
+    soft: Any  # whether targets are probabilities
+    override: Any  # whether there is a target_override
+    sums: Any  # whether the row function reads sums over the classes
+    smooth_loss: Any
+    prediction: Any
+    dtype: Any  # what is computed in
+    rows: Any  # of a tile
+    block: Any  # classes of a tile
+    one_block: Any  # whether that is all classes
+    align: Any  # see ``layout``
+
+
+@functools.lru_cache(1024)
+def spec_of(*, dtype: tl.dtype, rows: int, row: Any = None, top: Any = None, **constants: int) -> Spec:
+    """The Spec, with False for what isn't given: Triton takes functions of a tuple and what is marked as constants."""
+    given = {"dtype": dtype, "rows": rows, **constants}
+    return Spec(row, top, *(tl.constexpr(given.get(name, False)) for name in Spec._fields[2:]))
 
 
 class Rows(NamedTuple):
@@ -42,9 +69,9 @@ class Rows(NamedTuple):
 
 
 class Label(NamedTuple):
-    """The rows' labels (-1 where there is none), their logits and weights; which rows count or are bad.
+    """The rows' labels (-1 where there is none), their logits and weights; which rows are kept or have a bad label.
 
-    Where another number stands in for z at the label, that is `logit`, with `slope` to x, and z itself is `plain`.
+    With a target_override, that is `logit`, `override_grad` its derivative in x, and z itself is `plain`.
     No field is None where there is none: Triton 3.6 returns no None.
     """
 
@@ -54,7 +81,7 @@ class Label(NamedTuple):
     kept: Any
     bad: Any
     plain: Any
-    slope: Any
+    override_grad: Any
 
 
 class Block(NamedTuple):
@@ -67,11 +94,20 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def rows_of_tile(tile, inner_tiles, inner_count, row_view, ROWS: tl.constexpr):
-    outer = (tile // inner_tiles).to(tl.int64)
-    inner = (tile % inner_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def number(bits, T: tl.constexpr):
+    """A number that was passed as the bits of a float64 (``launch.float64_bits``), or 0 for None, as (1,) values."""
+    if bits is None:
+        return tl.zeros([1], T)
+    else:
+        return tl.full([1], bits.to(tl.float64, bitcast=True), T)
+
+
+@triton.jit
+def rows_of_tile(tile, sizes, row_view, ROWS: tl.constexpr):
+    outer = (tile // sizes.inner_tiles).to(tl.int64)
+    inner = (tile % sizes.inner_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = outer * row_view.outer_step + inner * row_view.inner_step
-    return Rows(outer, inner, index, inner < inner_count)
+    return Rows(outer, inner, index, inner < sizes.inner)
 
 
 @triton.jit
@@ -104,7 +140,7 @@ def tanh(x, T: tl.constexpr):
 @triton.jit
 def tanh_cap(x, soft_cap, T: tl.constexpr):
     """c(x) = soft_cap * tanh(x / soft_cap)."""
-    cap = tl.full([1], soft_cap, T)
+    cap = number(soft_cap, T)
     return cap * tanh(x / cap, T)
 
 
@@ -131,57 +167,53 @@ def is_label(classes, label):
 
 
 @triton.jit
-def read_block(
-    inputs, rows, label, classes, num_classes, soft_cap, CAP: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr
-):
+def read_block(inputs, rows, label, classes, num_classes, spec):
     inside = (classes < num_classes)[None, :]
     mask = rows.valid[:, None] & inside
-    place = addresses(inputs.logits, inputs.outer_step, inputs.inner_step, inputs.class_step, rows, classes, ALIGN)
-    x = tl.load(place, mask=mask, other=0.0).to(T)
-    if CAP is not None:
-        x = CAP(x, soft_cap, T)
+    place = addresses(inputs.logits, inputs.outer_step, inputs.inner_step, inputs.class_step, rows, classes, spec.align)
+    x = tl.load(place, mask=mask, other=0.0).to(spec.dtype)
+    if inputs.soft_cap is not None:
+        x = tanh_cap(x, inputs.soft_cap, spec.dtype)
     z = tl.where(inside, affine(x, inputs.scale, inputs.bias, classes[None, :], inside), float("-inf"))
     if inputs.target_override is not None:
         z = tl.where(is_label(classes, label), label.logit[:, None], z)
-    weight = inside.to(T)
+    weight = inside.to(spec.dtype)
     if inputs.class_weight is not None:
         weight = tl.load(inputs.class_weight + classes[None, :], mask=inside, other=0.0)
     soft = weight
     if inputs.probabilities is not None:
         place = addresses(inputs.probabilities, inputs.soft_outer_step, inputs.soft_inner_step,
-                          inputs.soft_class_step, rows, classes, ALIGN)  # fmt: skip
-        soft = tl.load(place, mask=mask, other=0.0).to(T) * weight
+                          inputs.soft_class_step, rows, classes, spec.align)  # fmt: skip
+        soft = tl.load(place, mask=mask, other=0.0).to(spec.dtype) * weight
     return Block(x, z, weight, soft)
 
 
 @triton.jit
-def read_label(
-    inputs, rows, num_classes, ignore_index, soft_cap, CAP: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr
-):
+def read_label(inputs, rows, num_classes, spec):
     if inputs.labels is None:
-        none = tl.zeros(rows.valid.shape, T)
+        none = tl.zeros(rows.valid.shape, spec.dtype)
         return Label(none.to(tl.int32) - 1, none, none, rows.valid, none != 0, none, none)
     else:
         place = inputs.labels + rows.outer * inputs.label_outer_step + rows.inner * inputs.label_inner_step
         label = tl.load(place, mask=rows.valid, other=0)
-        kept = rows.valid & (label != ignore_index)
+        kept = rows.valid & (label != inputs.ignore_index)
         # In 64 bits 2^32 is out of range, not class 0. A row with such a label gets NaN and reads nothing.
         inside = kept & (label >= 0) & (label < num_classes)
-        offsets = (rows.outer * inputs.outer_step + rows.inner * inputs.inner_step) * ALIGN
-        x = tl.load(inputs.logits + offsets + label * inputs.class_step, mask=inside, other=0.0).to(T)
-        if CAP is not None:
-            x = CAP(x, soft_cap, T)
+        offsets = (rows.outer * inputs.outer_step + rows.inner * inputs.inner_step) * spec.align
+        x = tl.load(inputs.logits + offsets + label * inputs.class_step, mask=inside, other=0.0).to(spec.dtype)
+        if inputs.soft_cap is not None:
+            x = tanh_cap(x, inputs.soft_cap, spec.dtype)
         logit = affine(x, inputs.scale, inputs.bias, label, inside)
-        weight = inside.to(T)
+        weight = inside.to(spec.dtype)
         if inputs.class_weight is not None:
             weight = tl.load(inputs.class_weight + label, mask=inside, other=0.0)
         plain = logit
         if inputs.target_override is not None:
-            # A row without a label has nothing apart from the rest.
+            # A row without a label has no class apart from the others.
             plain = tl.where(inside, logit, float("-inf"))
             logit = tl.load(inputs.target_override + rows.index, mask=inside, other=float("-inf"))
-        slope = logit
+        override_grad = logit
         if inputs.target_override_grad is not None:
-            slope = tl.load(inputs.target_override_grad + rows.index, mask=inside, other=0.0)
+            override_grad = tl.load(inputs.target_override_grad + rows.index, mask=inside, other=0.0)
         index = tl.where(inside, label, -1).to(tl.int32)
-        return Label(index, logit, weight, kept, kept & (inside == 0), plain, slope)
+        return Label(index, logit, weight, kept, kept & (inside == 0), plain, override_grad)

@@ -19,6 +19,7 @@ from fusedloss.backends.reference.class_stats import moments as moments
 from fusedloss.backends.reference.class_stats import update_class_stats as update_class_stats
 from fusedloss.backends.reference.class_stats import usable_rows
 from fusedloss.core.checks import check_labels
+from fusedloss.core.dtypes import compute_dtype
 
 from . import launch
 
@@ -142,7 +143,7 @@ def class_stats(
     num_classes, width = shift.shape
     if labels.device.type == "cpu":
         check_labels(labels, num_classes, ignore_index)
-    tile = launch.feature_tile(width, features.dtype)
+    tile = launch.feature_tile(width, features.dtype, features.device)
     labelled, usable = labels != ignore_index, usable_rows(features)
     count, chunks = _chunks(torch.where(labelled & usable, labels, num_classes), num_classes, tile.chunk)
     own_shift = shift.contiguous()
@@ -183,5 +184,5 @@ def _chunks(labels: Tensor, num_classes: int, chunk: int) -> tuple[Tensor, Chunk
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    magnitudes: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=launch.compute_dtype(rows))
-    return magnitudes
+    norm: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
+    return norm

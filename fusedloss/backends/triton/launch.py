@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from fusedloss.core.dtypes import compute_dtype
 
 from . import tuning
 
@@ -79,59 +82,57 @@ def forced(
 
 
 def row_tile(
-    num_classes: int, dtype: torch.dtype, adjacent: bool, columns: bool = False, extras: bool = False
-) -> Tile:  # fmt: skip
-    """Tile for rows of `num_classes`; `adjacent` says whether the classes of a row are adjacent in memory.
+    num_classes: int, dtype: torch.dtype, contiguous: bool, columns: bool, extras: bool, device: torch.device
+) -> Tile:
+    """Tile for rows of `num_classes`; `contiguous` says whether the classes of a row are contiguous in memory.
 
     `columns` and `extras` ask for room: for column sums beside the rows, for a hinge and a soft cap.
     """
     if _forced_tile is not None:
         return _forced_tile
     width = max(_SMALLEST_BLOCK, triton.next_power_of_2(num_classes))
-    if not adjacent:
-        tile = Tile(*_entry("softmax_ce", dtype, "apart"))
+    if not contiguous:
+        tile = Tile(*tuning.entry(device, "softmax_ce", dtype, "strided"))
         return tile._replace(block=min(tile.block, width))
-    if width > _WIDEST[computed_in(dtype)] // (2 if extras else 1):
-        return Tile(*_entry("softmax_ce", dtype, "loop extras" if extras else "loop"))
-    beside = columns and width <= _widest_columns(dtype, extras)
-    return Tile(*_entry("softmax_ce", dtype, f"{width} columns" if beside else str(width)))
+    if width > _WIDEST[compute_dtype(dtype)] // (2 if extras else 1):
+        return Tile(*tuning.entry(device, "softmax_ce", dtype, "loop extras" if extras else "loop"))
+    together = columns and width <= _widest_columns(dtype, extras)
+    return Tile(*tuning.entry(device, "softmax_ce", dtype, f"{width} columns" if together else str(width)))
 
 
-def column_tile(tile: Tile, num_classes: int, dtype: torch.dtype, adjacent: bool, extras: bool = False) -> Tile | None:
+def column_tile(
+    tile: Tile, num_classes: int, dtype: torch.dtype, contiguous: bool, extras: bool, device: torch.device
+) -> Tile | None:
     """Tile for column sums in programs of their own; None where they fit beside the rows of `tile`."""
     if tile.block >= num_classes and (_forced_tile or tile.block <= _widest_columns(dtype, extras)):
         return None
-    return _forced_tile or Tile(*_entry("softmax_ce", dtype, "columns" if adjacent else "apart"))
+    return _forced_tile or Tile(*tuning.entry(device, "softmax_ce", dtype, "columns" if contiguous else "strided"))
 
 
 def _widest_columns(dtype: torch.dtype, extras: bool) -> int:
-    return _WIDEST[computed_in(dtype)] // (4 if extras else 2)
+    return _WIDEST[compute_dtype(dtype)] // (4 if extras else 2)
 
 
-def feature_tile(width: int, dtype: torch.dtype) -> FeatureTile:
+def feature_tile(width: int, dtype: torch.dtype, device: torch.device) -> FeatureTile:
     """Tile for features of `width` columns."""
     if _forced_features is not None:
         return _forced_features
     block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
-    return FeatureTile(*_entry("class_stats", dtype, str(min(block, _WIDEST_FEATURES[computed_in(dtype)]))))
+    shape_class = str(min(block, _WIDEST_FEATURES[compute_dtype(dtype)]))
+    return FeatureTile(*tuning.entry(device, "class_stats", dtype, shape_class))
 
 
-def _entry(stem: str, dtype: torch.dtype, shape_class: str) -> tuple[int, ...]:
-    """What the tuning table says of a shape class."""
-    return tuning.TABLES[stem][str(dtype).removeprefix("torch.")][shape_class]
-
-
-def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype) -> ProductTile:
+def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
     """Tile for products of rows of `width` features in a `kernel` of linear_ce or supcon."""
     if _forced_products is not None:
         return _forced_products
     block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
-    return ProductTile(*_entry(stem, dtype, f"{kernel} {min(block, _WIDEST_PRODUCTS)}"))
+    return ProductTile(*tuning.entry(device, stem, dtype, f"{kernel} {min(block, _WIDEST_PRODUCTS)}"))
 
 
-def widest_tiled(dtype: torch.dtype) -> int:
+def widest_tiled(dtype: torch.dtype, device: torch.device) -> int:
     """Most features of a linear head of 16 bits whose logits are formed in tiles again and again, never written."""
-    return _entry("linear_ce", dtype, "widest tiled")[0]
+    return tuning.entry(device, "linear_ce", dtype, "widest tiled")[0]
 
 
 def programs_for(tiles: int, device: torch.device) -> int:
@@ -162,6 +163,17 @@ def most_registers(warps: int) -> int:
     return min(_REGISTERS // (32 * warps), 255)
 
 
+def float64_bits(value: float) -> int:
+    """A number as the bits of a float64, which keep its digits: Triton passes floats of a tuple in float32."""
+    # The bits of 0.0 would make an int32.
+    return int.from_bytes(struct.pack("<d", value or -0.0), "little", signed=True)
+
+
+def contiguous(tensors: Sequence[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """Kernels step through values of rows and of classes one by one."""
+    return (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def start(
     kernel: Any,
     grid: Sequence[int],
@@ -176,16 +188,6 @@ def start(
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[tuple(grid)](*arguments, **{**options(warps, stages), **constants})
-
-
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Type that kernels compute in."""
-    return computed_in(tensor.dtype)
-
-
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """Type that values of `dtype` are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

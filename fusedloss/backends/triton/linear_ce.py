@@ -20,7 +20,9 @@ from fusedloss.core.reduce import mean_denominator
 from fusedloss.core.row_loss import RowOptions, Statistics, needs_hinge, needs_smooth_loss, row_loss
 
 from . import launch, linear_rows, linear_tiles, softmax_ce
-from .linear_tiles import Head, RowCoefficients
+from .launch import contiguous
+from .linear_coefficients import row_coefficients
+from .linear_tiles import Head
 
 
 def linear_ce(
@@ -62,8 +64,9 @@ def _add_target_grads(inputs: LinearInputs, grad_product: Tensor, input: Tensor 
 
 def _pairs(inputs: LinearInputs, product: Tensor | None) -> linear_rows.Pairs:
     labels = _labels(inputs.target, len(inputs.weight), inputs.ignore_index)
-    operands = (inputs.input.contiguous(), inputs.weight.contiguous())
-    return linear_rows.Pairs(*operands, labels, inputs.input.shape[1], inputs.input_norm, inputs.class_norm, product)
+    operands = contiguous((inputs.input, inputs.weight, inputs.input_norm, inputs.class_norm, product))
+    input, weight, input_norm, class_norm, product = operands
+    return linear_rows.Pairs(input, weight, labels, inputs.input.shape[1], input_norm, class_norm, product)
 
 
 def _labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -79,118 +82,91 @@ def _tiled(inputs: LinearInputs) -> bool:
     if inputs.dtype not in (torch.float16, torch.bfloat16) or inputs.target.is_floating_point():
         return False
     # Five products for three pay while writing and reading a 16-bit logit costs more than forming it twice.
-    return inputs.input.shape[1] <= launch.widest_tiled(inputs.dtype) and inputs.soft_cap == 0
+    return inputs.input.shape[1] <= launch.widest_tiled(inputs.dtype, inputs.input.device) and inputs.soft_cap == 0
 
 
 class _TiledRows:
-    """Statistics of the rows, and gradients from their slopes, by kernels that form logits in tiles."""
+    """Statistics of the rows, and gradients from those of the statistics, by kernels that form logits in tiles."""
 
     def __init__(self, inputs: LinearInputs) -> None:
-        self.inputs, ignore_index = inputs, inputs.ignore_index
+        self.inputs = inputs
         self.head_chunks = ChunkedHead(inputs, lambda fresh: fresh)
-        self.kept = inputs.target != ignore_index
-        everything = slice(0, len(inputs.input))
+        self.kept = inputs.target != inputs.ignore_index
         num_classes, width = inputs.weight.shape
-        self.label = torch.where(self.kept, inputs.target, 0).clamp(0, num_classes - 1)
-        _check_labels(inputs, ignore_index)
-        self.head = Head(
-            self.head_chunks.rows(everything).contiguous(),
-            self.head_chunks.operand.contiguous(),
-            len(inputs.input),
-            num_classes,
-            width,
-            _labels(inputs.target, num_classes, ignore_index),
-            self.head_chunks.scale,
-            inputs.bias,
-            inputs.class_weight,
-            inputs.target_override,
-        )
+        _check_labels(inputs)
+        operands = (self.head_chunks.rows(slice(0, len(inputs.input))), self.head_chunks.operand)
+        labels = _labels(inputs.target, num_classes, inputs.ignore_index)
+        values = (self.head_chunks.scale, inputs.bias, inputs.class_weight, inputs.target_override)
+        sizes = (len(inputs.input), num_classes, width)
+        self.head = Head(*(*contiguous(operands), *sizes, labels, *contiguous(values)))
+        label = torch.where(self.kept, inputs.target, 0).clamp(0, num_classes - 1)
         class_weight = inputs.class_weight
-        self.label_weight = torch.ones_like(self.kept, dtype=torch.float32) if class_weight is None else (
-            class_weight[self.label])  # fmt: skip
+        self.label_weight = (
+            torch.ones_like(self.kept, dtype=torch.float32) if class_weight is None else class_weight[label]
+        )
 
-    def statistics(self, want_uniform: bool) -> SoftmaxStatistics:
+    def statistics(self, smooth: bool) -> SoftmaxStatistics:
         """Without hinge, prediction and confidence."""
         inputs, kept = self.inputs, self.kept
-        top, rest_sum, uniform_z, label_z = linear_tiles.tile_sums(self.head, want_uniform).double()
+        top, others, smooth_z, label_z = linear_tiles.tile_sums(self.head, smooth).double()
         if inputs.target_override is not None:
             label_z = inputs.target_override.double()
         label_z = torch.where(kept, label_z, -torch.inf)
         row_max = torch.maximum(top, label_z)
         shift = torch.where(row_max == -torch.inf, 0.0, row_max)
         # exp(-inf + inf) of a row whose other classes are all masked.
-        rest_sum = torch.where(rest_sum == 0, 0.0, rest_sum * (top - shift).exp())
-        row_sum = rest_sum + (label_z - shift).exp()
+        others = torch.where(others == 0, 0.0, others * (top - shift).exp())
+        row_sum = others + (label_z - shift).exp()
         # A label that is the maximum has exp = 1: log1p keeps the digits of a confident row.
-        log_sum = torch.where(label_z == row_max, torch.log1p(rest_sum), row_sum.log())
+        log_sum = torch.where(label_z == row_max, torch.log1p(others), row_sum.log())
         lse = shift + log_sum
         cross_entropy = self.label_weight * (log_sum - (label_z - shift))
-        found = [row_max, row_sum, lse, label_z, cross_entropy]
-        uniform = None
-        if want_uniform:
+        of_label = [label_z, cross_entropy, others / row_sum]
+        if smooth:
             weight_z = torch.where(self.label_weight == 0, 0.0, self.label_weight * label_z)
-            uniform = self.weight_sum() * lse - (uniform_z + weight_z)
-        rest = rest_sum / row_sum
-        zero = torch.zeros_like(lse)
-        found[3:] = [torch.where(kept, value, zero) for value in found[3:]]
+            total = self.weight_sum()
+            of_label.append((len(inputs.weight) if total is None else total) * lse - (smooth_z + weight_z))
+        label_z, cross_entropy, one_minus_pt, *smooth_loss = (
+            torch.where(kept, value, 0.0).float() for value in of_label
+        )
         empty = lse.new_empty(0, dtype=torch.float32)
-        uniform = empty if uniform is None else torch.where(kept, uniform, zero).float()
-        values = [value.float() for value in found]
-        one_minus_pt = torch.where(kept, rest, zero).float()
-        return SoftmaxStatistics(*values, uniform, one_minus_pt, empty, empty.long(), empty.clone())
+        return SoftmaxStatistics(
+            row_max.float(),
+            row_sum.float(),
+            lse.float(),
+            label_z,
+            cross_entropy,
+            smooth_loss[0] if smooth else empty,
+            one_minus_pt,
+            hinge=empty.clone(),
+            prediction=empty.long(),
+            confidence=empty.clone(),
+        )
 
-    def weight_sum(self) -> Tensor | float:
+    def weight_sum(self) -> Tensor | None:
+        """Of the classes' weights; None where each is 1."""
         class_weight = self.inputs.class_weight
-        return float(len(self.inputs.weight)) if class_weight is None else class_weight.double().sum()
+        return None if class_weight is None else class_weight.double().sum()
 
     def backward(self, saved: SavedStatistics, grads: StatisticsGrads, mask: LinearMask) -> list[Tensor]:
         """The gradients of input, weight, scale, bias and target_override that `mask` names."""
-        inputs, head = self.inputs, self.head
-        coefficients, label_gradient = self._coefficients(saved, grads)
+        inputs, head, smooth = self.inputs, self.head, grads.smooth_loss is not None
+        # The gradient of a cosine under a margin goes beside the tiles: see chunked.Walk.
+        override_grad = None if self.head_chunks.normalized else inputs.target_override_grad
+        weight_sum = self.weight_sum() if smooth else None
+        coefficients = row_coefficients(head, saved, grads, weight_sum, override_grad)
         walk = chunked.Walk(_KERNELS, inputs, mask, self.head_chunks)
-        uniform = grads.smooth_loss is not None
         if mask.input:
-            walk.sums.input = linear_tiles.input_gradient(head, coefficients, uniform)
+            walk.sums.input = linear_tiles.grad_input(head, coefficients, smooth)
         if mask.weight or mask.scale or mask.bias:
             columns = mask.scale or mask.bias
-            found = linear_tiles.weight_gradient(head, coefficients, uniform, mask.weight, columns)
-            walk.sums.weight = found[0]
+            walk.sums.weight, scale, bias = linear_tiles.grad_weight(head, coefficients, smooth, mask.weight, columns)
             if mask.scale:
-                walk.scale = found[1].double()  # type: ignore[union-attr]
+                walk.scale = scale.double()  # type: ignore[union-attr]
             if mask.bias:
-                walk.bias = found[2].double()  # type: ignore[union-attr]
+                walk.bias = bias.double()  # type: ignore[union-attr]
         walk.sums.started = True
-        return walk.finish(label_gradient)
-
-    def _coefficients(self, saved: SavedStatistics, grads: StatisticsGrads) -> tuple[RowCoefficients, Tensor]:
-        """Twin of SweepRow in csrc/softmax_ce.inl."""
-        kept = self.kept
-        row_max, row_sum, rest = (tensor.double() for tensor in saved)
-        zero = torch.zeros_like(row_max)
-        of_lse, logit, cross_entropy, uniform, of_rest = (
-            zero if gradient is None else gradient.double() for gradient in grads[:5]
-        )
-        logit, cross_entropy, uniform, of_rest = (
-            torch.where(kept, gradient, zero) for gradient in (logit, cross_entropy, uniform, of_rest)
-        )
-        p = 1 - rest
-        rest_slope = torch.where(torch.isfinite(of_rest), of_rest * p, zero)
-        counted = self.label_weight * cross_entropy + rest_slope - logit
-        drift = of_lse + uniform * self.weight_sum() + logit
-        softmax = counted + drift
-        at_label = torch.where(p < 0.5, softmax * p - counted, drift - softmax * rest) - self.label_weight * uniform
-        at_label = torch.where(kept, at_label, zero)
-        slope = self._label_slope(at_label)
-        shift = torch.where(row_max == -torch.inf, 0.0, row_max)
-        values = (shift + row_sum.log(), softmax, uniform, slope, at_label)
-        return RowCoefficients(*(value.float().contiguous() for value in values)), at_label.float()
-
-    def _label_slope(self, at_label: Tensor) -> Tensor:
-        """dL/dproduct of the label as the tiles take it: 0 where it goes beside them."""
-        inputs = self.inputs
-        if inputs.target_override_grad is not None:
-            return torch.zeros_like(at_label) if self.head_chunks.normalized else at_label * inputs.target_override_grad
-        return at_label if self.head_chunks.scale is None else at_label * self.head_chunks.scale[self.label]
+        return walk.finish(coefficients.target)
 
 
 def _tiled_loss(
@@ -198,7 +174,7 @@ def _tiled_loss(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The loss by the eager formula on one value per row; its partial derivatives are autograd's."""
     tiled = _TiledRows(inputs)
-    result = SoftmaxStatistics(*(value.detach() for value in tiled.statistics(needs_smooth_loss(options, rows))))
+    result = tiled.statistics(needs_smooth_loss(options, rows))
     total = mean_denominator(inputs.target, inputs.class_weight, inputs.ignore_index) if mean else None
     weight = rows.sample_weight
     if total is not None:
@@ -225,13 +201,13 @@ def _tiled_loss(
     if not any(mask):
         return loss, of_rows, []
     saved = SavedStatistics(result.row_max, result.row_sum, result.one_minus_pt)
-    found = tiled.backward(saved, StatisticsGrads(*(grads.get(name) for name in names)), mask)
+    of_inputs = tiled.backward(saved, StatisticsGrads(*(grads.get(name) for name in names)), mask)
     if mask.label_smoothing:
-        found.append(grads["label_smoothing"])  # type: ignore[arg-type]
-    return loss, of_rows, found
+        of_inputs.append(grads["label_smoothing"])
+    return loss, of_rows, of_inputs
 
 
-def _check_labels(inputs: LinearInputs, ignore_index: int) -> None:
+def _check_labels(inputs: LinearInputs) -> None:
     target = inputs.target
-    bad = (target != ignore_index) & ((target < 0) | (target >= len(inputs.weight)))
+    bad = (target != inputs.ignore_index) & ((target < 0) | (target >= len(inputs.weight)))
     torch._assert_async(~bad.any())

@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
 
 @triton.jit
 def project_kernel(rows, norms, gradient, width, DIVIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """gradient -= v <v, gradient> / |v|^2, over |v| where asked; 0 where |v| is infinite."""
+    """gradient -= v <v, gradient> / |v|^2, over |v| with DIVIDE; 0 where |v| is infinite."""
     start = tl.program_id(0).to(tl.int64) * width
     norm = tl.load(norms + tl.program_id(0))
     along = norm * 0.0
@@ -71,40 +71,40 @@ def product_kernel(pairs, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def toward(pairs, row, label, slope, places, inside, OF_WEIGHT: tl.constexpr):
-    """slope * d product / d row, of the weight or of the input, at some features, in double."""
+def product_grad(pairs, row, label, grad, places, inside, OF_WEIGHT: tl.constexpr):
+    """grad * d product / d row, of the weight or of the input, at some features, in double."""
     x = tl.load(pairs.input + row * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
     w = tl.load(pairs.weight + label * pairs.width + places, mask=inside, other=0.0).to(tl.float64)
     if pairs.input_norm is None:
-        return slope * (x if OF_WEIGHT else w)
+        return grad * (x if OF_WEIGHT else w)
     else:
         x_norm, w_norm = tl.load(pairs.input_norm + row), tl.load(pairs.class_norm + label)
         x, w = x / x_norm, w / w_norm
         cosine = tl.load(pairs.product + row)
         if OF_WEIGHT:
-            return slope / w_norm * (x - cosine * w)
+            return grad / w_norm * (x - cosine * w)
         else:
-            return slope / x_norm * (w - cosine * x)
+            return grad / x_norm * (w - cosine * x)
 
 
 @triton.jit
-def label_input_kernel(pairs, slopes, gradient, BLOCK: tl.constexpr):
+def label_input_kernel(pairs, grad_product, gradient, BLOCK: tl.constexpr):
     """Adds the label's gradient to each row of the input's."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(pairs.labels + row)
     if label >= 0:
-        slope = tl.load(slopes + row)
+        grad = tl.load(grad_product + row)
         for first in range(0, pairs.width, BLOCK):
             places = first + tl.arange(0, BLOCK)
             inside = places < pairs.width
             place = gradient + row * pairs.width + places
             before = tl.load(place, mask=inside, other=0.0)
-            found = toward(pairs, row, label, slope, places, inside, False)
-            tl.store(place, (before.to(tl.float64) + found).to(before.dtype), mask=inside)
+            added = product_grad(pairs, row, label, grad, places, inside, False)
+            tl.store(place, (before.to(tl.float64) + added).to(before.dtype), mask=inside)
 
 
 @triton.jit
-def label_weight_kernel(pairs, slopes, gradient, order, ends, BLOCK: tl.constexpr):
+def label_weight_kernel(pairs, grad_product, gradient, order, ends, BLOCK: tl.constexpr):
     """Adds the label's gradients to the weight's: the first row of each class, in the order by class, adds them all."""
     first_row = tl.program_id(0)
     label = tl.load(pairs.labels + tl.load(order + first_row))
@@ -119,14 +119,14 @@ def label_weight_kernel(pairs, slopes, gradient, order, ends, BLOCK: tl.constexp
             total = before.to(tl.float64)
             for index in range(first_row, end):
                 row = tl.load(order + index)
-                total += toward(pairs, row, label, tl.load(slopes + row), places, inside, True)
+                total += product_grad(pairs, row, label, tl.load(grad_product + row), places, inside, True)
             tl.store(place, total.to(before.dtype), mask=inside)
 
 
 def project_rows(rows: Tensor, norm: Tensor, gradient: Tensor, divide: bool) -> None:
     """See project_kernel; `gradient` is changed in place."""
     rows = rows.contiguous()
-    _start(project_kernel, len(rows), (rows, norm, gradient, rows.shape[1]), rows, DIVIDE=divide)
+    _start(project_kernel, len(rows), (rows, norm.contiguous(), gradient, rows.shape[1]), rows, DIVIDE=divide)
 
 
 def target_products(pairs: Pairs, rows: int) -> None:
@@ -134,18 +134,18 @@ def target_products(pairs: Pairs, rows: int) -> None:
     _start(product_kernel, rows, (pairs,), pairs.input)
 
 
-def add_label_gradients(pairs: Pairs, slope: Tensor, input: Tensor | None, weight: Tensor | None) -> None:
+def add_label_gradients(pairs: Pairs, grad_product: Tensor, input: Tensor | None, weight: Tensor | None) -> None:
     """Adds to the gradients of input and weight; the same bits at every run."""
-    rows = len(slope)
+    rows = len(grad_product)
     if input is not None:
-        _start(label_input_kernel, rows, (pairs, slope, input), slope)
+        _start(label_input_kernel, rows, (pairs, grad_product, input), grad_product)
     if weight is not None:
         labels, order = torch.sort(pairs.labels, stable=True)
         ends = torch.searchsorted(labels, labels, right=True)
-        _start(label_weight_kernel, rows, (pairs, slope, weight, order, ends), slope)
+        _start(label_weight_kernel, rows, (pairs, grad_product, weight, order, ends), grad_product)
 
 
-def _start(kernel: Any, programs: int, arguments: tuple, like: Tensor, **constants: Any) -> None:
+def _start(kernel: Any, programs: int, arguments: tuple[Any, ...], like: Tensor, **constants: Any) -> None:
     width = arguments[0].width if isinstance(arguments[0], Pairs) else arguments[3]
     block = min(_WIDEST, max(16, triton.next_power_of_2(width))) if _forced_block is None else _forced_block
     most = launch.most_registers(_WARPS)

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from .blocks import read_block, read_label, rows_of_tile
-from .rows import Scalars
-from .slopes import add_columns, load_slopes, slope_of_block, store_slopes, write_columns, write_gradient
-from .sums import add_block, add_hinge, no_hinge, no_sums
+from .grad_logits import add_columns, grad_of_block, load_coefficients, store_coefficients, write_columns, write_grad
+from .statistics import add_block, add_hinge, no_hinge, no_sums
 
 
 class Sizes(NamedTuple):
@@ -30,156 +29,113 @@ class Sizes(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Slopes and logits of a tile."""
+    """dL/dz and the logits of a tile."""
 
-    slope: Any
+    grad: Any
     x: Any
 
 
 @triton.jit
-def tile_in_registers(
-    tile, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW: tl.constexpr,
-    TOP: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+def tile_in_registers(tile, inputs, outputs, saved, row_tensors, row_view, sizes, options, spec):
     """Rows of one block: sums, hinge, row function and gradient from one read of the logits."""
-    num_classes = sizes.class_units * ALIGN
-    SOFT: tl.constexpr = inputs.labels is None
-    STAND_IN: tl.constexpr = inputs.target_override is not None
-    rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
-    label = read_label(inputs, rows, num_classes, ignore_index, scalars.soft_cap, CAP, T, ALIGN)
-    classes = tl.arange(0, BLOCK)
-    block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
-    sums = no_sums(rows, T)
-    if SUMS:
-        sums = add_block(sums, block, label, classes, SOFT, STAND_IN, UNIFORM, PREDICTION)
+    num_classes = sizes.class_units * spec.align
+    rows = rows_of_tile(tile, sizes, row_view, spec.rows)
+    label = read_label(inputs, rows, num_classes, spec)
+    classes = tl.arange(0, spec.block)
+    block = read_block(inputs, rows, label, classes, num_classes, spec)
+    sums = no_sums(rows, spec.dtype)
+    if spec.sums:
+        sums = add_block(sums, block, label, classes, spec)
     hinge = None
-    if TOP is not None:
-        hinge = no_hinge(TOP(rows, sums, label, arguments, STAND_IN), rows, scalars.penalty_margin, T)
-        hinge = add_hinge(hinge, block, classes, num_classes, T)
-    slopes = ROW(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
-    if saved.slopes is not None:
-        store_slopes(saved, slopes, rows, sizes.rows, T)
-    slope = slope_of_block(slopes, block, label, classes, SOFT, STAND_IN, UNIFORM, TOP is not None)
-    if outputs.gradient is not None:
-        write_gradient(
-            inputs, outputs, slope, block, label, slopes, rows, classes, num_classes, scalars.soft_cap,
-            CAP, T, ALIGN,
-        )  # fmt: skip
-    return Written(slope, block.x)
+    if spec.top is not None:
+        hinge = no_hinge(spec.top(rows, sums, label, row_tensors, spec), rows, options.penalty_margin, spec.dtype)
+        hinge = add_hinge(hinge, block, classes, num_classes, spec.dtype)
+    coefficients = spec.row(rows, sums, hinge, label, num_classes, options, row_tensors, spec)
+    if saved.coefficients is not None:
+        store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
+    grad = grad_of_block(coefficients, block, label, classes, spec)
+    if outputs.grad_logits is not None:
+        write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
+    return Written(grad, block.x)
 
 
 @triton.jit
-def tile_in_steps(
-    tile, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW: tl.constexpr,
-    TOP: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+def tile_in_steps(tile, inputs, outputs, saved, row_tensors, row_view, sizes, options, spec):
     """Longer rows, block by block: a pass for the sums, one for a hinge, and another for the gradient."""
-    num_classes = sizes.class_units * ALIGN
-    SOFT: tl.constexpr = inputs.labels is None
-    STAND_IN: tl.constexpr = inputs.target_override is not None
-    rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
-    label = read_label(inputs, rows, num_classes, ignore_index, scalars.soft_cap, CAP, T, ALIGN)
-    sums = no_sums(rows, T)
-    if SUMS:
-        for start in range(0, num_classes, BLOCK):
-            classes = start + tl.arange(0, BLOCK)
-            block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
-            sums = add_block(sums, block, label, classes, SOFT, STAND_IN, UNIFORM, PREDICTION)
+    num_classes = sizes.class_units * spec.align
+    rows = rows_of_tile(tile, sizes, row_view, spec.rows)
+    label = read_label(inputs, rows, num_classes, spec)
+    sums = no_sums(rows, spec.dtype)
+    if spec.sums:
+        for start in range(0, num_classes, spec.block):
+            classes = start + tl.arange(0, spec.block)
+            block = read_block(inputs, rows, label, classes, num_classes, spec)
+            sums = add_block(sums, block, label, classes, spec)
     hinge = None
-    if TOP is not None:
-        hinge = no_hinge(TOP(rows, sums, label, arguments, STAND_IN), rows, scalars.penalty_margin, T)
-        for start in range(0, num_classes, BLOCK):
-            classes = start + tl.arange(0, BLOCK)
-            block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
-            hinge = add_hinge(hinge, block, classes, num_classes, T)
-    slopes = ROW(rows, sums, hinge, label, num_classes, scalars, arguments, T, SOFT, STAND_IN, UNIFORM)
-    if saved.slopes is not None:
-        store_slopes(saved, slopes, rows, sizes.rows, T)
-    if outputs.gradient is not None:
-        for start in range(0, num_classes, BLOCK):
-            classes = start + tl.arange(0, BLOCK)
-            block = read_block(inputs, rows, label, classes, num_classes, scalars.soft_cap, CAP, T, ALIGN)
-            slope = slope_of_block(slopes, block, label, classes, SOFT, STAND_IN, UNIFORM, TOP is not None)
-            write_gradient(
-                inputs, outputs, slope, block, label, slopes, rows, classes, num_classes, scalars.soft_cap,
-                CAP, T, ALIGN,
-            )  # fmt: skip
+    if spec.top is not None:
+        hinge = no_hinge(spec.top(rows, sums, label, row_tensors, spec), rows, options.penalty_margin, spec.dtype)
+        for start in range(0, num_classes, spec.block):
+            classes = start + tl.arange(0, spec.block)
+            block = read_block(inputs, rows, label, classes, num_classes, spec)
+            hinge = add_hinge(hinge, block, classes, num_classes, spec.dtype)
+    coefficients = spec.row(rows, sums, hinge, label, num_classes, options, row_tensors, spec)
+    if saved.coefficients is not None:
+        store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
+    if outputs.grad_logits is not None:
+        for start in range(0, num_classes, spec.block):
+            classes = start + tl.arange(0, spec.block)
+            block = read_block(inputs, rows, label, classes, num_classes, spec)
+            grad = grad_of_block(coefficients, block, label, classes, spec)
+            write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
 
 
-@triton.jit
-def row_kernel(
-    inputs, outputs, saved, arguments, row_view, sizes, ignore_index, smoothing: tl.float64,
-    focal_gamma: tl.float64, z_loss: tl.float64, soft_cap: tl.float64, penalty: tl.float64,
-    penalty_margin: tl.float64, penalty_share: tl.float64, penalty_mix: tl.float64, ROW: tl.constexpr,
-    TOP: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr, UNIFORM: tl.constexpr, PREDICTION: tl.constexpr,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """One tile per program, or a run of tiles where the program keeps column sums.
-
-    ROW is the row function; TOP finds the maximum that a hinge hangs from, CAP caps logits: None where absent.
-    """
-    scalars = Scalars(
-        smoothing, focal_gamma, z_loss, soft_cap, penalty, penalty_margin, penalty_share, penalty_mix
-    )  # fmt: skip
+# Triton's launcher has an `options` of its own.
+@triton.jit(do_not_specialize=["row_options"])
+def row_kernel(inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec):
+    """One tile per program, or a run of tiles where the program keeps column sums."""
     program = tl.program_id(0)
-    if not ONE_BLOCK:
-        tile_in_steps(
-            program, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW, TOP, CAP,
-            SUMS, UNIFORM, PREDICTION, T, ROWS, BLOCK, ALIGN,
-        )  # fmt: skip
-    elif outputs.scale is None:
-        tile_in_registers(
-            program, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW, TOP, CAP,
-            SUMS, UNIFORM, PREDICTION, T, ROWS, BLOCK, ALIGN,
-        )  # fmt: skip
+    if not spec.one_block:
+        tile_in_steps(program, inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec)
+    elif outputs.grad_scale is None:
+        tile_in_registers(program, inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec)
     else:
-        scale_sum = tl.zeros([ROWS, BLOCK], T)
-        bias_sum = tl.zeros([ROWS, BLOCK], T)
+        scale_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
+        bias_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
         first = program * sizes.tiles_per_program
         for tile in range(first, tl.minimum(first + sizes.tiles_per_program, sizes.tiles)):
             written = tile_in_registers(
-                tile, inputs, outputs, saved, arguments, row_view, sizes, ignore_index, scalars, ROW, TOP, CAP,
-                SUMS, UNIFORM, PREDICTION, T, ROWS, BLOCK, ALIGN,
+                tile, inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec
             )  # fmt: skip
-            scale_sum, bias_sum = add_columns(scale_sum, bias_sum, written.slope, written.x)
-        write_columns(outputs, scale_sum, bias_sum, program, tl.arange(0, BLOCK), sizes.class_units * ALIGN)
+            scale_sum, bias_sum = add_columns(scale_sum, bias_sum, written.grad, written.x)
+        write_columns(outputs, scale_sum, bias_sum, program, tl.arange(0, spec.block), sizes.class_units * spec.align)
 
 
 @triton.jit
-def column_kernel(
-    inputs, outputs, saved, row_view, sizes, ignore_index, soft_cap: tl.float64, CAP: tl.constexpr,
-    UNIFORM: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Gradient and column sums of a block of classes over a run of tiles, from the slopes of row_kernel."""
-    num_classes = sizes.class_units * ALIGN
-    SOFT: tl.constexpr = inputs.labels is None
-    STAND_IN: tl.constexpr = inputs.target_override is not None
-    classes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    scale_sum = tl.zeros([ROWS, BLOCK], T)
-    bias_sum = tl.zeros([ROWS, BLOCK], T)
+def column_kernel(inputs, outputs, saved, row_view, sizes, spec):
+    """Gradient and column sums of a block of classes over a run of tiles, from the coefficients of row_kernel."""
+    num_classes = sizes.class_units * spec.align
+    classes = tl.program_id(1) * spec.block + tl.arange(0, spec.block)
+    scale_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
+    bias_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
     first = tl.program_id(0) * sizes.tiles_per_program
     for tile in range(first, tl.minimum(first + sizes.tiles_per_program, sizes.tiles)):
-        rows = rows_of_tile(tile, sizes.inner_tiles, sizes.inner, row_view, ROWS)
-        label = read_label(inputs, rows, num_classes, ignore_index, soft_cap, CAP, T, ALIGN)
-        slopes = load_slopes(saved, rows, sizes.rows)
-        block = read_block(inputs, rows, label, classes, num_classes, soft_cap, CAP, T, ALIGN)
-        slope = slope_of_block(slopes, block, label, classes, SOFT, STAND_IN, UNIFORM, saved.hinge is not None)
-        scale_sum, bias_sum = add_columns(scale_sum, bias_sum, slope, block.x)
-        if outputs.gradient is not None:
-            write_gradient(
-                inputs, outputs, slope, block, label, slopes, rows, classes, num_classes, soft_cap, CAP, T,
-                ALIGN,
-            )  # fmt: skip
+        rows = rows_of_tile(tile, sizes, row_view, spec.rows)
+        label = read_label(inputs, rows, num_classes, spec)
+        coefficients = load_coefficients(saved, rows, sizes.rows)
+        block = read_block(inputs, rows, label, classes, num_classes, spec)
+        grad = grad_of_block(coefficients, block, label, classes, spec)
+        scale_sum, bias_sum = add_columns(scale_sum, bias_sum, grad, block.x)
+        if outputs.grad_logits is not None:
+            write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
     write_columns(outputs, scale_sum, bias_sum, tl.program_id(0), classes, num_classes)
 
 
 @triton.jit(debug=True)
-def label_kernel(labels, weights, class_weight, row_view, sizes, num_classes, ignore_index, T: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
+def label_kernel(
+    labels, weights, class_weight, row_view, sizes, num_classes, ignore_index, T: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     """What each row adds to the mean's denominator; a label out of range fails a device assertion."""
-    rows = rows_of_tile(tl.program_id(0), sizes.inner_tiles, sizes.inner, row_view, ROWS)
+    rows = rows_of_tile(tl.program_id(0), sizes, row_view, ROWS)
     place = labels.pointer + rows.outer * labels.outer_step + rows.inner * labels.inner_step
     label = tl.load(place, mask=rows.valid, other=0)
     kept = rows.valid & (label != ignore_index)

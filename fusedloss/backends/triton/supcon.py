@@ -250,7 +250,7 @@ def _tile(inputs: SupConInputs, kernel: str) -> launch.ProductTile:
     # Square ones in both kernels alike where a rounding of the similarities counts.
     features = inputs.features
     return launch.product_tile(
-        "supcon", kernel if inputs.normalized else "any length", features.shape[1], features.dtype
+        "supcon", kernel if inputs.normalized else "any length", features.shape[1], features.dtype, features.device
     )
 
 

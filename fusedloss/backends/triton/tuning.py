@@ -1,252 +1,39 @@
-"""Tile sizes of each shape class: what ``python -m bench.tune`` measured, and defaults where it hasn't been.
+"""Tile sizes of each shape class by device, from tuning.json: what ``python -m bench.tune`` measured, or defaults.
 
-Read at every launch, so that nothing is tuned while a program runs.
+Read once; nothing is tuned while a program runs. Defaults were chosen by registers and spills
+(``python -m bench.resources``), never timed on a GPU.
 """
 
-# Stem, type: when, on what device and with which versions the table was measured. None: these are untuned defaults,
-# chosen by registers and spills (python -m bench.resources) and never timed on a GPU.
-MEASURED: dict[str, dict[str, str | None]] = {
-    "class_stats": {
-        "float32": None,
-        "bfloat16": None,
-        "float16": None,
-        "float64": None,
-    },
-    "linear_ce": {
-        "bfloat16": None,
-        "float16": None,
-    },
-    "softmax_ce": {
-        "float32": None,
-        "bfloat16": None,
-        "float16": None,
-        "float64": None,
-    },
-    "supcon": {
-        "float32": None,
-        "float64": None,
-    },
-}
+from __future__ import annotations
 
-# Stem, type of the input, shape class: the fields of the stem's tile in ``launch``.
-TABLES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
-    "class_stats": {
-        "float32": {
-            "16": (32, 16, 256, 8, 1),
-            "32": (32, 32, 256, 8, 1),
-            "64": (32, 64, 256, 8, 1),
-            "128": (32, 128, 256, 8, 1),
-            "256": (16, 256, 256, 8, 1),
-            "512": (8, 512, 256, 8, 1),
-        },
-        "bfloat16": {
-            "16": (32, 16, 256, 8, 1),
-            "32": (32, 32, 256, 8, 1),
-            "64": (32, 64, 256, 8, 1),
-            "128": (32, 128, 256, 8, 1),
-            "256": (16, 256, 256, 8, 1),
-            "512": (8, 512, 256, 8, 1),
-        },
-        "float16": {
-            "16": (32, 16, 256, 8, 1),
-            "32": (32, 32, 256, 8, 1),
-            "64": (32, 64, 256, 8, 1),
-            "128": (32, 128, 256, 8, 1),
-            "256": (16, 256, 256, 8, 1),
-            "512": (8, 512, 256, 8, 1),
-        },
-        "float64": {
-            "16": (32, 16, 256, 8, 1),
-            "32": (32, 32, 256, 8, 1),
-            "64": (32, 64, 256, 8, 1),
-            "128": (16, 128, 256, 8, 1),
-            "256": (8, 256, 256, 8, 1),
-        },
-    },
-    "linear_ce": {
-        "bfloat16": {
-            "sums 16": (64, 64, 16, 16, 8, 1),
-            "sums 32": (64, 64, 32, 32, 8, 1),
-            "sums 64": (64, 64, 64, 64, 8, 1),
-            "sums 128": (64, 64, 64, 128, 8, 1),
-            "sums 256": (64, 64, 64, 256, 8, 1),
-            "sums 512": (64, 64, 64, 256, 8, 1),
-            "input 16": (64, 64, 16, 16, 8, 1),
-            "input 32": (64, 64, 32, 32, 8, 1),
-            "input 64": (64, 64, 64, 64, 8, 1),
-            "input 128": (64, 64, 64, 128, 8, 1),
-            "input 256": (64, 64, 64, 256, 8, 1),
-            "input 512": (64, 64, 64, 256, 8, 1),
-            "weight 16": (32, 64, 16, 16, 8, 1),
-            "weight 32": (32, 64, 32, 32, 8, 1),
-            "weight 64": (32, 64, 32, 64, 8, 1),
-            "weight 128": (32, 64, 32, 128, 8, 1),
-            "weight 256": (32, 64, 32, 256, 8, 1),
-            "weight 512": (32, 64, 32, 256, 8, 1),
-            "widest tiled": (512,),
-        },
-        "float16": {
-            "sums 16": (64, 64, 16, 16, 8, 1),
-            "sums 32": (64, 64, 32, 32, 8, 1),
-            "sums 64": (64, 64, 64, 64, 8, 1),
-            "sums 128": (64, 64, 64, 128, 8, 1),
-            "sums 256": (64, 64, 64, 256, 8, 1),
-            "sums 512": (64, 64, 64, 256, 8, 1),
-            "input 16": (64, 64, 16, 16, 8, 1),
-            "input 32": (64, 64, 32, 32, 8, 1),
-            "input 64": (64, 64, 64, 64, 8, 1),
-            "input 128": (64, 64, 64, 128, 8, 1),
-            "input 256": (64, 64, 64, 256, 8, 1),
-            "input 512": (64, 64, 64, 256, 8, 1),
-            "weight 16": (32, 64, 16, 16, 8, 1),
-            "weight 32": (32, 64, 32, 32, 8, 1),
-            "weight 64": (32, 64, 32, 64, 8, 1),
-            "weight 128": (32, 64, 32, 128, 8, 1),
-            "weight 256": (32, 64, 32, 256, 8, 1),
-            "weight 512": (32, 64, 32, 256, 8, 1),
-            "widest tiled": (512,),
-        },
-    },
-    "softmax_ce": {
-        "float32": {
-            "16": (128, 16, 8, 1),
-            "16 columns": (128, 16, 8, 1),
-            "32": (64, 32, 8, 1),
-            "32 columns": (64, 32, 8, 1),
-            "64": (32, 64, 8, 1),
-            "64 columns": (32, 64, 8, 1),
-            "128": (16, 128, 8, 1),
-            "128 columns": (16, 128, 8, 1),
-            "256": (8, 256, 8, 1),
-            "256 columns": (8, 256, 8, 1),
-            "512": (4, 512, 8, 1),
-            "512 columns": (4, 512, 8, 1),
-            "1024": (2, 1024, 8, 1),
-            "1024 columns": (2, 1024, 8, 1),
-            "2048": (1, 2048, 8, 1),
-            "2048 columns": (1, 2048, 8, 1),
-            "4096": (1, 4096, 8, 1),
-            "4096 columns": (1, 4096, 8, 1),
-            "8192": (1, 8192, 16, 1),
-            "loop": (1, 8192, 16, 1),
-            "loop extras": (1, 4096, 16, 1),
-            "apart": (32, 32, 8, 1),
-            "columns": (2, 1024, 8, 1),
-        },
-        "bfloat16": {
-            "16": (128, 16, 8, 1),
-            "16 columns": (128, 16, 8, 1),
-            "32": (64, 32, 8, 1),
-            "32 columns": (64, 32, 8, 1),
-            "64": (32, 64, 8, 1),
-            "64 columns": (32, 64, 8, 1),
-            "128": (16, 128, 8, 1),
-            "128 columns": (16, 128, 8, 1),
-            "256": (8, 256, 8, 1),
-            "256 columns": (8, 256, 8, 1),
-            "512": (4, 512, 8, 1),
-            "512 columns": (4, 512, 8, 1),
-            "1024": (2, 1024, 8, 1),
-            "1024 columns": (2, 1024, 8, 1),
-            "2048": (1, 2048, 8, 1),
-            "2048 columns": (1, 2048, 8, 1),
-            "4096": (1, 4096, 8, 1),
-            "4096 columns": (1, 4096, 8, 1),
-            "8192": (1, 8192, 16, 1),
-            "loop": (1, 8192, 16, 1),
-            "loop extras": (1, 4096, 16, 1),
-            "apart": (32, 32, 8, 1),
-            "columns": (2, 1024, 8, 1),
-        },
-        "float16": {
-            "16": (128, 16, 8, 1),
-            "16 columns": (128, 16, 8, 1),
-            "32": (64, 32, 8, 1),
-            "32 columns": (64, 32, 8, 1),
-            "64": (32, 64, 8, 1),
-            "64 columns": (32, 64, 8, 1),
-            "128": (16, 128, 8, 1),
-            "128 columns": (16, 128, 8, 1),
-            "256": (8, 256, 8, 1),
-            "256 columns": (8, 256, 8, 1),
-            "512": (4, 512, 8, 1),
-            "512 columns": (4, 512, 8, 1),
-            "1024": (2, 1024, 8, 1),
-            "1024 columns": (2, 1024, 8, 1),
-            "2048": (1, 2048, 8, 1),
-            "2048 columns": (1, 2048, 8, 1),
-            "4096": (1, 4096, 8, 1),
-            "4096 columns": (1, 4096, 8, 1),
-            "8192": (1, 8192, 16, 1),
-            "loop": (1, 8192, 16, 1),
-            "loop extras": (1, 4096, 16, 1),
-            "apart": (32, 32, 8, 1),
-            "columns": (2, 1024, 8, 1),
-        },
-        "float64": {
-            "16": (64, 16, 8, 1),
-            "16 columns": (64, 16, 8, 1),
-            "32": (32, 32, 8, 1),
-            "32 columns": (32, 32, 8, 1),
-            "64": (16, 64, 8, 1),
-            "64 columns": (16, 64, 8, 1),
-            "128": (8, 128, 8, 1),
-            "128 columns": (8, 128, 8, 1),
-            "256": (4, 256, 8, 1),
-            "256 columns": (4, 256, 8, 1),
-            "512": (2, 512, 8, 1),
-            "512 columns": (2, 512, 8, 1),
-            "1024": (1, 1024, 8, 1),
-            "1024 columns": (1, 1024, 8, 1),
-            "2048": (1, 2048, 8, 1),
-            "2048 columns": (1, 2048, 8, 1),
-            "4096": (1, 4096, 16, 1),
-            "loop": (1, 2048, 8, 1),
-            "loop extras": (1, 1024, 8, 1),
-            "apart": (32, 32, 8, 1),
-            "columns": (1, 1024, 8, 1),
-        },
-    },
-    "supcon": {
-        "float32": {
-            "sums 16": (64, 32, 16, 16, 8, 1),
-            "sums 32": (64, 32, 32, 32, 8, 1),
-            "sums 64": (64, 32, 32, 64, 8, 1),
-            "sums 128": (64, 32, 32, 128, 8, 1),
-            "sums 256": (64, 32, 32, 128, 8, 1),
-            "sums 512": (64, 32, 32, 128, 8, 1),
-            "gradient 16": (64, 32, 16, 16, 8, 1),
-            "gradient 32": (64, 32, 32, 32, 8, 1),
-            "gradient 64": (64, 32, 32, 64, 8, 1),
-            "gradient 128": (64, 32, 32, 128, 8, 1),
-            "gradient 256": (64, 32, 32, 128, 8, 1),
-            "gradient 512": (64, 32, 32, 128, 8, 1),
-            "any length 16": (32, 32, 16, 16, 4, 1),
-            "any length 32": (32, 32, 16, 32, 4, 1),
-            "any length 64": (32, 32, 16, 64, 4, 1),
-            "any length 128": (32, 32, 16, 64, 4, 1),
-            "any length 256": (32, 32, 16, 64, 4, 1),
-            "any length 512": (32, 32, 16, 64, 4, 1),
-        },
-        "float64": {
-            "sums 16": (32, 32, 16, 16, 4, 1),
-            "sums 32": (32, 32, 16, 32, 4, 1),
-            "sums 64": (32, 32, 16, 32, 4, 1),
-            "sums 128": (32, 32, 16, 32, 4, 1),
-            "sums 256": (32, 32, 16, 32, 4, 1),
-            "sums 512": (32, 32, 16, 32, 4, 1),
-            "gradient 16": (32, 32, 16, 16, 4, 1),
-            "gradient 32": (32, 32, 16, 32, 4, 1),
-            "gradient 64": (32, 32, 16, 32, 4, 1),
-            "gradient 128": (32, 32, 16, 32, 4, 1),
-            "gradient 256": (32, 32, 16, 32, 4, 1),
-            "gradient 512": (32, 32, 16, 32, 4, 1),
-            "any length 16": (32, 32, 16, 16, 4, 1),
-            "any length 32": (32, 32, 16, 32, 4, 1),
-            "any length 64": (32, 32, 16, 32, 4, 1),
-            "any length 128": (32, 32, 16, 32, 4, 1),
-            "any length 256": (32, 32, 16, 32, 4, 1),
-            "any length 512": (32, 32, 16, 32, 4, 1),
-        },
-    },
-}
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PATH = Path(__file__).with_name("tuning.json")
+DEFAULT = "default"
+
+# Device: "tiles" by stem, type of the input and shape class, the fields of the stem's tile in ``launch``; "measured" by
+# stem and type, when, on what and with which versions.
+DEVICES: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
+
+
+@functools.cache
+def device_key(device: torch.device) -> str:
+    """The compute capability, as "sm_90"; the defaults' key for what has none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return DEFAULT
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def entry(device: torch.device, stem: str, dtype: torch.dtype, shape_class: str) -> list[int]:
+    """What the table of the device says of a shape class, or else the defaults."""
+    name = str(dtype).removeprefix("torch.")
+    own = DEVICES.get(device_key(device), {}).get("tiles", {})
+    found: list[int] | None = own.get(stem, {}).get(name, {}).get(shape_class)
+    if found is None:
+        found = DEVICES[DEFAULT]["tiles"][stem][name][shape_class]
+    return found

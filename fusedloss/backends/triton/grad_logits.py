@@ -1,0 +1,117 @@
+"""What the softmax kernels write: the gradient of a block of logits, from a few coefficients per row."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .blocks import addresses, is_label, number
+from .row_loss import GradCoefficients
+
+
+class Outputs(NamedTuple):
+    """Where gradients go: that of the logits with its strides, and per-program column sums for scale and bias."""
+
+    grad_logits: Any
+    outer_step: Any
+    inner_step: Any
+    class_step: Any
+    grad_scale: Any
+    grad_bias: Any
+
+
+class Saved(NamedTuple):
+    """GradCoefficients of all rows in memory: (5, rows), and of a hinge (3, rows) and (rows,); None where absent."""
+
+    coefficients: Any
+    hinge: Any
+    first_top: Any
+
+
+SAVED = 5
+SAVED_OF_HINGE = 3
+
+
+@triton.jit
+def store_coefficients(saved, coefficients, rows, row_count, T: tl.constexpr):
+    place = saved.coefficients + rows.index
+    tl.store(place, coefficients.shift, mask=rows.valid)
+    tl.store(place + row_count, coefficients.softmax, mask=rows.valid)
+    tl.store(place + 2 * row_count, coefficients.smooth_loss, mask=rows.valid)
+    tl.store(place + 3 * row_count, coefficients.target, mask=rows.valid)
+    tl.store(place + 4 * row_count, coefficients.kept.to(T), mask=rows.valid)
+    if saved.hinge is not None:
+        place = saved.hinge + rows.index
+        tl.store(place, coefficients.threshold, mask=rows.valid)
+        tl.store(place + row_count, coefficients.hinge, mask=rows.valid)
+        tl.store(place + 2 * row_count, coefficients.at_top, mask=rows.valid)
+        tl.store(saved.first_top + rows.index, coefficients.first_top, mask=rows.valid)
+
+
+@triton.jit
+def load_coefficients(saved, rows, row_count):
+    place = saved.coefficients + rows.index
+    shift = tl.load(place, mask=rows.valid, other=0.0)
+    softmax = tl.load(place + row_count, mask=rows.valid, other=0.0)
+    smooth_loss = tl.load(place + 2 * row_count, mask=rows.valid, other=0.0)
+    target = tl.load(place + 3 * row_count, mask=rows.valid, other=0.0)
+    kept = tl.load(place + 4 * row_count, mask=rows.valid, other=0.0) != 0
+    if saved.hinge is None:
+        return GradCoefficients(shift, softmax, smooth_loss, target, kept, shift, shift, shift, shift)
+    else:
+        place = saved.hinge + rows.index
+        threshold = tl.load(place, mask=rows.valid, other=0.0)
+        hinge = tl.load(place + row_count, mask=rows.valid, other=0.0)
+        at_top = tl.load(place + 2 * row_count, mask=rows.valid, other=0.0)
+        first_top = tl.load(saved.first_top + rows.index, mask=rows.valid, other=0)
+        return GradCoefficients(shift, softmax, smooth_loss, target, kept, threshold, hinge, at_top, first_top)
+
+
+@triton.jit
+def grad_of_block(coefficients, block, label, classes, spec):
+    """dL/dz."""
+    grad = tl.exp(block.z - coefficients.shift[:, None]) * coefficients.softmax[:, None]
+    if spec.smooth_loss:
+        grad -= block.weight * coefficients.smooth_loss[:, None]
+    if spec.top is not None:
+        grad += tl.where(classes[None, :] == coefficients.first_top[:, None], coefficients.at_top[:, None], 0.0)
+        grad -= tl.where(block.z < coefficients.threshold[:, None], coefficients.hinge[:, None], 0.0)
+    if spec.soft:
+        grad -= block.soft * coefficients.target[:, None]
+    elif spec.override:
+        grad = tl.where(is_label(classes, label), 0.0, grad)
+    else:
+        grad = tl.where(is_label(classes, label), coefficients.target[:, None], grad)
+    return tl.where(coefficients.kept[:, None], grad, 0.0)
+
+
+@triton.jit
+def write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec):
+    """dL/dx from dL/dz, and at a label with a target_override from the gradient of that."""
+    inside = (classes < num_classes)[None, :]
+    if inputs.soft_cap is not None:
+        ratio = block.x / number(inputs.soft_cap, spec.dtype)
+        grad = grad * ((1.0 - ratio) * (1.0 + ratio))
+    if inputs.scale is not None:
+        grad = grad * tl.load(inputs.scale + classes[None, :], mask=inside, other=0.0)
+    if inputs.target_override_grad is not None:
+        grad = tl.where(is_label(classes, label), (coefficients.target * label.override_grad)[:, None], grad)
+    place = addresses(
+        outputs.grad_logits, outputs.outer_step, outputs.inner_step, outputs.class_step, rows, classes, spec.align
+    )  # fmt: skip
+    tl.store(place, grad.to(outputs.grad_logits.dtype.element_ty), mask=rows.valid[:, None] & inside)
+
+
+@triton.jit
+def add_columns(scale_sum, bias_sum, grad, x):
+    # A gradient of 0 adds 0 even where x is -inf.
+    return scale_sum + tl.where(grad == 0, 0.0, grad * x), bias_sum + grad
+
+
+@triton.jit
+def write_columns(outputs, scale_sum, bias_sum, part, classes, num_classes):
+    place = part.to(tl.int64) * num_classes + classes
+    tl.store(outputs.grad_scale + place, tl.sum(scale_sum, 0), mask=classes < num_classes)
+    tl.store(outputs.grad_bias + place, tl.sum(bias_sum, 0), mask=classes < num_classes)
