@@ -105,9 +105,11 @@ class _Classes:
             ignored = absent if ignored is None else ignored | absent
         if ignored is not None:
             codes = torch.where(ignored, IGNORED, codes)
-        # An unlabelled row is a class of its own and nobody's positive.
-        self.codes = torch.cat([codes.to(torch.int32), codes.new_full((unlabelled,), NEGATIVE, dtype=torch.int32)])
-        self.size = torch.cat([size, size.new_ones(unlabelled)])
+        self.codes, self.size = codes.to(torch.int32), size
+        if unlabelled:
+            # Each is a class of its own and nobody's positive.
+            self.codes = torch.cat([self.codes, self.codes.new_full((unlabelled,), NEGATIVE)])
+            self.size = torch.cat([size, size.new_ones(unlabelled)])
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of values ``(M,)`` over the rows of each row's class; unlabelled rows keep their own."""
@@ -140,28 +142,29 @@ class _Weights:
         anchors, share_of_prototype = batch.num_anchors, options.prototype_weight
         count = 0 if extra.prototypes is None else extra.prototypes.shape[0]
         self.prototypes = slice(batch.rows.shape[0], batch.rows.shape[0] + count)
-        self.share, self.weighted = features.new_ones(features.shape[0]), share_of_prototype != 1.0
+        self.share: Tensor | None = None
         total = self.size[:anchors] - 1
-        if self.weighted:
+        if share_of_prototype != 1.0 or self.bias is not None:
+            self.share = features.new_ones(features.shape[0])
             self.share[self.prototypes] = share_of_prototype
-        if self.bias is not None:
             self.share = self.share.masked_fill(classes.codes == IGNORED, 0.0)
-        if self.weighted:
+        if share_of_prototype != 1.0 and self.share is not None:
             total = (classes.sum(self.share) - self.share)[:anchors]
         # What subtracting shares other than 1 leaves by rounding is no positive.
         several = self.size[:anchors] > 1 if share_of_prototype else total > 0.5
         self.per_positive = torch.where((classes.codes[:anchors] >= 0) & several, 1 / total, 0.0)
-        if self.bias is not None:
+        if self.bias is not None and self.share is not None:
             biases = torch.zeros_like(self.share)
             biases[self.prototypes] = self._finite_bias().to(biases.dtype)
             self.offset = -classes.sum(self.share * biases)[:anchors] * self.per_positive
 
     def columns(self) -> Tensor | None:
         """``(3, M)``, or None for ones."""
-        if not (self.class_balance or self.weighted or self.bias is not None):
+        if not self.class_balance and self.share is None:
             return None
-        weights = torch.ones_like(self.share).repeat(3, 1)
-        weights[2] = self.share
+        weights = self.size.new_ones(3, self.size.shape[0])
+        if self.share is not None:
+            weights[2] = self.share
         if self.class_balance:
             weights[0] = 1 / self.size.clamp(min=1)
             weights[1] = 1 / (self.size - 1).clamp(min=1)
