@@ -1,5 +1,6 @@
 // class_stats for Python: checks labels, orders the rows by class, runs the segments over threads.
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -73,12 +74,26 @@ struct Plan {
     }
 };
 
-// A class that has no mean yet is measured from its first row.
+template <class T>
+bool row_is_usable(const T* row, int64_t width) {
+    int outside = 0;
+    for (int64_t j = 0; j < width; ++j) outside |= !(row[j] <= T(kLargestValue) && row[j] >= -T(kLargestValue));
+    return !outside;
+}
+
+// A class that has no mean yet is measured from its first usable row.
 template <class T>
 void start_new_classes(const ClassStats<T>& call, const std::vector<int64_t>& offset, const int64_t* seen) {
-    for (int64_t label = 0; label + 1 < int64_t(offset.size()); ++label)
-        if (seen[label] == 0 && offset[label + 1] > offset[label])
-            kernels().class_stats<T>().widen(call, call.order[offset[label]], call.shift + label * call.width());
+    std::vector<T> row(call.width());
+    for (int64_t label = 0; label + 1 < int64_t(offset.size()); ++label) {
+        if (seen[label] != 0) continue;
+        for (int64_t i = offset[label]; i < offset[label + 1]; ++i) {
+            kernels().class_stats<T>().widen(call, call.order[i], row.data());
+            if (!row_is_usable(row.data(), call.width())) continue;
+            std::copy(row.begin(), row.end(), call.shift + label * call.width());
+            break;
+        }
+    }
 }
 
 template <class T>
@@ -96,27 +111,27 @@ void add_partials(const ClassStats<T>& call, const Plan& plan) {
     }
 }
 
-// state: addresses (shift, seen); outputs: addresses (count, sum, square).
-template <class T>
-void class_stats(const py::object& features, const Labels& labels, int64_t num_classes, bool per_feature,
-                 const py::tuple& state, const py::tuple& outputs, int threads) {
-    ClassStats<T> call;
-    call.features = view_of(features);
-    call.per_feature = per_feature;
-    call.shift = pointer<T>(state[0].cast<uintptr_t>());
-    const int64_t* seen = pointer<const int64_t>(state[1].cast<uintptr_t>());
-    int64_t* count = pointer<int64_t>(outputs[0].cast<uintptr_t>());
-    call.sum = pointer<T>(outputs[1].cast<uintptr_t>());
-    call.square = pointer<T>(outputs[2].cast<uintptr_t>());
+// Takes the rows that were left out from the counts; returns how many there are.
+int64_t subtract_skipped(const Plan& plan, int64_t* count) {
+    int64_t skipped = 0;
+    for (const ClassSegment& segment : plan.segments) {
+        count[segment.label] -= segment.skipped;
+        skipped += segment.skipped;
+    }
+    return skipped;
+}
 
-    py::gil_scoped_release release;
+// Fills call.sum, call.square and `count`; returns the number of rows left out.
+template <class T>
+int64_t class_stats(ClassStats<T>& call, const Labels& labels, int64_t num_classes, const int64_t* seen,
+                    int64_t* count, int threads) {
     const std::vector<int64_t> offset = class_offsets(labels, num_classes);
     for (int64_t label = 0; label < num_classes; ++label) count[label] = offset[label + 1] - offset[label];
-    if (num_classes == 0) return;
+    if (num_classes == 0) return 0;
     const std::vector<int64_t> order = rows_by_class(labels, offset);
     call.order = order.data();
     call.num_kept = int64_t(order.size());
-    const Plan plan(offset);
+    Plan plan(offset);
     call.segments = plan.segments.data();
     threads = useful_threads((call.num_kept + num_classes) * call.width(), int64_t(plan.segments.size()), threads);
     std::vector<double> slots((plan.num_partials + threads) * call.slot_size());
@@ -129,28 +144,7 @@ void class_stats(const py::object& features, const Labels& labels, int64_t num_c
             kernel(call, plan.boundary(share, threads), plan.boundary(share + 1, threads), int(share));
     });
     add_partials(call, plan);
-}
-
-// state: addresses (count, mean, scatter, variance or 0); found: addresses (rows, shift, sum, square).
-template <class T>
-void advance(const py::tuple& state, const py::tuple& found, int64_t num_classes, int64_t width, double momentum,
-             int threads) {
-    ClassAdvance<T> call;
-    call.width = width;
-    call.momentum = momentum;
-    call.count = pointer<int64_t>(state[0].cast<uintptr_t>());
-    call.mean = pointer<T>(state[1].cast<uintptr_t>());
-    call.scatter = pointer<double>(state[2].cast<uintptr_t>());
-    call.variance = pointer<T>(state[3].cast<uintptr_t>());
-    call.rows = pointer<const int64_t>(found[0].cast<uintptr_t>());
-    call.shift = pointer<const T>(found[1].cast<uintptr_t>());
-    call.sum = pointer<T>(found[2].cast<uintptr_t>());
-    call.square = pointer<T>(found[3].cast<uintptr_t>());
-
-    py::gil_scoped_release release;
-    threads = useful_threads(num_classes * width, num_classes, threads);
-    parallel_ranges(num_classes, threads,
-                    [&](int64_t first, int64_t last, int) { kernels().class_stats<T>().advance(call, first, last); });
+    return subtract_skipped(plan, count);
 }
 
 template <class T>
@@ -164,53 +158,113 @@ void row_magnitudes(const View& rows, uintptr_t sum, int threads) {
     });
 }
 
-// Writes (count, mean, mean squared deviation) of the values whose label is kept; labels may be null.
+// Writes (count, mean, mean squared deviation, values left out) of the values whose label is kept; labels may be null.
 template <class T>
-void moments(const T* values, const Labels& labels, double* found) {
-    py::gil_scoped_release release;
-    int64_t count = 0;
+void moments(const T* values, const Labels& labels, double* moments) {
+    int64_t count = 0, skipped = 0;
     double sum = 0, square = 0;
+    const auto usable = [&](int64_t row) { return std::abs(double(values[row])) <= kLargestValue; };
+    const auto kept = [&](int64_t row) { return !labels.data || labels.data[row] != labels.ignore_index; };
     for (int64_t row = 0; row < labels.rows; ++row) {
-        if (labels.data && labels.data[row] == labels.ignore_index) continue;
+        if (!kept(row)) continue;
+        if (!usable(row)) {
+            ++skipped;
+            continue;
+        }
         ++count;
         sum += values[row];
     }
     const double mean = count == 0 ? 0 : sum / count;
-    for (int64_t row = 0; row < labels.rows; ++row) {
-        if (labels.data && labels.data[row] == labels.ignore_index) continue;
-        square += (values[row] - mean) * (values[row] - mean);
-    }
-    found[0] = double(count);
-    found[1] = mean;
-    found[2] = count == 0 ? 0 : square / count;
+    for (int64_t row = 0; row < labels.rows; ++row)
+        if (kept(row) && usable(row)) square += (values[row] - mean) * (values[row] - mean);
+    moments[0] = double(count);
+    moments[1] = mean;
+    moments[2] = count == 0 ? 0 : square / count;
+    moments[3] = double(skipped);
+}
+
+template <class T>
+void run_class_stats(const View& features, const Labels& labels, int64_t num_classes, bool per_feature,
+                         uintptr_t shift, uintptr_t seen, uintptr_t count, uintptr_t sum, uintptr_t square,
+                         uintptr_t skipped, int threads) {
+    ClassStats<T> call;
+    call.features = features;
+    call.per_feature = per_feature;
+    call.shift = pointer<T>(shift);
+    call.sum = pointer<T>(sum);
+    call.square = pointer<T>(square);
+    py::gil_scoped_release release;
+    *pointer<int64_t>(skipped) =
+        class_stats(call, labels, num_classes, pointer<const int64_t>(seen), pointer<int64_t>(count), threads);
 }
 
 }  // namespace
 
+// Addresses are of contiguous tensors; `features` and `mean` are views (bindings.h).
 void bind_class_stats(py::module_& module) {
-    module.def("class_stats", [](const py::object& features, const py::tuple& labels, int64_t num_classes,
-                                 bool per_feature, const py::tuple& state, const py::tuple& outputs, int threads) {
-        const View view = view_of(features);
-        const auto* data = pointer<const int64_t>(labels[0].cast<uintptr_t>());
-        const Labels given{data, view.outer_size, labels[1].cast<int64_t>()};
-        const auto run = view.dtype == DType::float64 ? class_stats<double> : class_stats<float>;
-        run(features, given, num_classes, per_feature, state, outputs, threads);
-    });
-    module.def("advance", [](bool is_double, const py::tuple& state, const py::tuple& found, int64_t num_classes,
-                             int64_t width, double momentum, int threads) {
-        (is_double ? advance<double> : advance<float>)(state, found, num_classes, width, momentum, threads);
-    });
-    module.def("row_magnitudes", [](const py::object& rows, uintptr_t sum, int threads) {
-        const View view = view_of(rows);
-        (view.dtype == DType::float64 ? row_magnitudes<double> : row_magnitudes<float>)(view, sum, threads);
-    });
-    module.def("moments", [](uintptr_t values, bool is_double, const py::tuple& labels, uintptr_t found) {
-        const Labels given{pointer<const int64_t>(labels[0].cast<uintptr_t>()), labels[1].cast<int64_t>(),
-                           labels[2].cast<int64_t>()};
-        double* out = pointer<double>(found);
-        if (is_double) moments(pointer<const double>(values), given, out);
-        else moments(pointer<const float>(values), given, out);
-    });
+    using py::arg;
+    module.def(
+        "class_stats",
+        [](const py::object& features, uintptr_t labels, int64_t ignore_index, int64_t num_classes, bool per_feature,
+           uintptr_t shift, uintptr_t seen, uintptr_t count, uintptr_t sum, uintptr_t square, uintptr_t skipped,
+           int threads) {
+            const View view = view_of(features);
+            const Labels given{pointer<const int64_t>(labels), view.outer_size, ignore_index};
+            const bool is_double = view.dtype == DType::float64;
+            const auto run = is_double ? run_class_stats<double> : run_class_stats<float>;
+            run(view, given, num_classes, per_feature, shift, seen, count, sum, square, skipped, threads);
+        },
+        arg("features"), arg("labels"), arg("ignore_index"), arg("num_classes"), arg("per_feature"), arg("shift"),
+        arg("seen"), arg("count"), arg("sum"), arg("square"), arg("skipped"), arg("threads"));
+    module.def(
+        "update_class_stats",
+        [](uintptr_t count, const py::object& mean, uintptr_t scatter, uintptr_t variance, uintptr_t rows,
+           uintptr_t shift, uintptr_t sum, uintptr_t square, double momentum, int threads) {
+            const View view = view_of(mean);
+            const auto run = [&](auto zero) {
+                using T = decltype(zero);
+                ClassStatsUpdate<T> call;
+                call.width = view.num_classes;
+                call.momentum = momentum;
+                call.count = pointer<int64_t>(count);
+                call.mean = static_cast<T*>(view.data);
+                call.scatter = pointer<double>(scatter);
+                call.variance = pointer<T>(variance);
+                call.rows = pointer<const int64_t>(rows);
+                call.shift = pointer<const T>(shift);
+                call.sum = pointer<T>(sum);
+                call.square = pointer<T>(square);
+
+                py::gil_scoped_release release;
+                const int64_t num_classes = view.outer_size;
+                threads = useful_threads(num_classes * call.width, num_classes, threads);
+                parallel_ranges(num_classes, threads, [&](int64_t first, int64_t last, int) {
+                    kernels().class_stats<T>().update(call, first, last);
+                });
+            };
+            if (view.dtype == DType::float64) run(0.0);
+            else run(0.0f);
+        },
+        arg("count"), arg("mean"), arg("scatter"), arg("variance"), arg("rows"), arg("shift"), arg("sum"),
+        arg("square"), arg("momentum"), arg("threads"));
+    module.def(
+        "row_magnitudes",
+        [](const py::object& rows, uintptr_t sum, int threads) {
+            const View view = view_of(rows);
+            (view.dtype == DType::float64 ? row_magnitudes<double> : row_magnitudes<float>)(view, sum, threads);
+        },
+        arg("rows"), arg("sum"), arg("threads"));
+    module.def(
+        "moments",
+        [](uintptr_t values, bool is_double, int64_t num_values, uintptr_t labels, int64_t ignore_index,
+           uintptr_t moments_out) {
+            const Labels given{pointer<const int64_t>(labels), num_values, ignore_index};
+            double* out = pointer<double>(moments_out);
+            py::gil_scoped_release release;
+            if (is_double) moments(pointer<const double>(values), given, out);
+            else moments(pointer<const float>(values), given, out);
+        },
+        arg("values"), arg("is_double"), arg("num_values"), arg("labels"), arg("ignore_index"), arg("moments"));
 }
 
 }  // namespace fusedloss

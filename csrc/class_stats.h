@@ -7,20 +7,25 @@
 
 namespace fusedloss {
 
+// A row with a value that is not finite, or larger than this, is left out: one such row would spoil a running statistic
+// for good. Twin of LARGEST_VALUE in backends/reference/class_stats.py.
+constexpr double kLargestValue = 1125899906842624.0;  // 2^50
+
 // Rows order[first] .. order[last - 1], all of one class. A long class has several segments, whose sums wait in slots
 // `partial` and up to be added in order; -1 marks the only segment of a class, which may be empty.
 struct ClassSegment {
     int64_t label = 0, first = 0, last = 0;
     int64_t partial = -1;
+    int64_t skipped = 0;  // written by the kernel: rows that were left out
 };
 
 template <class T>
 struct ClassStats {
-    View features;  // outer = rows, classes = features of a row, adjacent
+    View features;  // outer = rows, classes = features of a row, contiguous
     bool per_feature = false;
     const int64_t* order = nullptr;  // rows kept, class by class, in the order of the batch within a class
     int64_t num_kept = 0;
-    const ClassSegment* segments = nullptr;
+    ClassSegment* segments = nullptr;
     T* shift = nullptr;          // (K, width)
     T* sum = nullptr;            // (K, width)
     T* square = nullptr;         // (K,) or (K, width)
@@ -32,9 +37,9 @@ struct ClassStats {
     int64_t slot_size() const { return width() + num_squares(); }
 };
 
-// Running statistics, and what class_stats found of a batch; see backends/reference/class_stats.py for the formulas.
+// Running statistics and the sums of class_stats over a batch; see backends/reference/class_stats.py for the formulas.
 template <class T>
-struct ClassAdvance {
+struct ClassStatsUpdate {
     int64_t width = 0;
     double momentum = 0;  // negative: every row counts the same
     int64_t* count = nullptr;

@@ -55,8 +55,44 @@ void add_rows(const Element* const* rows, const T* shift, int64_t width, double*
         for (int lane = 0; lane < W; ++lane) square_slot[0] += squares[lane];
 }
 
+template <class T, class Element>
+bool row_is_usable(const Element* row, int64_t width) {
+    constexpr int W = Lanes<T>::count;
+    for (int64_t j = 0; j < width; j += W) {
+        const Vector<T> value = width - j >= W ? load(row + j) : load_partial<T>(row + j, width - j, T(0));
+        for (int lane = 0; lane < W; ++lane)
+            if (!(value[lane] <= T(kLargestValue) && value[lane] >= -T(kLargestValue))) return false;
+    }
+    return true;
+}
+
+// Sums that small hold no row to be left out, whose square alone would be larger; a NaN is not small.
+inline bool holds_usable_rows(const double* squares, int64_t count) {
+    double sum = 0;
+    for (int64_t j = 0; j < count; ++j) sum += squares[j];
+    return sum < kLargestValue * kLargestValue / 1024;
+}
+
+// The sums once more, row by row, of usable rows alone; returns how many others there are.
 template <class T, class Element, bool kPerFeature>
-void sum_segment(const ClassStats<T>& call, const ClassSegment& segment, double* slot) {
+int64_t sum_usable_rows(const ClassStats<T>& call, const ClassSegment& segment, double* slot) {
+    const int64_t width = call.width();
+    std::memset(slot, 0, call.slot_size() * sizeof(double));
+    int64_t skipped = 0;
+    for (int64_t i = segment.first; i < segment.last; ++i) {
+        const Element* rows[1 + kRowsAtOnce];
+        for (const Element*& row : rows) row = call.features.template row<const Element>(call.order[i]);
+        if (row_is_usable<T>(rows[0], width))
+            add_rows<T, Element, kPerFeature, 1>(rows, call.shift + segment.label * width, width, slot);
+        else
+            ++skipped;
+    }
+    return skipped;
+}
+
+// Sums the segment's rows into a slot; returns how many rows were left out.
+template <class T, class Element, bool kPerFeature>
+int64_t sum_segment(const ClassStats<T>& call, const ClassSegment& segment, double* slot) {
     const int64_t width = call.width();
     const T* shift = call.shift + segment.label * width;
     std::memset(slot, 0, call.slot_size() * sizeof(double));
@@ -71,6 +107,8 @@ void sum_segment(const ClassStats<T>& call, const ClassSegment& segment, double*
             default: add_rows<T, Element, kPerFeature, kRowsAtOnce>(rows, shift, width, slot);
         }
     }
+    if (holds_usable_rows(slot + width, call.num_squares())) return 0;
+    return sum_usable_rows<T, Element, kPerFeature>(call, segment, slot);
 }
 
 template <class T>
@@ -85,10 +123,10 @@ void write_class(const ClassStats<T>& call, int64_t label, const double* slot) {
 template <class T, class Element, bool kPerFeature>
 void sum_segments(const ClassStats<T>& call, int64_t first, int64_t last, int thread) {
     for (int64_t index = first; index < last; ++index) {
-        const ClassSegment& segment = call.segments[index];
+        ClassSegment& segment = call.segments[index];
         double* slot = segment.partial < 0 ? call.scratch + thread * call.slot_size()
                                            : call.partials + segment.partial * call.slot_size();
-        sum_segment<T, Element, kPerFeature>(call, segment, slot);
+        segment.skipped = sum_segment<T, Element, kPerFeature>(call, segment, slot);
         if (segment.partial < 0) write_class(call, segment.label, slot);
     }
 }
@@ -130,7 +168,7 @@ void class_stats(const ClassStats<T>& call, int64_t first, int64_t last, int thr
 
 // Chan's step with weight w: scatter += w (square - w |deviation|^2 - scatter) subtracts nothing large.
 template <class T>
-void advance_class(const ClassAdvance<T>& call, int64_t label) {
+void update_class(const ClassStatsUpdate<T>& call, int64_t label) {
     const int64_t width = call.width, before = call.count[label], rows = call.rows[label];
     const double weight = call.momentum < 0 ? double(rows) / (before + rows) : before == 0 ? 1.0 : call.momentum;
     const T share = T(weight), count = T(rows);
@@ -161,9 +199,9 @@ void advance_class(const ClassAdvance<T>& call, int64_t label) {
 
 // Classes that the batch does not hold stay as they are, to the bit.
 template <class T>
-void advance_classes(const ClassAdvance<T>& call, int64_t first, int64_t last) {
+void update_classes(const ClassStatsUpdate<T>& call, int64_t first, int64_t last) {
     for (int64_t label = first; label < last; ++label)
-        if (call.rows[label] > 0) advance_class(call, label);
+        if (call.rows[label] > 0) update_class(call, label);
 }
 
 // Sum of |x| over a row: few additions in T before each in double.

@@ -23,7 +23,7 @@ struct ClassStatsKernels {
     void (*widen)(const ClassStats<T>&, int64_t row, T* out);
     void (*sum)(const ClassStats<T>&, int64_t first, int64_t last, int thread);  // a range of segments
     void (*write)(const ClassStats<T>&, int64_t label, const double* slot);
-    void (*advance)(const ClassAdvance<T>&, int64_t first, int64_t last);  // a range of classes
+    void (*update)(const ClassStatsUpdate<T>&, int64_t first, int64_t last);  // a range of classes
     void (*magnitudes)(const RowMagnitudes<T>&, int64_t first, int64_t last);
 };
 

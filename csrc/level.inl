@@ -19,8 +19,8 @@ Kernels table() {
     return {
         {softmax_ce<float>, softmax_stats<float>, softmax_stats_backward<float>},
         {softmax_ce<double>, softmax_stats<double>, softmax_stats_backward<double>},
-        {widen_row<float>, class_stats<float>, write_class<float>, advance_classes<float>, row_magnitudes<float>},
-        {widen_row<double>, class_stats<double>, write_class<double>, advance_classes<double>, row_magnitudes<double>},
+        {widen_row<float>, class_stats<float>, write_class<float>, update_classes<float>, row_magnitudes<float>},
+        {widen_row<double>, class_stats<double>, write_class<double>, update_classes<double>, row_magnitudes<double>},
         {supcon_maxima<float>, supcon_sums<float>, supcon_backward<float>},
         {supcon_maxima<double>, supcon_sums<double>, supcon_backward<double>},
         {row_norms, project_rows<float>, project_rows<double>, target_products, label_gradients<float>,

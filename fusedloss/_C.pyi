@@ -8,13 +8,33 @@ def softmax_ce(inputs: tuple, options: tuple, outputs: tuple, gradients: tuple, 
 def softmax_stats(inputs: tuple, outputs: tuple, threads: int) -> None: ...
 def softmax_stats_backward(inputs: tuple, saved: tuple, upstream: tuple, gradients: tuple, threads: int) -> None: ...
 def class_stats(
-    features: View, labels: tuple, num_classes: int, per_feature: bool, state: tuple, outputs: tuple, threads: int
+    features: View,
+    labels: int,
+    ignore_index: int,
+    num_classes: int,
+    per_feature: bool,
+    shift: int,
+    seen: int,
+    count: int,
+    sum: int,
+    square: int,
+    skipped: int,
+    threads: int,
 ) -> None: ...
-def advance(
-    is_double: bool, state: tuple, found: tuple, num_classes: int, width: int, momentum: float, threads: int
+def update_class_stats(
+    count: int,
+    mean: View,
+    scatter: int,
+    variance: int,
+    rows: int,
+    shift: int,
+    sum: int,
+    square: int,
+    momentum: float,
+    threads: int,
 ) -> None: ...
 def row_magnitudes(rows: View, sum: int, threads: int) -> None: ...
-def moments(values: int, is_double: bool, labels: tuple[int, int, int], found: int) -> None: ...
+def moments(values: int, is_double: bool, num_values: int, labels: int, ignore_index: int, moments: int) -> None: ...
 def supcon_maxima(panel: tuple, is_double: bool, anchors: int, threads: int) -> None: ...
 def supcon_sums(panel: tuple, is_double: bool, anchors: int, sums: tuple[int, int], threads: int) -> None: ...
 def supcon_backward(panel: tuple, is_double: bool, slopes: tuple[int, int], threads: int) -> float: ...

@@ -31,7 +31,8 @@ from fusedloss.losses import (
     SupConLoss,
     VACELoss,
 )
-from fusedloss.losses.class_statistics import ClassStatistics, NormStatistics
+from fusedloss.losses.class_statistics import ClassStatistics
+from fusedloss.losses.norm_statistics import NormStatistics
 from fusedloss.terms import AdditiveMargin, AngularMargin, ClassTemperature, CombinedMargin, Prior, Scale, SoftCap
 
 __all__ = [

@@ -28,55 +28,58 @@ def gathered(rows: Tensor, group: Any) -> Tensor:
 
 
 def gathered_with_gradient(rows: Tensor, group: Any) -> Tensor:
-    """As ``gathered``; the gradient of a rank's rows is the sum of what all ranks' losses say of them."""
-    return _Gather.apply(rows, group)
+    """As ``gathered``; the gradient of a rank's rows is the sum of those of all ranks' losses."""
+    result: Tensor = _Gather.apply(rows, group)
+    return result
 
 
 def summed(value: Tensor, group: Any) -> Tensor:
     """The sum over ranks; its gradient reaches each rank's own part once."""
-    return _Sum.apply(value, group)
+    result: Tensor = _Sum.apply(value, group)
+    return result
 
 
 def shared(tensor: Tensor, group: Any) -> Tensor:
     """A tensor that every rank holds alike; its gradient is summed over ranks."""
-    return _Shared.apply(tensor, group)
+    result: Tensor = _Shared.apply(tensor, group)
+    return result
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, group):
+    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
         counts = row_counts(rows, group)
         rank = dist.get_rank(group)
         ctx.group, ctx.first, ctx.count = group, sum(counts[:rank]), len(rows)
         return gathered(rows, group)
 
     @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[ctx.first : ctx.first + ctx.count], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduced(grad, ctx.group)[ctx.first : ctx.first + ctx.count], None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, group):
-        total = value.detach().clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        return _reduced(value.detach(), group)
 
     @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, group):
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduced(grad, ctx.group), None
+
+
+def _reduced(value: Tensor, group: Any) -> Tensor:
+    total = value.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total

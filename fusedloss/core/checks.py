@@ -206,8 +206,8 @@ def _check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
         isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True)
     )
     if not fits:
-        wanted = f"({shape[0]},)" if len(shape) == 1 else f"({', '.join(map(str, shape))})"
-        raise ValueError(f"{name} must have shape {wanted}; got {tuple(value.shape)}")
+        expected = f"({shape[0]},)" if len(shape) == 1 else f"({', '.join(map(str, shape))})"
+        raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
 
 
 def _range(at_least: float, above: float, at_most: float, below: float) -> str:

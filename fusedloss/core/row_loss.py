@@ -42,7 +42,6 @@ class RowSettings(NamedTuple):
     z_loss: float = 0.0
     margin_penalty: MarginPenalty | None = None
 
-    @property
     def is_default(self) -> bool:
         """Whether every option is off."""
         # An array has no truth value: types first.
@@ -63,16 +62,13 @@ class RowSettings(NamedTuple):
     def options(self, num_classes: int) -> RowOptions:
         """The numbers; a tensor leaves its own at 0."""
         penalty, smoothing = self.margin_penalty, self.label_smoothing
-        row = RowOptions(
-            0.0 if isinstance(smoothing, Tensor) else smoothing, self.focal_gamma, self.poly_epsilon, self.z_loss
-        )
-        if penalty is None:
-            return row
-        return row._replace(
-            penalty_margin=penalty.margin,
-            penalty_strength=0.0 if isinstance(penalty.strength, Tensor) else penalty.strength,
-            penalty_scale=1.0 / num_classes if penalty.over == "mean" else 1.0,
-            penalty_mix=float(penalty.mix),
+        more = {} if penalty is None else penalty.options(num_classes)
+        return RowOptions(
+            0.0 if isinstance(smoothing, Tensor) else smoothing,
+            self.focal_gamma,
+            self.poly_epsilon,
+            self.z_loss,
+            **more,
         )
 
 
@@ -121,6 +117,12 @@ def row_loss(statistics: Statistics, options: RowOptions, rows: RowInputs, num_c
     return row
 
 
+def without_focal(options: RowOptions) -> RowOptions:
+    """The options where smoothing and focal factor are already in the cross-entropy."""
+    values = dict(zip(RowOptions._fields, options, strict=True))
+    return RowOptions(**{**values, "label_smoothing": 0.0, "focal_gamma": 0.0})
+
+
 def needs_smooth_loss(options: RowOptions, rows: RowInputs) -> bool:
     """Whether the row is a function of ``smooth_loss``."""
     return rows.label_smoothing is not None or options.label_smoothing != 0
@@ -159,6 +161,15 @@ class MarginPenalty:
     strength: Tensor | float
     over: Literal["mean", "sum"] = "mean"
     mix: bool = False
+
+    def options(self, num_classes: int) -> dict[str, float]:
+        """The fields of RowOptions that are its own; a strength that is a tensor leaves its own at 0."""
+        return {
+            "penalty_margin": self.margin,
+            "penalty_strength": 0.0 if isinstance(self.strength, Tensor) else self.strength,
+            "penalty_scale": 1.0 / num_classes if self.over == "mean" else 1.0,
+            "penalty_mix": float(self.mix),
+        }
 
     def __post_init__(self) -> None:
         check_number("MarginPenalty: margin", self.margin, at_least=0.0)

@@ -70,20 +70,30 @@ class LossArguments:
 
         Whatever comes before the last soft cap is applied here, in a pass of its own.
         """
-        inputs = LogitInputs(self.logits, self.target, class_weight=self.class_weight, ignore_index=self.ignore_index)
         if not self.terms:
-            return inputs
+            return LogitInputs(self.logits, self.target, class_weight=self.class_weight, ignore_index=self.ignore_index)
         logits, terms, soft_cap = self._capped()
         affine = [term for term in terms if isinstance(term, AffineTerm)]
         scale, bias = fold_affine(affine, self.num_classes, self.dtype, logits.device)
-        inputs = inputs._replace(logits=logits, scale=scale, bias=bias, soft_cap=soft_cap)
-        if len(affine) == len(terms):
-            return inputs
-        column = self.label_columns()
-        x = logits.detach().gather(1, column.unsqueeze(1)).squeeze(1).to(self.dtype)
-        cap = (SoftCap(soft_cap),) if soft_cap else ()
-        value, grad = label_chain(x, column, (*cap, *terms))
-        return inputs._replace(target_override=value.contiguous(), target_override_grad=grad.contiguous())
+        override = override_grad = None
+        if len(affine) < len(terms):
+            column = self.label_columns()
+            x = logits.detach().gather(1, column.unsqueeze(1)).squeeze(1).to(self.dtype)
+            cap = (SoftCap(soft_cap),) if soft_cap else ()
+            value, grad = label_chain(x, column, (*cap, *terms))
+            override, override_grad = value.contiguous(), grad.contiguous()
+        # Not _replace(), here and below: torch.compile of torch 2.8 can't trace it.
+        return LogitInputs(
+            logits,
+            self.target,
+            scale,
+            bias,
+            self.class_weight,
+            override,
+            override_grad,
+            soft_cap,
+            self.ignore_index,
+        )
 
     def label_columns(self) -> Tensor:
         """The class of each row, 0 where it has none."""
@@ -136,7 +146,7 @@ def checked(
     if reduction not in REDUCTIONS:
         check_choice("reduction", reduction, REDUCTIONS)
     # What is plainly right is not looked at twice: each look takes a part of a small loss.
-    plain = settings.is_default
+    plain = settings.is_default()
     if not plain:
         settings.check()
     if type(ignore_index) is not int or ignore_index != -100:
@@ -151,7 +161,7 @@ def checked(
     return LossArguments(
         logits,
         target,
-        check_terms(terms, logits, target) if terms else (),
+        () if type(terms) is tuple and not terms else check_terms(terms, logits, target),
         weight,
         ignore_index,
         _NO_OPTIONS if plain else settings.options(logits.shape[1]),

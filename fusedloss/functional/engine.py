@@ -12,7 +12,7 @@ from fusedloss import backends, ops
 from fusedloss.backends.reference import softmax_ce as reference
 from fusedloss.core.checks import check_labels
 from fusedloss.core.operands import RowInputs, SoftmaxStatistics, StatisticsOptions
-from fusedloss.core.row_loss import RowOptions, Statistics, needs_hinge, needs_smooth_loss, row_loss
+from fusedloss.core.row_loss import RowOptions, Statistics, needs_hinge, needs_smooth_loss, row_loss, without_focal
 from fusedloss.functional.arguments import LossArguments
 from fusedloss.terms import SoftCap
 
@@ -71,7 +71,8 @@ def one_denominator(arguments: LossArguments, mean: bool) -> tuple[RowInputs, bo
     rows = arguments.rows
     if rows.sample_weight is None or not mean:
         return rows, mean
-    return rows._replace(sample_weight=rows.sample_weight / arguments.denominator()), False
+    weight = rows.sample_weight / arguments.denominator()
+    return RowInputs(rows.label_smoothing, weight, rows.penalty_strength), False
 
 
 def reduced(arguments: LossArguments, values: _RowValues, reduction: str) -> Tensor | tuple[Tensor, RowStatistics]:
@@ -106,14 +107,18 @@ def _of_probabilities(arguments: LossArguments, statistics: Statistics) -> tuple
     """Focal and PolyLoss of probability targets have a factor for each class: in plain PyTorch."""
     options, rows = arguments.options, arguments.rows
     z = reference.terms_applied(arguments.logits, arguments.terms, arguments.dtype)
+    cross_entropy, one_minus_pt = statistics.cross_entropy, statistics.one_minus_pt
     if options.poly_epsilon != 0:
-        statistics = statistics._replace(one_minus_pt=reference.soft_one_minus_pt(z, arguments.target))
+        one_minus_pt = reference.soft_one_minus_pt(z, arguments.target)
     if options.focal_gamma != 0:
         smoothing = options.label_smoothing if rows.label_smoothing is None else rows.label_smoothing
-        focal = reference.soft_focal_loss(z, arguments.target, arguments.class_weight, smoothing, options.focal_gamma)
-        statistics = statistics._replace(cross_entropy=focal)
-        options = options._replace(label_smoothing=0.0, focal_gamma=0.0)
-        rows = rows._replace(label_smoothing=None)
+        cross_entropy = reference.soft_focal_loss(
+            z, arguments.target, arguments.class_weight, smoothing, options.focal_gamma
+        )
+        options = without_focal(options)
+        rows = RowInputs(None, rows.sample_weight, rows.penalty_strength)
+    lse, target_logit = statistics.log_sum_exp, statistics.target_logit
+    statistics = Statistics(lse, target_logit, cross_entropy, statistics.smooth_loss, one_minus_pt, statistics.hinge)
     return statistics, options, rows
 
 

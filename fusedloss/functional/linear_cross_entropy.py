@@ -228,29 +228,35 @@ def _inputs(arguments: LossArguments, head: LinearHead) -> LinearInputs:
         offset = head.bias.to(arguments.dtype).contiguous()
         offset = offset if scale is None else offset * scale
         bias = offset if bias is None else bias + offset
-    inputs = LinearInputs(
-        head.input,
-        head.weight,
+    x, w = head.input, head.weight
+    input_norm, class_norm = (ops.row_norms(x), ops.row_norms(w)) if head.normalize else (None, None)
+    override = override_grad = product = None
+    if arguments.has_margin:
+        product = ops.target_products(x, w, arguments.target, input_norm, class_norm, arguments.ignore_index)
+        override, override_grad = _after_margin(product, arguments, head)
+    return LinearInputs(
+        x,
+        w,
         arguments.target,
-        ops.row_norms(head.input) if head.normalize else None,
-        ops.row_norms(head.weight) if head.normalize else None,
+        input_norm,
+        class_norm,
         scale,
         bias,
         arguments.class_weight,
-        soft_cap=soft_cap,
-        ignore_index=arguments.ignore_index,
+        override,
+        override_grad,
+        product,
+        soft_cap,
+        arguments.ignore_index,
     )
-    return _with_margin(inputs, arguments, head) if arguments.has_margin else inputs
 
 
-def _with_margin(inputs: LinearInputs, arguments: LossArguments, head: LinearHead) -> LinearInputs:
-    """The label's logit through all terms, in double: an angular margin is steep where rows are nearly parallel."""
-    product = ops.target_products(inputs)
+def _after_margin(product: Tensor, arguments: LossArguments, head: LinearHead) -> tuple[Tensor, Tensor]:
+    """The label's logit through all terms, and its derivative in the product.
+
+    In double: an angular margin is steep where rows are nearly parallel.
+    """
     classes = arguments.label_columns()
     z = product if head.bias is None else product + head.bias.double()[classes]
     value, grad = label_chain(z, classes, arguments.terms)
-    return inputs._replace(
-        target_override=value.to(arguments.dtype).contiguous(),
-        target_override_grad=grad.contiguous(),
-        target_product=product,
-    )
+    return value.to(arguments.dtype).contiguous(), grad.contiguous()

@@ -1,34 +1,44 @@
-"""Running statistics of features, by class and of row norms: state that moves in place, without gradients."""
+"""Running statistics of the features of each class: state that moves in place, without gradients."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.backends import CHECK_VALUES
-from fusedloss.backends.reference.class_stats import check_labels
+from fusedloss.core.checks import (
+    check_bool,
+    check_ignore_index,
+    check_integer,
+    check_integer_tensor,
+    check_labels,
+    check_number,
+    check_tensor,
+)
+from fusedloss.core.dtypes import FLOATING, LABELS, compute_dtype
+from fusedloss.losses.running_state import add_skipped, register_skipped
+from fusedloss.losses.settings_repr import SettingsRepr
 from fusedloss.terms.term import readable
 
-_FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 # With this many classes to a row of the batch, most classes are absent from it.
 _SPARSE_CLASSES = 3
-# Elements of a buffer that stays in the second-level cache.
 
 
-class ClassStatistics(nn.Module):
+class ClassStatistics(SettingsRepr):
     """Running mean and scatter of the features of each class, in one pass over each batch.
 
     ``mean_c = 1/n_c Σ f`` and ``scatter_c = 1/n_c Σ |f - mean_c|²`` (population; summed over features), over
     the rows labelled c. A batch that holds the share w of a class's rows (with `momentum`: w = momentum once
     the class has been seen) moves them by
     ``d = mean_batch - mean; mean += w d; scatter = (1 - w) scatter + w scatter_batch + w (1 - w) |d|²``,
-    so that classes with one row per batch keep their scatter (Chan, Golub and LeVeque, 1983). A class absent
-    from a batch keeps its state; the first batch that holds a class starts it.
+    so that classes with one row per batch keep their scatter. A class absent
+    from a batch keeps its state; the first batch that holds a class starts it. Rows with a value that is not finite (or
+    beyond 2^50) are left out and counted in ``skipped``; on a CPU a warning says so once.
 
     Args:
         in_features: width D of the features.
@@ -42,9 +52,12 @@ class ClassStatistics(nn.Module):
         mean: ``(K, D)``, float32 (float64 after ``.double()``; never less, whatever ``.half()`` does).
         scatter: float64 ``(K,)``.
         variance: ``(K, D)`` in the dtype of `mean`, or None.
+        skipped: int64 ``()``, rows left out as not finite since this object was built; not in the state dict.
 
     Raises:
         TypeError, ValueError: sizes below 1, a momentum outside [0, 1].
+
+    Source: Chan, Golub and LeVeque 1983, The American Statistician 37(3).
 
     Example:
         >>> statistics = ClassStatistics(in_features=2, num_classes=3)
@@ -57,6 +70,7 @@ class ClassStatistics(nn.Module):
     mean: Tensor
     scatter: Tensor
     variance: Tensor | None
+    skipped: Tensor
 
     def __init__(
         self,
@@ -66,23 +80,18 @@ class ClassStatistics(nn.Module):
         per_feature: bool = False,
         *,
         ignore_index: int = -100,
-    ):
+    ) -> None:
         super().__init__()
-        self.in_features = _checked_size("in_features", in_features)
-        self.num_classes = _checked_size("num_classes", num_classes)
-        self.momentum = _checked_momentum(momentum)
-        self.per_feature = per_feature
-        self.ignore_index = ignore_index
+        self.in_features = check_integer("in_features", in_features, at_least=1)
+        self.num_classes = check_integer("num_classes", num_classes, at_least=1)
+        self.momentum = check_momentum(momentum)
+        self.per_feature = check_bool("per_feature", per_feature)
+        self.ignore_index = check_ignore_index(ignore_index)
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(num_classes, in_features, dtype=torch.float32))
         self.register_buffer("scatter", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("variance", torch.zeros_like(self.mean) if per_feature else None)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, momentum={self.momentum}, "
-            f"per_feature={self.per_feature}"
-        )
+        register_skipped(self)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -106,24 +115,42 @@ class ClassStatistics(nn.Module):
         """
         self._check(features, labels)
         features, labels = features.detach(), labels.to(torch.int64)
-        if group is None and self.num_classes >= _SPARSE_CLASSES * len(labels) and readable(labels):
-            self._update_present(features, labels)
-            return
-        if self.mean.dtype == torch.float64:
+        skipped: Tensor | int
+        if group is not None:
+            skipped = self._update_all(features, labels, group)
+        elif readable(labels) and self.num_classes >= _SPARSE_CLASSES * len(labels):
+            skipped = self._update_present(features, labels)
+        else:
+            skipped = self._take_rows(self._state(), features, labels, self.ignore_index)
+        add_skipped(self, skipped)
+
+    def _take_rows(self, state: ops.ClassState, features: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """Moves a state, this one or a part of it, by rows; returns how many were left out."""
+        batch, shift = self._sums(state, features, labels, ignore_index)
+        ops.update_class_stats(state, batch, None if shift is state.mean else shift, self.momentum)
+        return batch.skipped
+
+    def _sums(
+        self, state: ops.ClassState, features: Tensor, labels: Tensor, ignore_index: int
+    ) -> tuple[ops.ClassTensors, Tensor]:
+        """The sums of rows by class about a shift, and the shift: the mean itself where its type allows."""
+        if state.mean.dtype == torch.float64:
             features = features.to(torch.float64)
-        shift = self.mean.to(ops.compute_dtype(features.dtype))
-        found = ops.class_stats(features, labels, shift, self.count, self.ignore_index, self.per_feature)
-        if group is None:
-            ops.advance(self._state(), found, shift, self.momentum)
-            return
-        rows = found.count.clamp(min=1)
-        deviation = found.sum.div_(rows.unsqueeze(1)).double()
-        square = found.square.div_(rows.unsqueeze(1) if self.per_feature else rows).double()
+        shift = state.mean.to(compute_dtype(features.dtype))
+        return ops.class_stats(features, labels, shift, state.count, ignore_index, self.per_feature), shift
+
+    def _update_all(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Takes in the rows of all ranks; returns how many of this rank's were left out."""
+        batch, shift = self._sums(self._state(), features, labels, self.ignore_index)
+        rows = batch.count.clamp(min=1)
+        deviation = batch.sum.div_(rows.unsqueeze(1)).double()
+        square = batch.square.div_(rows.unsqueeze(1) if self.per_feature else rows).double()
         distance = deviation.square()
         spread = square - (distance if self.per_feature else distance.sum(1))
-        self._take_in(*_all_reduced(found.count, shift.double() + deviation, spread.clamp_(min=0), group))
+        self._take_in(*all_reduced(batch.count, shift.double() + deviation, spread.clamp_(min=0), group))
+        return batch.skipped
 
-    def _update_present(self, features: Tensor, labels: Tensor) -> None:
+    def _update_present(self, features: Tensor, labels: Tensor) -> Tensor | int:
         """The same for few rows of many classes: only the classes that the batch holds are read and written."""
         check_labels(labels, self.num_classes, self.ignore_index, "labels")
         kept = labels != self.ignore_index
@@ -131,13 +158,14 @@ class ClassStatistics(nn.Module):
             features, labels = features[kept], labels[kept]
         present, labels = labels.unique(return_inverse=True)
         if len(present) == 0:
-            return
-        part = ClassStatistics(self.in_features, len(present), self.momentum, self.per_feature)
-        for name, state in self.named_buffers():
-            setattr(part, name, state[present])
-        part.update(features, labels)
-        for name, state in self.named_buffers():
-            state.index_copy_(0, present, getattr(part, name))
+            return 0
+        whole = self._state()
+        part = ops.ClassState(*(None if state is None else state[present] for state in whole))  # type: ignore[arg-type]
+        skipped = self._take_rows(part, features, labels, -1)
+        for state, moved in zip(whole, part, strict=True):
+            if state is not None and moved is not None:
+                state.index_copy_(0, present, moved)
+        return skipped
 
     @torch.no_grad()
     def merge(self, other: ClassStatistics) -> None:
@@ -156,14 +184,12 @@ class ClassStatistics(nn.Module):
             (2, 1.0, 1.0)
         """
         if not isinstance(other, ClassStatistics):
-            raise TypeError(f"other: got {type(other).__name__}; allowed is ClassStatistics")
+            raise TypeError(f"other must be a ClassStatistics; got {type(other).__name__}")
         self._check_exact("merge")
         other._check_exact("merge")
         ours, theirs = ((each.num_classes, each.in_features, each.per_feature) for each in (self, other))
         if ours != theirs:
-            raise ValueError(
-                f"other: got (num_classes, in_features, per_feature) = {theirs}; allowed is {ours}, as here"
-            )
+            raise ValueError(f"other must have (num_classes, in_features, per_feature) = {ours}, as here; got {theirs}")
         self._take_in(*(moment.to(self.mean.device, copy=True) for moment in other._moments()))
 
     @torch.no_grad()
@@ -180,7 +206,7 @@ class ClassStatistics(nn.Module):
             ``statistics.all_reduce()`` after the last ``update`` on every rank.
         """
         self._check_exact("all_reduce")
-        count, mean, spread = _all_reduced(*self._moments(), group)
+        count, mean, spread = all_reduced(*self._moments(), group)
         self.reset()
         self._take_in(count, mean, spread)
 
@@ -210,17 +236,18 @@ class ClassStatistics(nn.Module):
         distance = deviation.square()
         square = spread + (distance if self.per_feature else distance.sum(1))
         column = count.unsqueeze(1)
-        found = ops.ClassTensors(count, deviation * column, square * (column if self.per_feature else count))
-        ops.advance(self._state(), found, shift, self.momentum)
+        sums, squares = deviation * column, square * (column if self.per_feature else count)
+        batch = ops.ClassTensors(count, sums, squares, torch.zeros_like(self.skipped))
+        ops.update_class_stats(self._state(), batch, shift.double(), self.momentum)
 
     def _state(self) -> ops.ClassState:
         return ops.ClassState(self.count, self.mean, self.scatter, self.variance)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassStatistics:
         before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, moved in list(self.named_buffers(recurse=False)):
-            if name == "count":
+            if name in ("count", "skipped"):
                 dtype = torch.int64
             elif name == "scatter" or moved.dtype == torch.float64:
                 dtype = torch.float64
@@ -231,162 +258,19 @@ class ClassStatistics(nn.Module):
         return self
 
     def _check(self, features: Tensor, labels: Tensor) -> None:
-        _check_features(features, labels)
-        if features.shape[1] != self.in_features:
-            raise ValueError(
-                f"features: got shape {tuple(features.shape)}; allowed is (B, in_features={self.in_features})"
-            )
-        if features.device != self.mean.device:
-            raise ValueError(f"features: got device {features.device}; allowed is the statistics', {self.mean.device}")
+        check_feature_rows(features, labels, self.in_features, self.mean)
         if CHECK_VALUES:
             check_labels(labels, self.num_classes, self.ignore_index)
 
     def _check_exact(self, method: str) -> None:
         if self.momentum is not None:
             raise ValueError(
-                f"{method}: got momentum={self.momentum}; allowed is None, for a moving average does not say "
-                "how many rows it stands for (update(..., group=...) keeps one equal over ranks)"
+                f"momentum must be None for {method}(), for a moving average does not say how many rows it stands for "
+                f"(update(..., group=...) keeps one equal over ranks); got {self.momentum}"
             )
 
 
-class NormStatistics(nn.Module):
-    """Running mean and population deviation of the norms of feature rows: ``s_i = |f_i|_p``.
-
-    The first batch starts both; later ones move them as in `ClassStatistics`; a batch of one row is fine.
-
-    Args:
-        momentum: weight of the new batch in [0, 1]; None accumulates every row equally.
-        norm: p, at least 1 or ``math.inf``; 1 is FeDLaS's.
-        ignore_index: rows with this label are left out.
-
-    Attributes:
-        count, mean, deviation: 0-dim; rows seen (int64), mean (float32) and deviation (float64) of norms.
-
-    Raises:
-        TypeError, ValueError: a momentum outside [0, 1], a norm below 1.
-
-    Example:
-        >>> statistics = NormStatistics(momentum=0.5)
-        >>> statistics.update(torch.tensor([[1.0, -1.0], [3.0, 1.0]]))
-        >>> statistics.mean, statistics.deviation
-        (tensor(3.), tensor(1., dtype=torch.float64))
-    """
-
-    def __init__(self, momentum: float | None = 0.5, *, norm: float = 1.0, ignore_index: int = -100):
-        super().__init__()
-        if not norm >= 1.0:
-            raise ValueError(f"norm: got {norm}; allowed are 1 and above, and math.inf")
-        self.norm = float(norm)
-        self.ignore_index = ignore_index
-        self.statistics = ClassStatistics(1, 1, momentum)
-
-    @property
-    def momentum(self) -> float | None:
-        return self.statistics.momentum
-
-    @property
-    def count(self) -> Tensor:
-        return self.statistics.count[0]
-
-    @property
-    def mean(self) -> Tensor:
-        return self.statistics.mean[0, 0]
-
-    @property
-    def deviation(self) -> Tensor:
-        return self.statistics.scatter[0].sqrt()
-
-    def extra_repr(self) -> str:
-        return f"momentum={self.momentum}, norm={self.norm}"
-
-    def row_norms(self, features: Tensor) -> Tensor:
-        """The norm of each row, ``(B,)`` in float32 (float64 for float64 features).
-
-        Example:
-            >>> NormStatistics().row_norms(torch.tensor([[1.0, -2.0]]))
-            tensor([3.])
-        """
-        dtype = ops.compute_dtype(features.dtype)
-        if self.norm == 1 and not (features.requires_grad and torch.is_grad_enabled()):
-            return ops.row_magnitudes(features)
-        return torch.linalg.vector_norm(features, self.norm, dim=1, dtype=dtype)
-
-    @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
-        """Takes one batch in; rows labelled `ignore_index` are left out, and labels serve nothing else.
-
-        Args:
-            features: ``(B, D)``; B may be 0, D may change.
-            labels: int64, int32 or uint8 ``(B,)``, or None.
-            group: a process group whose ranks all call this, each with its share of the batch.
-
-        Raises:
-            TypeError, ValueError: dtypes or shapes that do not fit.
-
-        Example:
-            >>> statistics = NormStatistics()
-            >>> statistics.update(torch.ones(2, 4), torch.tensor([0, -100]))
-            >>> statistics.count.item()
-            1
-        """
-        _check_features(features, labels)
-        self.update_values(self.row_norms(features.detach()), labels, group)
-
-    @torch.no_grad()
-    def update_values(
-        self, values: Tensor, labels: Tensor | None = None, group: dist.ProcessGroup | None = None
-    ) -> None:
-        """Takes in one number per row, ``(B,)``: norms at hand, or another indicator; otherwise as `update`.
-
-        Example:
-            >>> statistics = NormStatistics()
-            >>> statistics.update_values(torch.tensor([-1.0, 3.0]))
-            >>> statistics.mean
-            tensor(1.)
-        """
-        column = values.unsqueeze(1)
-        _check_features(column, labels)
-        if group is None and readable(values):
-            self._take_in(*ops.moments(values, labels, self.ignore_index).tolist())
-            return
-        one_class = torch.zeros(len(values), dtype=torch.int64, device=values.device)
-        if labels is not None:
-            one_class.masked_fill_(labels == self.ignore_index, self.statistics.ignore_index)
-        self.statistics.update(column, one_class, group)
-
-    def reset(self) -> None:
-        """Forgets every row.
-
-        Example:
-            >>> NormStatistics().reset()
-        """
-        self.statistics.reset()
-
-    def numbers(self) -> tuple[int, float, float]:
-        """Count, mean and deviation as plain numbers; waits for the device.
-
-        Example:
-            >>> NormStatistics().numbers()
-            (0, 0.0, 0.0)
-        """
-        state = self.statistics
-        return int(state.count.item()), state.mean.item(), math.sqrt(state.scatter.item())
-
-    def _take_in(self, rows: float, batch_mean: float, batch_variance: float) -> None:
-        """Moves the state as `ClassStatistics` does, in plain numbers: on tensors of one element it takes longer."""
-        if rows == 0:
-            return
-        state = self.statistics
-        seen, mean, variance = state.count.item(), state.mean.item(), state.scatter.item()
-        weight = rows / (seen + rows) if seen == 0 or self.momentum is None else self.momentum
-        distance = batch_mean - mean
-        step = weight * (batch_variance + (1 - weight) * distance * distance - variance)
-        state.scatter.fill_(max(variance + step, 0.0))
-        state.mean.fill_(mean + weight * distance)
-        state.count.fill_(int(seen + rows))
-
-
-def _all_reduced(
+def all_reduced(
     count: Tensor, mean: Tensor, spread: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The moments of all ranks' rows: first their common mean, then the spread about it; all in float64."""
@@ -404,38 +288,20 @@ def _all_reduced(
     return packed[:, 0].to(torch.int64), common, total / all_rows
 
 
-def _check_features(features: Tensor, labels: Tensor | None) -> None:
-    if not isinstance(features, Tensor) or features.dtype not in _FEATURE_DTYPES:
-        raise TypeError(f"features: got {_kind(features)}; allowed: float32, float64, bfloat16, float16")
-    if features.dim() != 2:
-        raise ValueError(f"features: got shape {tuple(features.shape)}; allowed is (B, D)")
+def check_feature_rows(features: Any, labels: Any, width: int | str = "D", state: Tensor | None = None) -> None:
+    """Raises unless features are rows ``(B, width)`` on the device of `state`, and labels, if any, fit them."""
+    check_tensor("features", features, ("B", width), like=state, of="the statistics")
+    if features.dtype not in FLOATING:
+        raise TypeError(f"features must be float32, float64, bfloat16 or float16; got {features.dtype}")
     if labels is None:
         return
-    if not isinstance(labels, Tensor) or labels.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"labels: got {_kind(labels)}; allowed are int64, int32 and uint8 tensors")
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}; allowed is (B,) = ({len(features)},)")
+    check_integer_tensor("labels", labels, (features.shape[0],))
+    if labels.dtype not in LABELS:
+        raise TypeError(f"labels must be int64, int32 or uint8; got {labels.dtype}")
     if labels.device != features.device:
-        raise ValueError(f"labels: got device {labels.device}; allowed is features', {features.device}")
+        raise ValueError(f"labels must be on the device of features, {features.device}; got {labels.device}")
 
 
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _checked_size(name: str, size: int) -> int:
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(f"{name}: got {size!r}; allowed are integers of at least 1")
-    if size < 1:
-        raise ValueError(f"{name}: got {size}; allowed are integers of at least 1")
-    return size
-
-
-def _checked_momentum(momentum: float | None) -> float | None:
-    if momentum is None:
-        return None
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum: got {momentum!r}; allowed are None and numbers in [0, 1]")
-    if math.isnan(momentum) or not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"momentum: got {momentum}; allowed are None and numbers in [0, 1]")
-    return float(momentum)
+def check_momentum(momentum: Any) -> float | None:
+    """The weight of a new batch, or None for equal weights of all rows."""
+    return None if momentum is None else float(check_number("momentum", momentum, at_least=0.0, at_most=1.0))

@@ -8,31 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedloss.losses.running_state import is_recomputing
 
-class FeatureTap:
+
+class FeatureHook:
     """A forward pre-hook on a layer that keeps its input until the loss takes it.
 
     `in_features` None takes any width; `always` keeps the input in evaluation and without gradients too.
-    The layer holds the tap and the tap holds the loss weakly: copying or pickling the model copies neither the loss nor
-    a gradient path, and the copy feeds nobody.
+    The layer holds this object and this object holds the loss weakly: copying or pickling the model copies neither the
+    loss nor a gradient path, and the copy feeds nobody.
     """
 
     def __init__(
         self, loss: nn.Module, layer: nn.Module, in_features: int | None = None, *, always: bool = False
     ) -> None:
         if not isinstance(layer, nn.Module):
-            hint = " (a model with two classifiers: watch one of them)" if isinstance(layer, tuple | list) else ""
-            raise TypeError(f"watch: layer must be an nn.Module; got {type(layer).__name__}{hint}")
+            hint = " (a model with two classifiers: watch one of them)" if isinstance(layer, (tuple, list)) else ""
+            raise TypeError(f"layer must be an nn.Module; got {type(layer).__name__}{hint}")
         takes = getattr(layer, "in_features", None)
         if isinstance(takes, int) and in_features not in (None, takes):
             raise ValueError(
-                f"watch: this loss has in_features={in_features} but the layer takes {takes}; "
-                f"build the loss with in_features={takes}"
+                f"layer must take the in_features={in_features} of this loss; got one that takes {takes}: build the "
+                f"loss with in_features={takes}"
             )
         self._loss = weakref.ref(loss)
         self._always = always
         self._features: Tensor | None = None
-        self._handle = layer.register_forward_pre_hook(_Hook(self))
+        self._recomputed = False
+        self._handle = layer.register_forward_pre_hook(_PreHook(self))
 
     def keep(self, features: Tensor) -> None:
         """Keeps one batch, where the loss is in training and gradients are on, or always."""
@@ -41,30 +44,45 @@ class FeatureTap:
             return
         features = features.detach()
         # A 1x1 convolution as classifier takes (B, D, 1, 1).
-        if features.dim() > 2 and features[0].numel() == features.shape[1]:
+        if features.dim() > 2 and features.shape[2:].numel() == 1:
             features = features.flatten(1)
-        self._features = features
+        self._features, self._recomputed = features, is_recomputing()
 
     def take(self) -> Tensor | None:
-        """The features kept since the last call, once."""
+        """The features kept since the last call, once; those of a repeated forward for a repeated loss alone."""
         features, self._features = self._features, None
-        return features
+        return None if self._recomputed and not is_recomputing() else features
 
     def remove(self) -> None:
         """Leaves the layer."""
         self._handle.remove()
 
 
-class _Hook:
-    def __init__(self, tap: FeatureTap | None) -> None:
-        self._tap = tap
+class _PreHook:
+    def __init__(self, hook: FeatureHook | None) -> None:
+        self._hook = hook
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._tap is not None and inputs and isinstance(inputs[0], Tensor):
-            self._tap.keep(inputs[0])
+        if self._hook is not None and inputs and isinstance(inputs[0], Tensor):
+            self._hook.keep(inputs[0])
 
-    def __deepcopy__(self, memo: dict) -> _Hook:
-        return _Hook(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PreHook:
+        return _PreHook(None)
 
-    def __reduce__(self) -> tuple:
-        return _Hook, (None,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _PreHook, (None,)
+
+
+def checked_features(features: Any, logits: Tensor, width: int | str) -> Tensor:
+    """Features of the rows of `logits`, ``(B, width)``; the error says where timm has them."""
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"features must be a floating-point tensor; got {got}")
+    rows = logits.shape[0]
+    fits = features.dim() == 2 and features.shape[0] == rows and width in ("D", features.shape[1])
+    if not fits:
+        raise ValueError(
+            f"features must have shape ({rows}, {width}), the input of the classification layer (timm: "
+            f"model.forward_head(model.forward_features(x), pre_logits=True)); got {tuple(features.shape)}"
+        )
+    return features

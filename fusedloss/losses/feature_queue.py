@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fusedloss.core.checks import check_integer
 from fusedloss.distributed import gathered
 from fusedloss.functional.supcon_arguments import check_features, checked_labels
+from fusedloss.losses.settings_repr import SettingsRepr
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue(SettingsRepr):
     """The last `size` feature rows with their labels, as contrasts for ``fusedloss.supcon``.
 
     Everything is in ``state_dict()``, so that a resumed run goes on with the same rows. Until it is full, ``features``
@@ -41,12 +43,11 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, in_features: int, size: int, group: Any = None) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("size", size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        self.in_features, self.size, self.group = in_features, size, group
-        self.register_buffer("stored_features", torch.zeros(size, in_features))
-        self.register_buffer("stored_labels", torch.zeros(size, dtype=torch.int64))
+        self.in_features = check_integer("in_features", in_features, at_least=1)
+        self.size = check_integer("size", size, at_least=1)
+        self.group = group
+        self.register_buffer("stored_features", torch.zeros(self.size, self.in_features))
+        self.register_buffer("stored_labels", torch.zeros(self.size, dtype=torch.int64))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
         # The number of rows ever pushed, known without asking the device.
         self._pushed = 0
@@ -85,14 +86,11 @@ class FeatureQueue(nn.Module):
         self._pushed = 0
         self.pushed.zero_()
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, size={self.size}"
-
     def _pieces(self, start: int, count: int) -> list[tuple[int, int, int]]:
         """(where in the queue, first and last of the rows) up to the queue's end, and from its beginning."""
         before = min(count, self.size - start)
         return [(start, 0, before), (0, before, count)]
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments, **keywords) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
         self._pushed = int(self.pushed)

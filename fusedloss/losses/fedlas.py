@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
 from fusedloss import functional
+from fusedloss.core.checks import check_choice, check_integer, check_number, check_tensor
+from fusedloss.core.dtypes import LABELS, compute_dtype
 from fusedloss.core.row_loss import MarginPenalty
 from fusedloss.functional import RowStatistics
-from fusedloss.losses.class_statistics import NormStatistics
-from fusedloss.losses.cross_entropy import CrossEntropyLoss
-from fusedloss.losses.feature_hook import FeatureTap
-from fusedloss.terms.term import readable
+from fusedloss.losses.cross_entropy import CrossEntropyKeywords, CrossEntropyLoss
+from fusedloss.losses.feature_hook import FeatureHook, checked_features
+from fusedloss.losses.keywords import forwards_keywords
+from fusedloss.losses.norm_statistics import NormStatistics
+from fusedloss.losses.running_state import statistics_move
 
 # Of the paper, for each base: strength (alpha or lambda) and beta.
 _PUBLISHED = {"smoothing": (0.05, 4.0), "margin": (0.05, 0.5)}
 _PUBLISHED_MARGIN = 10.0
+_GATES = ("learned", "positive")
 _INDICATORS = ("norm", "probability", "logit")
+# What this loss computes for each row, and the setting that it follows.
+_OTHER_NAMES = {"label_smoothing": "strength", "margin_penalty": "margin"}
 # Added to the deviation, as in the reference code: equal norms have indicator 0.
 _LEAST_DEVIATION = 1e-3
 
@@ -34,6 +40,9 @@ class FeDLaSLoss(CrossEntropyLoss):
     classes of ``relu(max z - z_k - margin)`` ("margin"). ``psi_i`` is +1 or -1: the sign of p_0 - p_1, the outputs of
     a small network on the detached logits that learns through the sign as if it were not there ("learned", as
     published), or always +1 ("positive"). No gradient flows from alpha_i to logits or features.
+
+    Statistics move in training mode with gradients enabled, once a call has succeeded, and not where a checkpoint
+    repeats a forward. Rows whose norm is not finite are left out of them (``statistics.skipped``) and have ``g_i = 0``.
 
     A learned gate minimises the training loss, which does not see calibration: expect it to switch smoothing off where
     that lowers the loss (docs/losses.md). Give ``loss.parameters()`` to the optimizer too.
@@ -59,7 +68,9 @@ class FeDLaSLoss(CrossEntropyLoss):
         logits ``(B, K)``, target ``(B,)`` or probabilities ``(B, K)``, features ``(B, D)`` of any width.
 
     Raises:
-        ValueError, TypeError: arguments out of range; features that are missing or do not fit.
+        ValueError, TypeError: arguments out of range; features that are missing or do not fit. The statistics are then
+            as they were.
+        RuntimeError: statistics would move inside a ``torch.func`` transform.
 
     Source: the FeDLaS paper, equations 7 to 12; docs/losses.md says where its code and this differ.
 
@@ -72,6 +83,7 @@ class FeDLaSLoss(CrossEntropyLoss):
         tensor([0.0018, 0.0982])
     """
 
+    @forwards_keywords(CrossEntropyLoss, without=["label_smoothing", "margin_penalty"], other_names=_OTHER_NAMES)
     def __init__(
         self,
         num_classes: int,
@@ -85,41 +97,31 @@ class FeDLaSLoss(CrossEntropyLoss):
         indicator: str = "norm",
         norm: float = 1.0,
         group: dist.ProcessGroup | None = None,
-        **keywords: Any,
+        **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
-        for name, value, allowed in (
-            ("base", base, tuple(_PUBLISHED)),
-            ("gate", gate, ("learned", "positive")),
-            ("indicator", indicator, _INDICATORS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}")
-        for name in ("label_smoothing", "margin_penalty"):
-            if name in keywords:
-                raise TypeError(f"{name} is what FeDLaSLoss computes for each row; give strength (and margin)")
+        check_choice("base", base, tuple(_PUBLISHED))
+        check_choice("gate", gate, _GATES)
+        check_choice("indicator", indicator, _INDICATORS)
         super().__init__(**keywords)
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes must be an integer of at least 1; got {num_classes!r}")
-        self.num_classes, self.base, self.indicator, self.group = num_classes, base, indicator, group
+        self.num_classes = check_integer("num_classes", num_classes, at_least=1)
+        self.base, self.indicator, self.group = base, indicator, group
         published_strength, published_beta = _PUBLISHED[base]
-        self.strength = published_strength if strength is None else float(strength)
-        self.beta = published_beta if beta is None else float(beta)
-        if not 0.0 <= self.strength <= 0.5:
-            raise ValueError(f"strength must lie in [0, 0.5], for alpha_i reaches twice that; got {strength}")
-        if not math.isfinite(self.beta):
-            raise ValueError(f"beta must be finite; got {beta}")
+        # alpha_i reaches twice the strength.
+        self.strength = published_strength if strength is None else check_number(
+            "strength", strength, at_least=0.0, at_most=0.5
+        )  # fmt: skip
+        self.beta = published_beta if beta is None else check_number("beta", beta)
         if margin is not None and base != "margin":
-            raise ValueError(f"margin: got {margin} with base={base!r}; it belongs to base='margin'")
-        self.margin = (_PUBLISHED_MARGIN if margin is None else float(margin)) if base == "margin" else None
-        if self.margin is not None and not 0.0 <= self.margin < math.inf:
-            raise ValueError(f"margin must be finite and at least 0; got {margin}")
+            raise ValueError(f"margin must be None with base={base!r}; got {margin}")
+        published_margin = _PUBLISHED_MARGIN if base == "margin" else None
+        self.margin = published_margin if margin is None else check_number("margin", margin, at_least=0.0)
         self.statistics = NormStatistics(momentum, norm=norm, ignore_index=self.ignore_index)
-        self.gate = _gate_network(num_classes) if gate == "learned" else None
+        self.gate = _gate_network(self.num_classes) if gate == "learned" else None
         self.last_gate: Tensor | None = None
         self.last_smoothing: Tensor | None = None
-        self._tap: FeatureTap | None = None
+        self._hook: FeatureHook | None = None
 
-    def watch(self, layer: nn.Module) -> FeDLaSLoss:
+    def watch(self, layer: nn.Module) -> Self:
         """Takes the features from `layer`'s input from now on, in evaluation too; returns self. See VACELoss.watch.
 
         Example:
@@ -130,9 +132,9 @@ class FeDLaSLoss(CrossEntropyLoss):
             >>> int(loss.statistics.count)
             8
         """
-        if self._tap is not None:
-            self._tap.remove()
-        self._tap = FeatureTap(self, layer, always=True)
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = FeatureHook(self, layer, always=True)
         return self
 
     def forward(  # type: ignore[override]
@@ -141,60 +143,58 @@ class FeDLaSLoss(CrossEntropyLoss):
         """The loss; in training with gradients on, the statistics take the batch in first."""
         if not torch.compiler.is_compiling():
             self._step_watch.look(self)
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            raise ValueError(f"logits must have shape (B, {self.num_classes}); got {tuple(logits.shape)}")
-        watched = self._tap.take() if self._tap is not None else None
-        moves = self.training and torch.is_grad_enabled()
-        indicator = self._indicator(logits.detach(), target, watched if features is None else features, moves)
+        watched = self._hook.take() if self._hook is not None else None
+        check_tensor("logits", logits, ("B", self.num_classes), like=self.statistics.statistics.mean, of="the loss")
+        values = self._values(logits.detach(), watched if features is None else features)
+        # A target that does not fit is refused below, before anything is stored.
+        labels = (
+            target if isinstance(target, Tensor) and target.dtype in LABELS and target.shape == values.shape else None
+        )
+        moves = statistics_move(self)
+        moments = self.statistics.moved(values, labels, self.group) if moves else self.statistics.current()
         gate = self._psi(logits)
+        indicator = moments.standardized(values.to(gate.dtype), _LEAST_DEVIATION)
         signed = indicator if self.gate is None else gate * indicator
         alpha = torch.sigmoid(signed * self.beta) * (2 * self.strength)
+        options = self._options(sample_weight)
+        if self.margin is None:
+            options["label_smoothing"] = alpha
+        else:
+            options["margin_penalty"] = MarginPenalty(self.margin, alpha, mix=True)
+        result: Tensor | tuple[Tensor, RowStatistics] = functional.cross_entropy(logits, target, **options)
+        if moves:
+            self.statistics.store(moments)
         self.last_gate, self.last_smoothing = gate.detach(), alpha.detach()
-        margin = None if self.margin is None else MarginPenalty(self.margin, alpha, mix=True)
-        return functional.cross_entropy(
-            logits,
-            target,
-            self.weight,
-            self.ignore_index,
-            self.reduction,
-            alpha if margin is None else 0.0,
-            terms=self._terms(),
-            focal_gamma=self.focal_gamma,
-            z_loss=self.z_loss,
-            margin_penalty=margin,
-            sample_weight=sample_weight,
-            return_stats=self.return_stats,
-        )
+        return result
 
-    def extra_repr(self) -> str:
-        own = f"num_classes={self.num_classes}, base={self.base!r}, strength={self.strength}, beta={self.beta}"
-        own += "" if self.margin is None else f", margin={self.margin}"
-        rest = super().extra_repr()
-        return f"{own}, indicator={self.indicator!r}" + (f", {rest}" if rest else "")
+    def settings(self) -> dict[str, Any]:
+        strength, beta = _PUBLISHED[self.base]
+        return super().settings() | {
+            "strength": None if self.strength == strength else self.strength,
+            "beta": None if self.beta == beta else self.beta,
+            "margin": None if self.margin == _PUBLISHED_MARGIN else self.margin,
+            "momentum": self.statistics.momentum,
+            "gate": "positive" if self.gate is None else "learned",
+            "norm": self.statistics.norm,
+            "label_smoothing": 0.0,
+        }
 
     @torch.no_grad()
-    def _indicator(self, logits: Tensor, target: Tensor, features: Tensor | None, moves: bool) -> Tensor:
-        """How far each row's norm lies from the running mean, in running deviations: ``(B,)``."""
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    def _values(self, logits: Tensor, features: Any) -> Tensor:
+        """What the statistics are of, one number per row: the norm of its features, or of its logits the largest."""
         if self.indicator == "norm":
-            values = self.statistics.row_norms(self._checked(features, logits))
-        elif self.indicator == "probability":
-            values = logits.to(dtype).softmax(1).amax(1)
-        else:
-            values = logits.to(dtype).amax(1)
-        if moves:
-            labels = None if target.is_floating_point() else target
-            self.statistics.update_values(values, labels, self.group)
-        values = values.to(dtype)
-        if readable(values):
-            rows, center, spread = self.statistics.numbers()
-            return (values - center) / (spread + _LEAST_DEVIATION) if rows > 0 else torch.zeros_like(values)
-        mean, deviation = self.statistics.mean.to(dtype), self.statistics.deviation.to(dtype)
-        return torch.where(self.statistics.count > 0, (values - mean) / (deviation + _LEAST_DEVIATION), 0.0)
+            if features is None:
+                raise ValueError(
+                    "features must be given: pass them, or call watch(model.get_classifier()) once, or choose "
+                    "indicator='probability' or 'logit'; got None"
+                )
+            return self.statistics.row_norms(checked_features(features, logits, "D").detach())
+        wide = logits.to(compute_dtype(logits.dtype))
+        return (wide.softmax(1) if self.indicator == "probability" else wide).amax(1)
 
     def _psi(self, logits: Tensor) -> Tensor:
         """The gate of each row, exactly +1 or -1, with the gradient of p_0 - p_1."""
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(logits.dtype)
         if self.gate is None:
             return torch.ones(len(logits), dtype=dtype, device=logits.device)
         own = next(self.gate.parameters()).dtype
@@ -202,23 +202,11 @@ class FeDLaSLoss(CrossEntropyLoss):
             p = self.gate(logits.detach().to(own)).softmax(1)
         difference = (p[:, 0] - p[:, 1]).to(dtype)
         sign = torch.where(difference.detach() > 0, 1.0, -1.0).to(dtype)
-        return sign + (difference - difference.detach())
-
-    def _checked(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        if features is None:
-            raise ValueError(
-                "features: got None; pass them, or call watch(model.get_classifier()) once, or choose "
-                "indicator='probability' or 'logit'"
-            )
-        if features.dim() != 2 or len(features) != len(logits):
-            raise ValueError(
-                f"features must have shape ({len(logits)}, D), the input of the classification layer (timm: "
-                f"model.forward_head(model.forward_features(x), pre_logits=True)); got {tuple(features.shape)}"
-            )
-        return features.detach()
+        straight_through: Tensor = sign + (difference - difference.detach())
+        return straight_through
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tap": None, "group": None}
+        return {**self.__dict__, "_hook": None, "group": None}
 
 
 def _gate_network(num_classes: int) -> nn.Sequential:

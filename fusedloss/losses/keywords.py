@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
 from torch import nn
@@ -15,7 +15,7 @@ _RETIRED = ("size_average", "reduce")
 
 
 def forwards_keywords(
-    to: type[nn.Module], *, without: Iterable[str] = ()
+    to: type[nn.Module], *, without: Iterable[str] = (), other_names: Mapping[str, str] | None = None
 ) -> Callable[[Callable[Parameters, None]], Callable[Parameters, None]]:
     """Decorates an ``__init__(self, ..., **keywords)`` that hands its keywords on to the constructor of `to`.
 
@@ -25,6 +25,7 @@ def forwards_keywords(
     Args:
         to: the class whose constructor takes the keywords.
         without: its parameters that the decorated constructor sets itself.
+        other_names: what others call a parameter, and its name here: a hint where the keyword is not known.
     """
 
     def decorate(init: Callable[Parameters, None]) -> Callable[Parameters, None]:
@@ -42,8 +43,10 @@ def forwards_keywords(
         def checked(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> None:
             for name in keywords:
                 if name not in allowed:
+                    meant = (other_names or {}).get(name)
+                    hint = f" ({meant} is meant?)" if meant in allowed else ""
                     raise TypeError(
-                        f"{type(arguments[0]).__name__}.__init__() got an unexpected keyword argument {name!r}; "
+                        f"{type(arguments[0]).__name__}.__init__() got an unexpected keyword argument {name!r}{hint}; "
                         f"it takes {', '.join(allowed)}"
                     )
             init(*arguments, **keywords)

@@ -83,7 +83,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
             return super().forward(self.logits(input), target, sample_weight)
         if not torch.compiler.is_compiling():
             self._step_watch.look(self)
-        return functional.linear_cross_entropy(
+        loss: Tensor | tuple[Tensor, RowStatistics] = functional.linear_cross_entropy(
             input,
             self.linear.weight,
             target,
@@ -92,6 +92,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
             sample_rate=self.sample_rate if self.training else None,
             **self._options(sample_weight),
         )
+        return loss
 
     def logits(self, input: Tensor) -> Tensor:
         """The layer's logits ``(B, K, d1, ...)`` before terms; cosines, plus bias, with `normalize`."""

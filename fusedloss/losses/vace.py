@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
+from fusedloss.core.checks import check_bool, check_integer, check_number, check_tensor
+from fusedloss.core.row_loss import RowSettings
 from fusedloss.functional import RowStatistics
-from fusedloss.losses.class_statistics import ClassStatistics
-from fusedloss.losses.cross_entropy import CrossEntropyLoss
-from fusedloss.losses.feature_hook import FeatureTap
+from fusedloss.functional.arguments import checked
+from fusedloss.losses.class_statistics import ClassStatistics, check_feature_rows
+from fusedloss.losses.cross_entropy import CrossEntropyKeywords, CrossEntropyLoss
+from fusedloss.losses.feature_hook import FeatureHook, checked_features
 from fusedloss.losses.folding import check_linear, folded
+from fusedloss.losses.keywords import forwards_keywords
+from fusedloss.losses.running_state import statistics_move
 from fusedloss.terms import ClassTemperature, Term
 
 
@@ -26,8 +32,9 @@ class VACELoss(CrossEntropyLoss):
     temperature carries no gradient. With ``a = 1 - strength`` the mean temperature is 1.
 
     Features come from ``forward(..., features=...)``, from ``watch(layer)``, or once and for all from
-    ``fit_statistics``. Statistics move only in training mode with gradients enabled, before the loss is computed, and
-    not with probability targets, which name no class.
+    ``fit_statistics``. Statistics move only in training mode with gradients enabled, once all arguments have been
+    checked and before the loss is computed; not with probability targets, which name no class, nor where a checkpoint
+    repeats a forward. Rows of features that are not finite are left out (``statistics.skipped``).
 
     Args:
         in_features: width D of the features.
@@ -45,6 +52,11 @@ class VACELoss(CrossEntropyLoss):
     Shape:
         logits ``(B, K)``, target ``(B,)`` or probabilities ``(B, K)``, features ``(B, D)``.
 
+    Raises:
+        ValueError, TypeError: settings out of range; features that are missing or do not fit. IndexError: a label
+            outside [0, K), on the CPU. The statistics are then as they were.
+        RuntimeError: statistics would move inside a ``torch.func`` transform.
+
     Source: variance-adaptive cross-entropy; docs/vace.md says where this differs from the note that proposed it.
 
     Example:
@@ -61,6 +73,7 @@ class VACELoss(CrossEntropyLoss):
     slope: Tensor
     updates: Tensor
 
+    @forwards_keywords(CrossEntropyLoss)
     def __init__(
         self,
         in_features: int,
@@ -73,28 +86,24 @@ class VACELoss(CrossEntropyLoss):
         momentum: float | None = 0.1,
         warmup_steps: int = 100,
         center: bool = False,
-        **keywords: Any,
+        **keywords: Unpack[CrossEntropyKeywords],
     ) -> None:
         super().__init__(**keywords)
-        for name, value in (("a", a), ("strength", strength), ("b", 0.0 if b is None else b)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite; got {value}")
-        if strength < 0:
-            raise ValueError(f"strength must be at least 0; got {strength}")
-        if not (math.isfinite(tau_max) and 0 < tau_min <= tau_max):
-            raise ValueError(f"tau_min and tau_max must satisfy 0 < tau_min <= tau_max; got {tau_min} and {tau_max}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0; got {warmup_steps}")
-        self.a, self.strength, self.b = a, strength, b
-        self.tau_min, self.tau_max = tau_min, tau_max
-        self.warmup_steps = warmup_steps
-        self.center = center
+        self.a = check_number("a", a)
+        self.strength = check_number("strength", strength, at_least=0.0)
+        self.b = None if b is None else check_number("b", b)
+        self.tau_min = check_number("tau_min", tau_min, above=0.0)
+        self.tau_max = check_number("tau_max", tau_max, above=0.0)
+        if self.tau_min > self.tau_max:
+            raise ValueError(f"tau_min must be at most tau_max={tau_max}; got {tau_min}")
+        self.warmup_steps = check_integer("warmup_steps", warmup_steps, at_least=0)
+        self.center = check_bool("center", center)
         self.statistics = ClassStatistics(in_features, num_classes, momentum=momentum, ignore_index=self.ignore_index)
         clipped = min(max(a, tau_min), tau_max)
-        self.register_buffer("temperature", torch.full((num_classes,), clipped, dtype=torch.float32))
+        self.register_buffer("temperature", torch.full((self.num_classes,), clipped, dtype=torch.float32))
         self.register_buffer("slope", torch.zeros((), dtype=torch.float64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self._tap: FeatureTap | None = None
+        self._hook: FeatureHook | None = None
 
     @property
     def in_features(self) -> int:
@@ -106,7 +115,12 @@ class VACELoss(CrossEntropyLoss):
         """Number of classes."""
         return self.statistics.num_classes
 
-    def watch(self, layer: nn.Module) -> VACELoss:
+    @property
+    def momentum(self) -> float | None:
+        """Weight of a new batch in the running statistics."""
+        return self.statistics.momentum
+
+    def watch(self, layer: nn.Module) -> Self:
         """Takes the features from `layer`'s input from now on, so that ``loss(model(x), y)`` suffices. Returns self.
 
         Args:
@@ -123,28 +137,29 @@ class VACELoss(CrossEntropyLoss):
             >>> int(loss.updates)
             1
         """
-        if self._tap is not None:
-            self._tap.remove()
-        self._tap = FeatureTap(self, layer, self.in_features)
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = FeatureHook(self, layer, self.in_features)
         return self
 
     def forward(  # type: ignore[override]
         self, logits: Tensor, target: Tensor, features: Tensor | None = None, sample_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss; in training the statistics take `features` (or the watched layer's input) in first."""
-        watched = self._tap.take() if self._tap is not None else None
+        watched = self._hook.take() if self._hook is not None else None
         features = watched if features is None else features
-        if self.training and torch.is_grad_enabled() and not target.is_floating_point():
+        self._check_call(logits, target, features, sample_weight)
+        if not target.is_floating_point() and statistics_move(self):
             if features is not None:
                 self._update(features, target)
-            elif self._tap is None and not torch.compiler.is_compiling() and int(self.updates) == 0:
+            elif self._hook is None and not torch.compiler.is_compiling() and int(self.updates) == 0:
                 raise ValueError(
-                    "features: got None and no statistics yet; pass features, call watch(model.get_classifier()) "
-                    "once, or fit_statistics(features, labels)"
+                    "features must be given before there are statistics: pass them, call "
+                    "watch(model.get_classifier()) once, or fit_statistics(features, labels); got None"
                 )
         return super().forward(self._centered(logits), target, sample_weight)
 
-    def fit_statistics(self, features: Tensor, labels: Tensor) -> VACELoss:
+    def fit_statistics(self, features: Tensor, labels: Tensor) -> Self:
         """Sets statistics and temperatures from all features of a training set, exactly. Returns self.
 
         For frozen features; `features` is optional afterwards.
@@ -165,7 +180,7 @@ class VACELoss(CrossEntropyLoss):
             for name, buffer in self.statistics.named_buffers():
                 buffer.copy_(exact.get_buffer(name))
             self.updates.zero_()
-            self._refresh()
+            self._set_temperature()
             self.updates.fill_(max(self.warmup_steps, 1))
         return self
 
@@ -180,6 +195,7 @@ class VACELoss(CrossEntropyLoss):
             >>> fusedloss.VACELoss(4, 2, a=2.0).scaled_logits(torch.tensor([[4.0, 2.0]]))
             tensor([[2., 1.]])
         """
+        check_tensor("logits", logits, ("B", self.num_classes), like=self.temperature, of="the loss")
         return (self._centered(logits) / self.temperature).to(logits.dtype)
 
     def fold_into(self, linear: nn.Linear, *, prior: bool = True) -> nn.Linear:
@@ -199,11 +215,6 @@ class VACELoss(CrossEntropyLoss):
                 linear.bias.sub_(linear.bias.mean())
         return super().fold_into(linear, prior=prior)
 
-    def extra_repr(self) -> str:
-        own = f"in_features={self.in_features}, num_classes={self.num_classes}, a={self.a}, strength={self.strength}"
-        rest = super().extra_repr()
-        return f"{own}, {rest}" if rest else own
-
     def _terms(self) -> tuple[Term, ...]:
         # A snapshot: the next update writes the buffer while an earlier loss may still be waiting for its backward.
         return (_trusted_temperature(self.temperature.clone()), *super()._terms())
@@ -211,36 +222,47 @@ class VACELoss(CrossEntropyLoss):
     def _centered(self, logits: Tensor) -> Tensor:
         return logits - logits.mean(1, keepdim=True) if self.center else logits
 
-    def _update(self, features: Tensor, labels: Tensor) -> None:
-        if features.dim() != 2 or features.shape[-1] != self.in_features:
-            raise ValueError(
-                f"features must have shape (B, {self.in_features}), the input of the classification layer (timm: "
-                f"model.forward_head(model.forward_features(x), pre_logits=True)); got {tuple(features.shape)}"
-            )
-        self.statistics.update(features.detach(), labels)
-        with torch.no_grad():
-            self._refresh()
-            self.updates += 1
+    def _check_call(
+        self, logits: Tensor, target: Tensor, features: Tensor | None, sample_weight: Tensor | None
+    ) -> None:
+        """Everything that may be wrong but labels, which the statistics check before they move."""
+        check_tensor("logits", logits, ("B", self.num_classes), like=self.temperature, of="the loss")
+        settings = RowSettings(
+            self.label_smoothing, self.focal_gamma, self.poly_epsilon, self.z_loss, self.margin_penalty
+        )
+        terms = super()._terms()
+        checked(logits, target, self.weight, self.ignore_index, self.reduction, terms, settings, sample_weight)
+        if features is not None:
+            check_feature_rows(checked_features(features, logits, self.in_features), None, state=self.temperature)
 
-    def _refresh(self) -> None:
+    @torch.no_grad()
+    def _update(self, features: Tensor, target: Tensor) -> None:
+        try:
+            self.statistics.update(features, target)
+        except IndexError as error:
+            raise IndexError(str(error).replace("labels", "target", 1)) from None
+        self._set_temperature()
+        self.updates += 1
+
+    def _set_temperature(self) -> None:
         """Temperatures from the statistics, without asking the device for a value."""
-        scatter, count = self.statistics.scatter, self.statistics.count
-        several = count >= 2
+        scatter, several = self.statistics.scatter, self.statistics.count >= 2
         mean = (scatter * several).sum() / several.sum()
         known = torch.isfinite(mean) & (mean > 0)
-        if self.b is not None:
-            self.slope.fill_(self.b)
-        else:
+        if self.b is None:
             fresh = torch.where(known, self.strength / mean, 0.0)
-            self.slope.copy_(torch.where(self.updates < max(self.warmup_steps, 1), fresh, self.slope))
+            slope = torch.where(self.updates < max(self.warmup_steps, 1), fresh, self.slope)
+        else:
+            slope = torch.full_like(self.slope, self.b)
         filled = torch.where(several, scatter, torch.where(known, mean, 0.0))
-        self.temperature.copy_((self.a + self.slope * filled).clamp(self.tau_min, self.tau_max))
+        self.temperature.copy_((self.a + slope * filled).clamp(self.tau_min, self.tau_max))
+        self.slope.copy_(slope)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the state between devices and leaves its types as they are."""
         names = ("temperature", "slope", "updates")
         before = {name: getattr(self, name) for name in names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in before.items():
             moved = getattr(self, name)
             if moved.dtype != kept.dtype:
@@ -248,12 +270,7 @@ class VACELoss(CrossEntropyLoss):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tap": None}
-
-
-if torch.__version__ < (2, 15):  # type: ignore[operator]
-    # Compiled by torch 2.8, the temperatures come out wrong; what lies between is untested.
-    VACELoss._refresh = torch.compiler.disable(VACELoss._refresh)  # type: ignore[method-assign]
+        return {**self.__dict__, "_hook": None}
 
 
 def _trusted_temperature(tau: Tensor) -> ClassTemperature:

@@ -1,7 +1,7 @@
 """The operations: schema, shapes for tracing, and autograd glue, one file per stem. ``backends`` chooses the kernel."""
 
 from fusedloss.core.dtypes import compute_dtype
-from fusedloss.ops.class_stats import ClassState, ClassTensors, advance, class_stats, moments, row_magnitudes
+from fusedloss.ops.class_stats import ClassState, ClassTensors, class_stats, moments, row_magnitudes, update_class_stats
 from fusedloss.ops.flops import register_flop_formulas
 from fusedloss.ops.linear_ce import linear_ce, linear_stats, row_norms, target_products
 from fusedloss.ops.softmax_ce import softmax_ce, softmax_stats
@@ -11,7 +11,6 @@ __all__ = [
     "AnchorSums",
     "ClassState",
     "ClassTensors",
-    "advance",
     "class_stats",
     "compute_dtype",
     "linear_ce",
@@ -23,6 +22,7 @@ __all__ = [
     "softmax_stats",
     "supcon",
     "target_products",
+    "update_class_stats",
 ]
 
 register_flop_formulas()

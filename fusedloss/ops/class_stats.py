@@ -1,45 +1,23 @@
 """Statistics of features, without gradients: those of each class, and those of the rows' norms.
 
-``class_stats``     count, sum and square of each class; ``advance`` moves running statistics by them.
-``row_magnitudes``  the sum of |x| of each row; ``moments`` count, mean and squared deviation of one number per row.
+``class_stats``         count, sum and square of each class; ``update_class_stats`` moves running statistics by them.
+``row_magnitudes``      the sum of |x| of each row; ``moments`` count, mean and squared deviation of one number per row.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedloss import backends
-from fusedloss.backends.reference import class_stats as reference
-from fusedloss.core.dtypes import compute_dtype
-from fusedloss.ops.library import answer, call, library
+from fusedloss.core.dtypes import FLOATING, LABELS, compute_dtype
+from fusedloss.ops.checks import check_tensor
+from fusedloss.ops.library import define, is_direct
 
-library.define(
-    "class_stats(Tensor features, Tensor labels, Tensor(a!) shift, Tensor seen, int ignore_index,"
-    " bool per_feature) -> (Tensor, Tensor, Tensor)"
-)
-library.define("row_magnitudes(Tensor rows) -> Tensor")
-library.define("moments(Tensor values, Tensor? labels, int ignore_index) -> Tensor")
-for _function in ("class_stats", "row_magnitudes", "moments"):
-    answer("class_stats", _function)
-
-
-@torch.library.register_fake("fusedloss::class_stats", lib=library)
-def _(features, labels, shift, seen, ignore_index, per_feature):
-    square = torch.empty_like(shift) if per_feature else shift.new_empty(shift.shape[0])
-    return torch.empty_like(seen), torch.empty_like(shift), square
-
-
-@torch.library.register_fake("fusedloss::row_magnitudes", lib=library)
-def _(rows):
-    return rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
-
-
-@torch.library.register_fake("fusedloss::moments", lib=library)
-def _(values, labels, ignore_index):
-    return values.new_empty(3, dtype=torch.float64)
+_STEM = "class_stats"
 
 
 class ClassTensors(NamedTuple):
@@ -48,15 +26,7 @@ class ClassTensors(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # tuple has a method of this name
     sum: Tensor
     square: Tensor
-
-
-def class_stats(
-    features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
-) -> ClassTensors:
-    """Sums by class about `shift`; that of a class never seen before is first set to a row of the class."""
-    return ClassTensors(
-        *torch.ops.fusedloss.class_stats.default(features, labels, shift, seen, ignore_index, per_feature)
-    )
+    skipped: Tensor
 
 
 class ClassState(NamedTuple):
@@ -68,20 +38,144 @@ class ClassState(NamedTuple):
     variance: Tensor | None
 
 
-def advance(state: ClassState, found: ClassTensors, shift: Tensor, momentum: float | None) -> None:
-    """Moves the state in place by what class_stats `found` about `shift`; see the reference for the formulas."""
-    if torch.compiler.is_compiling():
-        reference.advance(state, found.count, shift, found.sum, found.square, momentum)
-    else:
-        move = backends.kernel("class_stats", "advance", state.mean.device.type)
-        move(state, found.count, shift, found.sum, found.square, momentum)
+def class_stats(
+    features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
+) -> ClassTensors:
+    """Sums by class about `shift`; that of a class never seen before is first set to a row of the class."""
+    return ClassTensors(*_call("class_stats", features, labels, shift, seen, ignore_index, per_feature))
+
+
+def update_class_stats(state: ClassState, batch: ClassTensors, shift: Tensor | None, momentum: float | None) -> None:
+    """Moves `state` in place by the sums of a batch about `shift` (None: the mean); overwrites sums and squares."""
+    _call("update_class_stats", *state, batch.count, shift, batch.sum, batch.square, momentum)
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
     """``sum_d |x_id|`` of rows ``(B, D)``: ``(B,)`` in float32, float64 for float64 rows."""
-    return call("class_stats", "row_magnitudes", rows.detach())
+    return _call("row_magnitudes", rows.detach())  # type: ignore[no-any-return]
 
 
 def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
-    """``(3,)`` in float64: count, mean and mean squared deviation of the values ``(B,)`` whose label is kept."""
-    return call("class_stats", "moments", values.detach(), labels, ignore_index)
+    """``(4,)`` in float64: count, mean and mean squared deviation of the values ``(B,)`` kept, and the number left out.
+
+    Left out are values that are not finite; values labelled `ignore_index` count nowhere.
+    """
+    return _call("moments", values.detach(), labels, ignore_index)  # type: ignore[no-any-return]
+
+
+def _check_class_stats(
+    features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
+) -> None:
+    _check_floating("features", features, 2, "(B, D)")
+    num_rows, width = features.shape
+    if width < 1:
+        raise ValueError(f"features must have at least one column; got shape {tuple(features.shape)}")
+    check_tensor("labels", labels, (num_rows,), torch.int64, features)
+    check_tensor("seen", seen, tuple(seen.shape) if seen.dim() == 1 else ("K",), torch.int64, features)
+    check_tensor("shift", shift, (seen.shape[0], width), compute_dtype(features.dtype), features)
+
+
+def _check_update(
+    count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None, rows: Tensor, shift: Tensor | None,
+    sums: Tensor, squares: Tensor, momentum: float | None,
+) -> None:  # fmt: skip
+    _check_floating("mean", mean, 2, "(K, D)")
+    size, classes = tuple(mean.shape), tuple(mean.shape[:1])
+    check_tensor("count", count, classes, torch.int64, mean)
+    check_tensor("scatter", scatter, classes, torch.float64, mean)
+    check_tensor("variance", variance, size, mean.dtype, mean)
+    check_tensor("rows", rows, classes, torch.int64, mean)
+    # Sums of float64 features move a float32 state.
+    dtype = torch.promote_types(mean.dtype, sums.dtype)
+    check_tensor("sums", sums, size, dtype, mean)
+    check_tensor("shift", shift, size, dtype, mean)
+    check_tensor("squares", squares, classes if variance is None else size, dtype, mean)
+    if momentum is not None and not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must be None or in [0, 1]; got {momentum}")
+
+
+def _check_row_magnitudes(rows: Tensor) -> None:
+    _check_floating("rows", rows, 2, "(B, D)")
+
+
+def _check_moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> None:
+    _check_floating("values", values, 1, "(B,)")
+    if labels is not None:
+        check_tensor("labels", labels, tuple(values.shape), labels.dtype, values)
+        if labels.dtype not in LABELS:
+            raise TypeError(f"labels must be int64, int32 or uint8; got {labels.dtype}")
+
+
+def _check_floating(name: str, tensor: Tensor, dimensions: int, shape: str) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {tensor.dtype}")
+    if tensor.dim() != dimensions:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+
+
+def _fake_class_stats(
+    features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    square = shift.new_empty(shift.shape if per_feature else shift.shape[:1])
+    return seen.new_empty(seen.shape), shift.new_empty(shift.shape), square, seen.new_empty(())
+
+
+def _fake_row_magnitudes(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
+
+
+def _fake_moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+    return values.new_empty(4, dtype=torch.float64)
+
+
+def _flat(*arguments: Any) -> tuple[Any, ...]:
+    return arguments
+
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    "class_stats": _check_class_stats,
+    "update_class_stats": _check_update,
+    "row_magnitudes": _check_row_magnitudes,
+    "moments": _check_moments,
+}
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """The operation, straight from its kernel where the dispatcher would only pass plain tensors on."""
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if transformed or not is_direct(*(value for value in arguments if isinstance(value, Tensor))):
+        return getattr(torch.ops.fusedloss, name).default(*arguments)
+    _CHECKS[name](*arguments)
+    return backends.kernel(_STEM, name, arguments[0].device.type)(*arguments)
+
+
+define(
+    _STEM,
+    "class_stats(Tensor features, Tensor labels, Tensor(a!) shift, Tensor seen, int ignore_index, bool per_feature)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    group=_flat,
+    check=_check_class_stats,
+    fake=_fake_class_stats,
+)
+define(
+    _STEM,
+    "update_class_stats(Tensor(a!) count, Tensor(b!) mean, Tensor(c!) scatter, Tensor(d!)? variance, Tensor rows,"
+    " Tensor? shift, Tensor(e!) sums, Tensor(f!) squares, float? momentum) -> ()",
+    group=_flat,
+    check=_check_update,
+    fake=lambda *arguments: None,
+)
+define(
+    _STEM,
+    "row_magnitudes(Tensor rows) -> Tensor",
+    group=_flat,
+    check=_check_row_magnitudes,
+    fake=_fake_row_magnitudes,
+)
+define(
+    _STEM,
+    "moments(Tensor values, Tensor? labels, int ignore_index) -> Tensor",
+    group=_flat,
+    check=_check_moments,
+    fake=_fake_moments,
+)

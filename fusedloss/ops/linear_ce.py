@@ -334,14 +334,21 @@ define(
 refuse_second("target_products")
 
 
-def target_products(inputs: LinearInputs) -> Tensor:
+def target_products(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    input_norm: Tensor | None,
+    class_norm: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
     """Each row's product with the row of its label (the cosine, with norms) in float64, 0 if ignored; detached."""
-    inputs = inputs._replace(input=inputs.input.detach(), weight=inputs.weight.detach())
-    tensors = (inputs.input, inputs.weight, inputs.target, inputs.input_norm, inputs.class_norm)
+    tensors = (input.detach(), weight.detach(), target, input_norm, class_norm)
     if not is_direct(*tensors):
-        products: Tensor = torch.ops.fusedloss.target_products.default(*tensors, inputs.ignore_index)
+        products: Tensor = torch.ops.fusedloss.target_products.default(*tensors, ignore_index)
     else:
-        products = kernel("linear_ce", "target_products", inputs.input.device.type)(inputs)
+        inputs = LinearInputs(*tensors, ignore_index=ignore_index)
+        products = kernel("linear_ce", "target_products", input.device.type)(inputs)
     return products
 
 

@@ -61,7 +61,7 @@ def check_against_two_pass(features, labels, num_classes, shift, seen, ignore_in
     rtol = rtol or (1e-12 if features.dtype == torch.float64 else 1e-6)
     for per_feature in (False, True):
         used = shift.clone()
-        count, total, square = ops.class_stats(features, labels, used, seen, ignore_index, per_feature)
+        count, total, square, _ = ops.class_stats(features, labels, used, seen, ignore_index, per_feature)
         assert count.dtype == torch.int64 and total.dtype == square.dtype == shift.dtype
         assert square.shape == (total.shape if per_feature else total.shape[:1])
         present = torch.zeros(num_classes, dtype=torch.bool)
@@ -101,7 +101,7 @@ def test_all_labels_distinct(backend):
     features, _ = random_batch(60, 17, 3)
     labels = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     shift, seen = start(features, 60)
-    count, total, square = ops.class_stats(features, labels, shift, seen, -100, False)
+    count, total, square, _ = ops.class_stats(features, labels, shift, seen, -100, False)
     assert (count == 1).all() and not total.any() and not square.any()
     assert torch.equal(shift[labels], features)
 
@@ -129,7 +129,7 @@ def test_a_long_class_is_summed_to_half_a_unit_in_the_last_place(backend):
     features = torch.rand(150_000, 40, generator=torch.Generator().manual_seed(0)) + 3.0
     labels = torch.zeros(150_000, dtype=torch.int64)
     shift, seen = torch.zeros(1, 40), torch.ones(1, dtype=torch.int64)
-    _, total, square = ops.class_stats(features, labels, shift, seen, -100, True)
+    _, total, square, _ = ops.class_stats(features, labels, shift, seen, -100, True)
     torch.testing.assert_close(total[0].double(), features.double().sum(0), rtol=6.5e-8, atol=0)
     torch.testing.assert_close(square[0].double(), features.double().square().sum(0), rtol=6.5e-8, atol=0)
 
@@ -137,7 +137,7 @@ def test_a_long_class_is_summed_to_half_a_unit_in_the_last_place(backend):
 def test_a_wide_row_is_summed_without_drift(backend):
     features = torch.rand(3, 70_001, generator=torch.Generator().manual_seed(0)) + 3.0
     shift, seen = torch.zeros(1, 70_001), torch.ones(1, dtype=torch.int64)
-    _, _, square = ops.class_stats(features, torch.zeros(3, dtype=torch.int64), shift, seen, -100, False)
+    _, _, square, _ = ops.class_stats(features, torch.zeros(3, dtype=torch.int64), shift, seen, -100, False)
     torch.testing.assert_close(square[0].double(), features.double().square().sum(), rtol=8e-8, atol=0)
 
 
@@ -166,17 +166,69 @@ def test_a_bad_label_names_its_row_and_changes_nothing(backend, label):
     assert not shift.any()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_nan_stays_in_its_class(backend, value):
-    features, labels = random_batch(200, 19, 5)
-    clean = ops.class_stats(features, labels, *start(features, 5, True), -100, False)
-    features[50, 7] = value
-    found = ops.class_stats(features, labels, *start(features, 5, True), -100, False)
-    others = torch.arange(5) != labels[50]
-    assert torch.equal(found.sum[others], clean.sum[others])
-    assert torch.equal(found.square[others], clean.square[others])
-    assert not found.square[labels[50]].isfinite()
-    assert found.sum[labels[50]].isfinite().sum() == 18
+NOT_USABLE = [float("nan"), float("inf"), -float("inf"), 2.0**52]
+
+
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("value", NOT_USABLE)
+def test_skipped_are_rows_that_are_not_finite(backend, value, seen, per_feature):
+    features, labels = random_batch(400, 19, 5)
+    first = int((labels == labels[50]).nonzero()[0, 0])
+    bad = torch.zeros(400, dtype=torch.bool)
+    bad[[first, 50, 301]] = True
+    clean = features.clone()
+    features[first, 18], features[50, 7], features[301] = value, -value, value
+    labels[300], features[300] = -100, value
+    shift, expected_shift = start(features, 5, seen)[0], start(features, 5, seen)[0]
+    count = torch.full((5,), int(seen))
+    found = ops.class_stats(features, labels, shift, count, -100, per_feature)
+    expected = ops.class_stats(clean[~bad], labels[~bad], expected_shift, count, -100, per_feature)
+    assert found.skipped == 3 and expected.skipped == 0
+    assert found.skipped.dtype == torch.int64 and found.skipped.shape == ()
+    assert torch.equal(found.count, expected.count) and torch.equal(shift, expected_shift)
+    torch.testing.assert_close(found.sum, expected.sum, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.square, expected.square, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skipped_in_every_dtype_and_length_of_a_class(backend, dtype):
+    for rows in (1, 2, 5, 64, 200):
+        features, labels = random_batch(rows + 9, 35, 1, dtype)
+        labels[rows:] = 1
+        features[rows // 2, 34] = float("nan")
+        features[-9:] = float("inf")
+        shift, seen = start(features, 2)
+        count, total, square, skipped = ops.class_stats(features, labels, shift, seen, -100, False)
+        assert skipped == 10 and count.tolist() == [rows - 1, 0]
+        kept = torch.cat([features[: rows // 2], features[rows // 2 + 1 : rows]]).double()
+        torch.testing.assert_close(
+            total[0].double(), (kept - shift[0].double()).sum(0), rtol=1e-5, atol=1e-4, check_dtype=False
+        )
+        assert not total[1].any() and not square[1].any() and not shift[1].any()
+
+
+def test_skipped_rows_leave_the_same_bits_on_reruns_and_threads(backend):
+    features, labels = random_batch(6000, 50, 9)
+    labels[:4000] = 3
+    features[::17, 3] = float("nan")
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (threads, 1, 3):
+            torch.set_num_threads(count)
+            shift, seen = start(features, 9)
+            results.append((shift, *ops.class_stats(features, labels, shift, seen, -100, False)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_large_values_that_are_usable_count(backend):
+    features = torch.tensor([[2.0**50], [-(2.0**50)]])
+    shift, seen = torch.zeros(1, 1), torch.ones(1, dtype=torch.int64)
+    count, total, square, skipped = ops.class_stats(features, torch.zeros(2).long(), shift, seen, -100, False)
+    assert count == 2 and skipped == 0 and total == 0 and square == 2.0**101
 
 
 def strided(features, layout):
@@ -265,7 +317,7 @@ def advanced_in_double(before, batch, momentum):
 @pytest.mark.parametrize("momentum", [None, 0.3, 0.0, 1.0])
 @pytest.mark.parametrize("per_feature", [False, True])
 @pytest.mark.parametrize("width", [1, 17, 300])
-def test_advance_is_the_moments_of_all_rows(name, dtype, momentum, per_feature, width):
+def test_update_is_the_moments_of_all_rows(name, dtype, momentum, per_feature, width):
     num_classes = 7
     count = torch.tensor([0, 4, 0, 9, 1, 0, 3])
     mean = 1000 + torch.randn(num_classes, width, dtype=dtype)
@@ -277,7 +329,7 @@ def test_advance_is_the_moments_of_all_rows(name, dtype, momentum, per_feature, 
     with backends.backend(name):
         shift = state.mean if per_feature else state.mean.clone()
         found = ops.class_stats(*batch, shift, state.count, -100, per_feature)
-        ops.advance(state, found, shift, momentum)
+        ops.update_class_stats(state, found, None if shift is state.mean else shift, momentum)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     for got, wanted in zip(state, expected, strict=True):
         if got is not None:
@@ -287,14 +339,54 @@ def test_advance_is_the_moments_of_all_rows(name, dtype, momentum, per_feature, 
     assert torch.equal(state.scatter[absent], scatter[absent])
 
 
+@pytest.mark.parametrize("momentum", [None, 0.3])
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_buffers_of_any_layout(backend, momentum, per_feature):
+    def spread_out(tensor):
+        return torch.stack([tensor, torch.full_like(tensor, 77)], -1)[..., 0]
+
+    features, labels = random_batch(60, 8, 5)
+    states = []
+    for layout in (torch.clone, spread_out, lambda t: t.t().contiguous().t() if t.dim() == 2 else spread_out(t)):
+        mean, scatter, count = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.ones(5).double(), [
+            0, 3, 0, 5, 1]  # fmt: skip
+        variance = torch.ones(5, 8) if per_feature else None
+        parts = (torch.tensor(count), mean, scatter, variance)
+        state = ops.ClassState(*(None if part is None else layout(part) for part in parts))
+        for _ in range(2):
+            batch = ops.class_stats(features, labels, state.mean, state.count, -100, per_feature)
+            ops.update_class_stats(state, batch, None, momentum)
+        states.append(state)
+    for state in states[1:]:
+        for part, expected in zip(state, states[0], strict=True):
+            if part is not None:
+                torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_negative_views_are_read_as_they_are(backend, dtype):
+    z = torch.randn(40, 6, dtype=torch.complex64 if dtype == torch.float32 else torch.complex128)
+    features, labels = z.conj().imag, torch.arange(40) % 4
+    assert features.is_neg()
+    for got, expected in zip(
+        ops.class_stats(features, labels, *start(features.clone(), 4), -100, False),
+        ops.class_stats(-z.imag, labels, *start(features.clone(), 4), -100, False),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+    values = z[:, 0].conj().imag
+    torch.testing.assert_close(ops.moments(values, None, -100), ops.moments(-z[:, 0].imag, None, -100))
+    torch.testing.assert_close(ops.row_magnitudes(features), z.imag.abs().sum(1))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
-def test_advance_of_a_float32_state_by_float64_features(name):
+def test_update_of_a_float32_state_by_float64_features(name):
     state = ops.ClassState(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(2).double(), None)
     features = torch.randn(10, 3, dtype=torch.float64)
     with backends.backend(name):
         shift = state.mean.double()
         found = ops.class_stats(features, torch.zeros(10, dtype=torch.int64), shift, state.count, -100, False)
-        ops.advance(state, found, shift, None)
+        ops.update_class_stats(state, found, shift, None)
     torch.testing.assert_close(state.mean[0], features.mean(0).float())
     torch.testing.assert_close(state.scatter[0], features.var(0, correction=0).sum())
 
@@ -332,12 +424,25 @@ def test_moments_of_the_values_kept(name, dtype, label_dtype):
     if labels is not None:
         values[2] = float("nan")
     with backends.backend(name):
-        count, mean, variance = ops.moments(values, labels, 2).tolist()
+        count, mean, variance, _ = ops.moments(values, labels, 2).tolist()
         nothing = ops.moments(values[:0], None, 2).tolist()
-        assert ops.moments(values, torch.full((250,), 2), 2).tolist() == nothing == [0, 0, 0]
+        assert ops.moments(values, torch.full((250,), 2), 2).tolist() == nothing == [0, 0, 0, 0]
     assert count == len(kept)
     torch.testing.assert_close(mean, float(kept.double().mean()), rtol=1e-14, atol=0)
     torch.testing.assert_close(variance, float(kept.double().var(correction=0)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_leave_out_what_is_not_finite(name, dtype):
+    values = torch.arange(8.0).to(dtype)
+    labels = torch.tensor([0, 0, 0, -100, 0, 0, 0, 0])
+    values[[1, 3, 5]] = torch.tensor([float("nan"), float("inf"), -float("inf")]).to(dtype)
+    with backends.backend(name):
+        found = ops.moments(values, labels, -100).tolist()
+        assert ops.moments(values[1:2], None, -100).tolist() == [0, 0, 0, 1]
+    kept = torch.tensor([0.0, 2, 4, 6, 7])
+    torch.testing.assert_close(found, [5.0, float(kept.mean()), float(kept.var(correction=0)), 2.0])
 
 
 HELD_TO_A_LEVEL = """
@@ -345,7 +450,7 @@ import sys, torch
 from fusedloss import _C
 print(_C.level(), flush=True)
 import pytest
-selection = "cpp and (sums_give or length or spreads or long or wide or magnitudes or advance)"
+selection = "cpp and (sums_give or length or spreads or long or wide or magnitudes or update or skipped)"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", selection, sys.argv[1]]))
 """
 
@@ -377,3 +482,73 @@ def test_the_op_is_well_formed():
         )
     torch.library.opcheck(torch.ops.fusedloss.row_magnitudes.default, (features,))
     torch.library.opcheck(torch.ops.fusedloss.moments.default, (features[:, 0], labels, -100))
+
+
+def test_the_update_is_well_formed():
+    features, labels = random_batch(20, 3, 4)
+    for per_feature in (False, True):
+        state = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 3), torch.zeros(4).double()
+        variance = torch.zeros(4, 3) if per_feature else None
+        shift = state[1].clone()
+        batch = ops.class_stats(features, labels, shift, state[0], -100, per_feature)
+        for about in (shift, None):
+            torch.library.opcheck(
+                torch.ops.fusedloss.update_class_stats.default,
+                (*state, variance, batch.count, about, batch.sum, batch.square, 0.3),
+            )
+
+
+BAD = {
+    "labels must have shape": {"labels": torch.zeros(2).long()},
+    "labels must be torch.int64": {"labels": torch.zeros(64)},
+    "shift must have shape": {"shift": torch.zeros(3, 5)},
+    "shift must be torch.float32": {"shift": torch.zeros(4, 5).double()},
+    "seen must be torch.int64": {"seen": torch.zeros(4)},
+    "seen must have shape": {"seen": torch.zeros(4, 1).long()},
+    "features must have shape": {"features": torch.zeros(64)},
+    "features must be float32,": {"features": torch.zeros(64, 5).long()},
+    "features must have at least one column": {"features": torch.zeros(64, 0), "shift": torch.zeros(4, 0)},
+    "seen must be on cpu": {"seen": torch.zeros(4, dtype=torch.int64, device="meta")},
+}
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("message", BAD)
+def test_shapes_and_types_are_checked_at_the_entry(backend, message, direct):
+    arguments = {
+        "features": torch.zeros(64, 5), "labels": torch.zeros(64).long(), "shift": torch.zeros(4, 5),
+        "seen": torch.zeros(4).long(),
+    }  # fmt: skip
+    given = [*(arguments | BAD[message]).values(), -100, False]
+    operation = ops.class_stats if direct else torch.ops.fusedloss.class_stats.default
+    with pytest.raises((ValueError, TypeError), match=message):
+        operation(*given)
+
+
+def test_the_other_operations_check_their_arguments(backend):
+    count, mean, scatter = torch.zeros(4).long(), torch.zeros(4, 5), torch.zeros(4).double()
+    with pytest.raises(ValueError, match=r"sums must have shape \(4, 5\); got \(4, 6\)"):
+        torch.ops.fusedloss.update_class_stats(
+            count, mean, scatter, None, count.clone(), None, torch.zeros(4, 6), torch.zeros(4), 0.5
+        )
+    with pytest.raises(ValueError, match=r"momentum must be None or in \[0, 1\]; got 2"):
+        torch.ops.fusedloss.update_class_stats(
+            count, mean, scatter, None, count.clone(), None, torch.zeros(4, 5), torch.zeros(4), 2.0
+        )
+    with pytest.raises(ValueError, match=r"labels must have shape \(3,\); got \(2,\)"):
+        torch.ops.fusedloss.moments(torch.zeros(3), torch.zeros(2).long(), -100)
+    with pytest.raises(ValueError, match=r"rows must have shape \(B, D\); got \(3,\)"):
+        torch.ops.fusedloss.row_magnitudes(torch.zeros(3))
+
+
+def test_results_lie_where_their_arguments_do_whatever_the_default_device(backend):
+    features, labels = random_batch(20, 3, 4)
+    with torch.device("meta"):
+        shift, seen = torch.zeros(4, 3, device="cpu"), torch.zeros(4, dtype=torch.int64, device="cpu")
+        batch = ops.class_stats(features, labels, shift, seen, -100, False)
+        state = ops.ClassState(seen, shift, torch.zeros(4, dtype=torch.float64, device="cpu"), None)
+        ops.update_class_stats(state, batch, None, None)
+        others = ops.row_magnitudes(features), ops.moments(features[:, 0], labels, -100)
+    assert all(tensor.device.type == "cpu" for tensor in (*batch, *others))
+    check_against_two_pass(features, labels, 4, *start(features, 4))
+    torch.testing.assert_close(state.mean[0], features[labels == 0].mean(0))

@@ -251,8 +251,12 @@ X, Y = torch.zeros(3, 5), torch.tensor([0, 1, 2])
         (ValueError, "SoftCap: cap must be finite and above 0; got -1", lambda: SoftCap(-1.0)),
         (ValueError, "SoftCap: cap .*0-dim.*\\(5,\\)", lambda: SoftCap(torch.ones(5))),
         (ValueError, "MarginPenalty: margin .*-1", lambda: MarginPenalty(-1.0, 0.1)),
-        (ValueError, "MarginPenalty: strength .*at most 1.*1.5", lambda: MarginPenalty(1.0, 1.5, mix=True)),
-        (ValueError, "MarginPenalty: over: got 'max'", lambda: MarginPenalty(1.0, 0.5, "max")),
+        (
+            ValueError,
+            r"MarginPenalty: strength must be in \[0, 1\]; got 1.5",
+            lambda: MarginPenalty(1.0, 1.5, mix=True),
+        ),
+        (ValueError, "MarginPenalty: over must be 'mean' or 'sum'; got 'max'", lambda: MarginPenalty(1.0, 0.5, "max")),
         (
             TypeError,
             "margin_penalty .*MarginPenalty.*float",
@@ -275,7 +279,7 @@ X, Y = torch.zeros(3, 5), torch.tensor([0, 1, 2])
         ),
         (
             ValueError,
-            "AdditiveMargin changes the labelled class.*mixup",
+            "target must hold labels with AdditiveMargin, which changes the labelled class .*mixup",
             lambda: fusedloss.cross_entropy(X, torch.rand(3, 5), terms=[AdditiveMargin(0.5)]),
         ),
         (

@@ -628,10 +628,15 @@ WRONG |= {
 }
 # Arguments whose errors are of another form so far, by call: a name is taken out with its mend.
 PENDING = {
-    "cross_entropy": "terms return_stats",
-    "linear_cross_entropy": "terms return_stats",
-    "supcon": "features labels temperature contrast_mode normalize reduction class_balance ignore_index mask class_weight",
-    "SupConLoss": "temperature contrast_mode normalize reduction class_weight class_balance ignore_index base_temperature prototype_weight focal_gamma learn_temperature",
+    "cross_entropy": "return_stats",
+    "linear_cross_entropy": "return_stats",
+    "supcon": (
+        "features labels temperature contrast_mode normalize reduction class_balance ignore_index mask class_weight"
+    ),
+    "SupConLoss": (
+        "temperature contrast_mode normalize reduction class_weight class_balance ignore_index "
+        "base_temperature prototype_weight focal_gamma learn_temperature"
+    ),
     "SupConLoss()": "features labels",
     "ArcFaceLoss": "scale terms poly_epsilon sample_rate",
     "CosFaceLoss": "scale terms poly_epsilon sample_rate",
@@ -647,7 +652,9 @@ PENDING = {
     "VACELoss.fit_statistics": "features labels",
     "FeDLaSLoss": "num_classes base strength beta momentum gate indicator",
     "FeDLaSLoss()": "logits target features",
-    "PrototypeLoss": "in_features num_classes distance separation separation_margin center_update reduction ignore_index",
+    "PrototypeLoss": (
+        "in_features num_classes distance separation separation_margin center_update reduction ignore_index"
+    ),
     "PrototypeLoss()": "target",
     "ClassStatistics": "in_features num_classes momentum per_feature",
     "ClassStatistics.update": "features labels",

@@ -75,7 +75,12 @@ MODULES = {
     "ldam": (lambda: fusedloss.LDAMLoss(COUNTS), logits),
     "mbls": (fusedloss.MbLSLoss, logits),
     "flsd": (fusedloss.FLSD53Loss, logits),
+    "poly preset": (fusedloss.PolyLoss, logits),
     "dual focal": (fusedloss.DualFocalLoss, logits),
+    "dual focal rows": (
+        lambda: fusedloss.DualFocalLoss(weight=torch.rand(CLASSES), terms=[Prior(COUNTS.log())], reduction="none"),
+        logits,
+    ),
     "ecp": (fusedloss.ECPLoss, logits),
     "acls": (fusedloss.ACLSLoss, logits),
     "linear": (lambda: fusedloss.LinearCrossEntropyLoss(WIDTH, CLASSES), features),

@@ -312,7 +312,7 @@ class TestWatch:
             assert torch.equal(watching(model(features), labels), expected)
         with torch.no_grad():
             assert torch.equal(watching(model(features), labels), expected)
-        with pytest.raises(ValueError, match=r"features: got None; pass them, or call watch"):
+        with pytest.raises(ValueError, match=r"features must be given: pass them, or call watch.*; got None"):
             watching(model(features), labels) + watching(torch.randn(16, CLASSES), labels)
 
     def test_copies_carry_no_hook(self):
@@ -348,19 +348,19 @@ def test_compiles_whole(base):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"base": "smooth"}, ValueError, "base: got 'smooth'; allowed are 'smoothing', 'margin'"),
-        ({"gate": "fixed"}, ValueError, "gate: got 'fixed'"),
-        ({"indicator": "entropy"}, ValueError, "indicator: got 'entropy'"),
-        ({"strength": 0.6}, ValueError, r"strength must lie in \[0, 0.5\]"),
-        ({"strength": math.nan}, ValueError, r"strength must lie in \[0, 0.5\]"),
+        ({"base": "smooth"}, ValueError, "base must be 'smoothing' or 'margin'; got 'smooth'"),
+        ({"gate": "fixed"}, ValueError, "gate must be .*; got 'fixed'"),
+        ({"indicator": "entropy"}, ValueError, "indicator must be .*; got 'entropy'"),
+        ({"strength": 0.6}, ValueError, r"strength must be in \[0, 0.5\]; got 0.6"),
+        ({"strength": math.nan}, ValueError, r"strength must be in \[0, 0.5\]; got nan"),
         ({"beta": math.inf}, ValueError, "beta must be finite"),
-        ({"margin": 6.0}, ValueError, "margin: got 6.0 with base='smoothing'"),
+        ({"margin": 6.0}, ValueError, "margin must be None with base='smoothing'; got 6.0"),
         ({"base": "margin", "margin": -1.0}, ValueError, "margin must be finite and at least 0"),
         ({"momentum": 2.0}, ValueError, "momentum"),
         ({"norm": 0.5}, ValueError, "norm"),
-        ({"num_classes": 0}, ValueError, "num_classes must be an integer of at least 1"),
-        ({"label_smoothing": 0.1}, TypeError, "label_smoothing is what FeDLaSLoss computes"),
-        ({"margin_penalty": None}, TypeError, "margin_penalty is what FeDLaSLoss computes"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1; got 0"),
+        ({"label_smoothing": 0.1}, TypeError, r"FeDLaSLoss.* 'label_smoothing' \(strength is meant\?\)"),
+        ({"margin_penalty": None}, TypeError, r"FeDLaSLoss.* 'margin_penalty' \(margin is meant\?\)"),
     ],
     ids=str,
 )
@@ -378,3 +378,120 @@ def test_bad_inputs_are_named():
         loss(logits[:, :4], labels, features)
     with pytest.raises(ValueError, match=r"logits must have shape \(B, 5\)"):
         loss(logits.unsqueeze(2), labels.unsqueeze(1), features)
+
+
+class TestWrongCalls:
+    @pytest.mark.parametrize("base", BASES)
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"logits": torch.zeros(16, 4)}, ValueError, r"logits must have shape \(B, 5\); got \(16, 4\)"),
+            ({"logits": None}, TypeError, "logits must be a floating-point tensor; got NoneType"),
+            ({"logits": torch.zeros(16, 5).numpy()}, TypeError, "logits must be a floating-point tensor; got ndarray"),
+            ({"target": torch.zeros(15).long()}, ValueError, "target must have shape"),
+            ({"target": torch.full((16,), 5)}, IndexError, r"target must lie in .*; got label 5 at row 0"),
+            ({"target": [0] * 16}, TypeError, "target must be a tensor"),
+            ({"target": torch.zeros(16, 4)}, ValueError, "target must have"),
+            ({"target": torch.zeros(16, dtype=torch.bool)}, TypeError, "target must be"),
+            ({"features": torch.zeros(3, 7)}, ValueError, r"features must have shape \(16, D\)"),
+            ({"features": torch.zeros(16)}, ValueError, r"features must have shape \(16, D\)"),
+            ({"features": "features"}, TypeError, "features must be a floating-point tensor; got str"),
+            ({"sample_weight": torch.zeros(3)}, ValueError, "sample_weight must have shape"),
+        ],
+    )
+    def test_leave_the_statistics_as_they_were(self, base, change, error, message):
+        logits, labels, features = data(dtype=torch.float32)
+        loss = FeDLaSLoss(CLASSES, base)
+        loss(logits, labels, features)
+        before, gate = copy.deepcopy(loss.state_dict()), loss.last_gate
+        with pytest.raises(error, match=message):
+            loss(**({"logits": logits, "target": labels, "features": 2 * features} | change))
+        assert all(torch.equal(before[name], tensor) for name, tensor in loss.state_dict().items())
+        assert loss.last_gate is gate
+
+
+class TestSafety:
+    @pytest.mark.parametrize("ignored", [False, True])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+    def test_rows_that_are_not_finite_do_not_enter(self, value, ignored):
+        logits, labels, features = data(dtype=torch.float32)
+        loss, clean = FeDLaSLoss(CLASSES, gate="positive"), FeDLaSLoss(CLASSES, gate="positive")
+        kept = torch.ones(16, dtype=torch.bool)
+        kept[3] = False
+        features[3, 1] = value
+        if ignored:
+            labels[3] = -100
+            loss(logits, labels, features)
+        else:
+            with pytest.warns(RuntimeWarning, match="1 of the rows have norms that are not finite"):
+                result = loss(logits, labels, features)
+            assert torch.isfinite(result)
+        clean(logits[kept], labels[kept], features[kept])
+        assert loss.statistics.skipped == (not ignored)
+        torch.testing.assert_close(loss.state_dict(), clean.state_dict())
+        torch.testing.assert_close(loss.last_smoothing[kept], clean.last_smoothing)
+        if value != 1e30:
+            torch.testing.assert_close(loss.last_smoothing[3], torch.tensor(0.05))
+
+    @pytest.mark.parametrize("base", BASES)
+    def test_move_once_where_a_checkpoint_repeats_the_forward(self, base):
+        from torch.utils.checkpoint import checkpoint
+
+        _, labels, features = data(dtype=torch.float32)
+        loss = FeDLaSLoss(CLASSES, base)
+        plain = copy.deepcopy(loss)
+        model = nn.Linear(WIDTH, CLASSES)
+        loss.watch(model)
+        for _ in range(2):
+            x = features.clone().requires_grad_()
+            ours = checkpoint(lambda x: loss(model(x), labels).exp(), x, use_reentrant=False)
+            ours.backward()
+            twin = features.clone().requires_grad_()
+            theirs = plain(F.linear(twin, model.weight, model.bias), labels, twin).exp()
+            theirs.backward()
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(x.grad, twin.grad)
+        torch.testing.assert_close(loss.state_dict(), plain.state_dict(), rtol=0, atol=0)
+        assert loss.statistics.count == 32
+
+    def test_under_torch_func(self):
+        logits, labels, features = data(dtype=torch.float32)
+        loss = FeDLaSLoss(CLASSES)
+        with pytest.raises(RuntimeError, match=r"FeDLaSLoss: running statistics can't move .* call .eval\(\)"):
+            torch.func.grad(lambda z: loss(z, labels, features))(logits.detach())
+        loss(logits, labels, features)
+        loss.eval()
+        (expected,) = torch.autograd.grad(loss(logits, labels, features), logits)
+        found = torch.func.grad(lambda z: loss(z, labels, features))(logits.detach())
+        torch.testing.assert_close(found, expected)
+
+        def one(z, y, f):
+            return loss(z.unsqueeze(0), y.unsqueeze(0), f.unsqueeze(0))
+
+        each = torch.func.vmap(torch.func.grad(one))(logits.detach(), labels, features)
+        torch.testing.assert_close(each / 16, expected)
+
+    def test_another_default_device_and_fake_tensors(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        logits, labels, features = data(dtype=torch.float32)
+        loss = FeDLaSLoss(CLASSES)
+        plain = copy.deepcopy(loss)
+        with torch.device("meta"):
+            found = loss(logits, labels, features)
+        assert torch.equal(found, plain(logits, labels, features))
+        detached = [part.detach() for part in (logits, labels, features)]
+        with FakeTensorMode() as mode:
+            given = [mode.from_tensor(part) for part in detached]
+            assert FeDLaSLoss(CLASSES)(*given).shape == ()
+
+    def test_repr(self):
+        assert repr(FeDLaSLoss(5)) == "FeDLaSLoss(num_classes=5)"
+        assert repr(FeDLaSLoss(5, "margin", margin=3.0)) == "FeDLaSLoss(num_classes=5, base='margin', margin=3.0)"
+        shown = repr(
+            FeDLaSLoss(5, strength=0.1, gate="positive", momentum=None, norm=2.0, indicator="logit", z_loss=0.1)
+        )
+        assert shown == (
+            "FeDLaSLoss(num_classes=5, strength=0.1, momentum=None, gate='positive', indicator='logit', norm=2.0, "
+            "z_loss=0.1)"
+        )

@@ -96,6 +96,36 @@ class TestPublishedFormulas:
         loss(x, y)
         torch.testing.assert_close(loss.norm_mean, mean)
 
+    @pytest.mark.parametrize("direction", [1.0, -1.0])
+    def test_adaface_clips_the_turned_angle(self, direction):
+        """Rows along (or against) the row of their class, so that theta - m k leaves [0, pi]."""
+        torch.manual_seed(0)
+        loss = fusedloss.AdaFaceLoss(D, K, scale=16.0, h=5.0).eval()
+        y = torch.arange(K)
+        with torch.no_grad():
+            unit = F.normalize(loss.weight)
+        noise = 0.02 * torch.randn(K, D)
+        x = F.normalize(direction * unit[y] + noise) * torch.tensor([90.0, 1.0, 40.0, 5.0, 99.0, 2.0, 60.0])[:, None]
+        x.requires_grad_()
+        length = torch.linalg.vector_norm(x.detach().double(), dim=1)
+        quality = ((length - 20) / (100 + 1e-3) * 5.0).clamp(-1, 1)
+        cosine = F.linear(F.normalize(x.double()), F.normalize(loss.weight.double()))
+        angle = cosine.gather(1, y.unsqueeze(1)).squeeze(1).acos()
+        turned = angle - 0.4 * quality
+        assert (turned < 1e-3).any() or (turned > math.pi - 1e-3).any()
+        value = turned.clip(1e-3, math.pi - 1e-3).cos() - 0.4 * (1 + quality)
+        expected = F.cross_entropy(with_label(cosine, y, value) * 16.0, y)
+        found = loss(x, y)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(
+            torch.autograd.grad(found, (x, loss.weight)), torch.autograd.grad(expected, (x, loss.weight)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        logits = fusedloss.AdaFaceLoss(D, K, scale=16.0, h=5.0, sub_centers=2).eval()
+        with torch.no_grad():
+            logits.weight.copy_(loss.weight.repeat_interleave(2, 0))
+        torch.testing.assert_close(logits(x, y), found, rtol=1e-5, atol=1e-6)
+
     def test_curricularface(self, rows):
         x, y = rows
         x.requires_grad_()
@@ -126,6 +156,172 @@ class TestPublishedFormulas:
         value = torch.where(label > -math.cos(0.5), torch.cos(label.acos() + 0.5), label - 0.5 * math.sin(0.5))
         assert_same(loss(x, y), F.cross_entropy(with_label(cosine, y, value) * 16.0, y), (x, loss.weight))
         torch.testing.assert_close(loss.logits(x), 16.0 * cosine)
+
+
+class TestRunningStatistics:
+    """AdaFace's and CurricularFace's."""
+
+    KINDS = ("AdaFaceLoss", "CurricularFaceLoss")
+
+    @pytest.mark.parametrize("name", KINDS)
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("ignored", [False, True])
+    def test_rows_that_are_not_finite_do_not_enter(self, rows, name, value, ignored):
+        x, y = rows
+        loss = getattr(fusedloss, name)(D, K, momentum=0.5)
+        clean = copy.deepcopy(loss)
+        dirty, kept = x.clone(), torch.ones(B, dtype=torch.bool)
+        dirty[2, 3], kept[2] = value, False
+        if ignored:
+            y = torch.where(kept, y, -100)
+            assert torch.isfinite(loss(dirty, y)) or name == "CurricularFaceLoss"
+        else:
+            with pytest.warns(RuntimeWarning, match=f"{name}: 1 of the rows"):
+                loss(dirty, y)
+        clean(x[kept], y[kept])
+        torch.testing.assert_close(dict(loss.named_buffers()), {**dict(clean.named_buffers()), "skipped": loss.skipped})
+        assert loss.skipped == (not ignored) and "skipped" not in loss.state_dict()
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_ignored_rows_do_not_count(self, rows, name):
+        x, y = rows
+        loss = getattr(fusedloss, name)(D, K, momentum=0.5)
+        clean = copy.deepcopy(loss)
+        y[::3] = -100
+        x[::3] *= 50
+        loss(x, y)
+        clean(x[y >= 0], y[y >= 0])
+        torch.testing.assert_close(loss.state_dict(), clean.state_dict())
+        before = copy.deepcopy(loss.state_dict())
+        loss(x, torch.full_like(y, -100))
+        torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)
+        assert torch.isfinite(loss(x, y))
+
+    @pytest.mark.parametrize("name", KINDS)
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"input": torch.zeros(B, D + 1)}, ValueError, r"(input|linear_weight) must"),
+            ({"input": [1.0]}, TypeError, "input must be a floating-point tensor; got list"),
+            ({"input": None}, TypeError, "input must be a floating-point tensor; got NoneType"),
+            ({"input": torch.zeros(B, D).long()}, TypeError, "input must be a floating-point tensor"),
+            ({"target": torch.zeros(B - 1).long()}, ValueError, r"(target|labels) must have shape"),
+            ({"target": torch.full((B,), K)}, IndexError, r"(target|labels) must lie in .*; got label 7 at row 0"),
+            ({"target": "labels"}, TypeError, "target must be a tensor of integers; got str"),
+            ({"target": torch.zeros(B, K)}, TypeError, "target must be a tensor of integers"),
+            ({"sample_weight": torch.zeros(3)}, ValueError, "sample_weight must have shape"),
+        ],
+    )
+    def test_a_wrong_call_leaves_them_as_they_were(self, rows, name, change, error, message):
+        x, y = rows
+        loss = getattr(fusedloss, name)(D, K, momentum=0.5)
+        before = copy.deepcopy(loss.state_dict())
+        with pytest.raises(error, match=message):
+            loss(**({"input": x, "target": y} | change))
+        torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_move_once_with_gradients_and_in_training(self, rows, name):
+        from torch.utils.checkpoint import checkpoint
+
+        x, y = rows
+        loss = getattr(fusedloss, name)(D, K, momentum=0.5)
+        plain, before = copy.deepcopy(loss), copy.deepcopy(loss.state_dict())
+        with torch.no_grad():
+            loss(x, y)
+        loss.eval()(x, y)
+        torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)
+        x.requires_grad_()
+        loss.train()
+        ours = checkpoint(lambda x: loss(x, y).exp(), x, use_reentrant=False)
+        theirs = plain(x, y).exp()
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
+        torch.testing.assert_close(loss.state_dict(), plain.state_dict())
+        with pytest.raises(RuntimeError, match=f"{name}: running statistics can't move"):
+            torch.func.grad(lambda x: loss(x, y))(x.detach())
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_one_row_without_a_batch(self, rows, name):
+        x, y = rows
+        loss = getattr(fusedloss, name)(D, K, reduction="none").eval()
+        torch.testing.assert_close(loss(x[0], y[0]), loss(x[:1], y[:1])[0])
+        assert loss(x[:0], y[:0]).shape == (0,)
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_another_default_device(self, rows, name):
+        x, y = rows
+        loss = getattr(fusedloss, name)(D, K)
+        plain = copy.deepcopy(loss)
+        with torch.device("meta"):
+            found = loss(x, y)
+        assert torch.equal(found, plain(x, y))
+        torch.testing.assert_close(loss.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss", "CombinedMarginLoss", "AdaFaceLoss",
+                                      "CurricularFaceLoss"])  # fmt: skip
+    def test_other_libraries_names_are_hinted_at(self, name):
+        kind = getattr(fusedloss, name)
+        match = (
+            rf"{name}.__init__\(\) got an unexpected keyword argument 's' \(scale is meant\?\); it takes in_features"
+        )
+        with pytest.raises(TypeError, match=match):
+            kind(s=64)
+        with pytest.raises(TypeError, match=rf"{name}.*'embedding_size' \(in_features is meant\?\)"):
+            kind(embedding_size=8, num_classes=3)
+        with pytest.raises(TypeError, match=rf"{name}.*'weight' \(class_weight is meant\?\)"):
+            kind(D, K, weight=torch.ones(K))
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"scale": 0.0}, ValueError, "scale must be finite and above 0; got 0.0"),
+            ({"scale": -3.0}, ValueError, "scale must be finite and above 0; got -3.0"),
+            ({"scale": "30"}, TypeError, "scale must be a number; got str"),
+            ({"scale": nn.Parameter(torch.tensor(-1.0))}, ValueError, "scale must be above 0"),
+            ({"in_features": 0}, ValueError, "in_features must be at least 1; got 0"),
+            ({"num_classes": 3.0}, TypeError, "num_classes must be an integer; got float"),
+            ({"sub_centers": True}, TypeError, "sub_centers must be an integer; got bool"),
+            ({"margin": None}, (TypeError, ValueError), "margin must be"),
+            ({"margin": "0.5"}, (TypeError, ValueError), "margin must be"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss", "CombinedMarginLoss", "ArcFaceHead"])
+    def test_bad_settings_are_named(self, name, arguments, error, message):
+        with pytest.raises(error, match=message):
+            getattr(fusedloss, name)(**({"in_features": D, "num_classes": K} | arguments))
+
+    @pytest.mark.parametrize("name", ["AdaFaceLoss", "CurricularFaceLoss"])
+    def test_bad_momentum(self, name):
+        for momentum, error in ((1.5, ValueError), (None, TypeError), (math.nan, ValueError)):
+            with pytest.raises(error, match="momentum must be"):
+                getattr(fusedloss, name)(D, K, momentum=momentum)
+
+    def test_sampling_excludes_several_centers(self):
+        for rate, error in ((0.0, ValueError), (2.0, ValueError), ("half", TypeError)):
+            with pytest.raises(error, match="sample_rate must be"):
+                fusedloss.ArcFaceLoss(D, K, sample_rate=rate)
+        with pytest.raises(ValueError, match=r"sample_rate must be None with sub_centers=2; got 0\.5"):
+            fusedloss.ArcFaceLoss(D, K, sample_rate=0.5, sub_centers=2)
+
+    def test_repr(self):
+        assert repr(fusedloss.ArcFaceLoss(D, K)) == "ArcFaceLoss(in_features=8, num_classes=7)"
+        loss = fusedloss.ArcFaceLoss(
+            D, K, margin=0.3, fallback="easy", label_smoothing=0.1, class_weight=torch.ones(K), sub_centers=2
+        )
+        assert repr(loss) == (
+            "ArcFaceLoss(in_features=8, num_classes=7, margin=0.3, fallback='easy', class_weight=tensor(7,), "
+            "sub_centers=2, label_smoothing=0.1)"
+        )
+        assert repr(fusedloss.CosFaceLoss(D, K, 0.5, 8.0)) == (
+            "CosFaceLoss(in_features=8, num_classes=7, margin=0.5, scale=8.0)"
+        )
+        assert repr(fusedloss.CombinedMarginLoss(D, K)) == "CombinedMarginLoss(in_features=8, num_classes=7)"
+        assert repr(fusedloss.AdaFaceLoss(D, K, h=0.5)) == "AdaFaceLoss(in_features=8, num_classes=7, h=0.5)"
+        assert repr(fusedloss.CurricularFaceLoss(D, K)) == "CurricularFaceLoss(in_features=8, num_classes=7)"
+        assert repr(fusedloss.ArcFaceHead(D, K, scale=8.0)) == "ArcFaceHead(in_features=8, num_classes=7, scale=8.0)"
 
 
 class TestExtremes:
@@ -239,6 +435,23 @@ class TestModules:
 
 
 class TestTools:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_rows_of_16_bits_are_divided_by_their_length_before_they_are_rounded(self, dtype):
+        torch.manual_seed(0)
+        loss, layer = fusedloss.ArcFaceLoss(D, K).to(dtype), nn.Linear(D, K)
+        with torch.no_grad():
+            loss.weight.mul_(60000.0 if dtype == torch.float16 else 1e30)  # rows longer than float16 can say
+        loss.export_into(layer)
+        expected = 30.0 * F.normalize(loss.weight.detach().double())
+        torch.testing.assert_close(layer.weight.double(), expected, rtol=1e-6, atol=1e-7)
+        statistics = fusedloss.ClassStatistics(D, K)
+        statistics.update(1e6 * torch.randn(B, D), torch.arange(B) % K)
+        other = fusedloss.ArcFaceLoss(D, K).to(dtype)
+        other.init_from(statistics)
+        torch.testing.assert_close(F.normalize(other.weight.float()), F.normalize(statistics.mean), rtol=0, atol=1e-2)
+        other.add_classes(1, means=torch.full((1, D), 1e6))
+        assert torch.isfinite(other.weight).all() and other.weight[-1].any()
+
     def test_export(self, rows):
         x, _ = rows
         loss, layer = fusedloss.ArcFaceLoss(D, K), nn.Linear(D, K)

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedloss.losses.class_statistics import ClassStatistics, NormStatistics
+from fusedloss.losses.class_statistics import ClassStatistics
+from fusedloss.losses.norm_statistics import NormStatistics
 
 
 def random_batches(batches, rows, width, num_classes, offset=0.0, seed=0):
@@ -157,17 +158,90 @@ def test_an_empty_or_ignored_batch_changes_nothing(momentum):
     assert same_state(before, state(statistics))
 
 
-def test_a_nan_row_poisons_its_class_alone():
+@pytest.mark.parametrize("num_classes", [4, 200])
+@pytest.mark.parametrize("momentum", [None, 0.3])
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_rows_that_are_not_finite_are_left_out(value, per_feature, momentum, num_classes):
     features, labels = next(random_batches(1, 60, 5, 4))
-    clean, poisoned = ClassStatistics(5, 4), ClassStatistics(5, 4)
-    clean.update(features, labels)
-    features[7] = math.nan
-    poisoned.update(features, labels)
-    others = torch.arange(4) != labels[7]
-    assert poisoned.mean[~others].isnan().all() and poisoned.scatter[~others].isnan().all()
-    assert torch.equal(poisoned.mean[others], clean.mean[others])
-    poisoned.update(features[labels != labels[7]], labels[labels != labels[7]])
-    assert poisoned.mean[others].isfinite().all()
+    bad = torch.zeros(60, dtype=torch.bool)
+    bad[[0, 7, 33]] = True
+    clean, other = (ClassStatistics(5, num_classes, momentum, per_feature) for _ in range(2))
+    with pytest.warns(
+        RuntimeWarning, match=r"ClassStatistics: 3 of the rows have features that are not finite"
+    ) as said:
+        for _ in range(2):
+            clean.update(features[~bad], labels[~bad])
+            dirty = features.clone()
+            dirty[bad, 2] = value
+            other.update(dirty, labels)
+    assert len(said) == 1 and said[0].filename == __file__
+    assert other.skipped == 6 and clean.skipped == 0
+    assert torch.equal(other.count, clean.count)
+    for name, buffer in other.state_dict().items():
+        torch.testing.assert_close(buffer, clean.state_dict()[name], rtol=1e-5, atol=1e-6)
+    assert "skipped" not in other.state_dict()
+    other.reset()
+    assert other.skipped == 0
+
+
+def test_norm_statistics_leave_out_what_is_not_finite():
+    features, clean, other = torch.randn(6, 3), NormStatistics(), NormStatistics()
+    clean.update(features[2:])
+    features[0], features[1, 2] = math.nan, -math.inf
+    with pytest.warns(RuntimeWarning, match=r"2 of the rows have norms that are not finite"):
+        other.update(features)
+    assert other.skipped == 2 and same_state(state(clean), state(other))
+
+
+@pytest.mark.parametrize("num_classes", [3, 200])
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_buffers_loaded_by_assignment_keep_their_layout(per_feature, num_classes):
+    batches = list(random_batches(3, 20, 6, 3))
+    plain, other = (ClassStatistics(6, num_classes, 0.3, per_feature) for _ in range(2))
+    plain.update(*batches[0])
+    loaded = {name: torch.stack([b, b + 1], -1)[..., 0] for name, b in plain.state_dict().items()}
+    other.load_state_dict(loaded, assign=True)
+    assert not other.mean.is_contiguous()
+    for batch in batches[1:]:
+        plain.update(*batch)
+        other.update(*batch)
+    for name, buffer in other.state_dict().items():
+        torch.testing.assert_close(buffer, plain.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+def test_another_default_device_changes_nothing():
+    features, labels = next(random_batches(1, 20, 6, 4))
+    plain, other = ClassStatistics(6, 4), ClassStatistics(6, 4)
+    norms, other_norms = NormStatistics(), NormStatistics()
+    plain.update(features, labels)
+    norms.update(features, labels)
+    with torch.device("meta"):
+        other.update(features, labels)
+        other_norms.update(features, labels)
+    assert same_state(state(plain), state(other)) and same_state(state(norms), state(other_norms))
+
+
+@pytest.mark.parametrize("num_classes", [4, 400])
+def test_fake_tensors_pass_through(num_classes):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        statistics, norms = ClassStatistics(6, num_classes, 0.3), NormStatistics()
+        features, labels = torch.randn(20, 6), torch.zeros(20, dtype=torch.int64)
+        statistics.update(features, labels)
+        norms.update(features, labels)
+        assert statistics.mean.shape == (num_classes, 6) and norms.mean.shape == ()
+    statistics, norms = ClassStatistics(6, num_classes, 0.3), NormStatistics()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        statistics.update(features, labels)
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    assert repr(ClassStatistics(2, 3)) == "ClassStatistics(in_features=2, num_classes=3)"
+    shown = repr(ClassStatistics(2, 3, 0.5, True, ignore_index=-1))
+    assert shown == "ClassStatistics(in_features=2, num_classes=3, momentum=0.5, per_feature=True, ignore_index=-1)"
+    assert "momentum" not in repr(NormStatistics()).split("\n")[0]
 
 
 @pytest.mark.parametrize("per_feature", [False, True])
@@ -190,13 +264,13 @@ def test_merge_equals_one_pass(per_feature):
 
 def test_merge_refuses_what_it_cannot_add():
     statistics = ClassStatistics(3, 2)
-    with pytest.raises(TypeError, match="other: got int"):
+    with pytest.raises(TypeError, match="other must be a ClassStatistics; got int"):
         statistics.merge(3)
-    with pytest.raises(ValueError, match=r"other: got .* = \(2, 4, False\); allowed is \(2, 3, False\)"):
+    with pytest.raises(ValueError, match=r"other must have .* = \(2, 3, False\), as here; got \(2, 4, False\)"):
         statistics.merge(ClassStatistics(4, 2))
-    with pytest.raises(ValueError, match=r"merge: got momentum=0.5; allowed is None"):
+    with pytest.raises(ValueError, match=r"momentum must be None for merge\(\), .*; got 0.5"):
         statistics.merge(ClassStatistics(3, 2, momentum=0.5))
-    with pytest.raises(ValueError, match=r"all_reduce: got momentum=0.5"):
+    with pytest.raises(ValueError, match=r"momentum must be None for all_reduce\(\)"):
         ClassStatistics(3, 2, momentum=0.5).all_reduce()
 
 
@@ -293,20 +367,28 @@ def test_update_compiles_to_one_graph():
         (
             (torch.zeros(3, 5), torch.zeros(3).long()),
             ValueError,
-            r"features: got shape \(3, 5\).*in_features=4",
+            r"features must have shape \(B, 4\); got \(3, 5\)",
         ),
-        ((torch.zeros(4), torch.zeros(4).long()), ValueError, r"features: got shape \(4,\)"),
-        ((torch.zeros(3, 4).long(), torch.zeros(3).long()), TypeError, "features: got torch.int64"),
-        (([1.0], torch.zeros(3).long()), TypeError, "features: got list"),
-        ((torch.zeros(3, 4), torch.zeros(3)), TypeError, "labels: got torch.float32"),
-        ((torch.zeros(3, 4), [0, 1, 2]), TypeError, "labels: got list"),
-        ((torch.zeros(3, 4), torch.zeros(2).long()), ValueError, r"labels: got shape \(2,\).*\(3,\)"),
-        ((torch.zeros(3, 4), torch.zeros(3, 1).long()), ValueError, r"labels: got shape \(3, 1\)"),
-        ((torch.zeros(3, 4), torch.zeros(3).long().to("meta")), ValueError, "labels: got device meta"),
+        ((torch.zeros(4), torch.zeros(4).long()), ValueError, r"features must have shape \(B, 4\); got \(4,\)"),
+        (
+            (torch.zeros(3, 4).long(), torch.zeros(3).long()),
+            TypeError,
+            "features must be a floating-point tensor; got torch.int64",
+        ),
+        (([1.0], torch.zeros(3).long()), TypeError, "features must be a floating-point tensor; got list"),
+        ((torch.zeros(3, 4), torch.zeros(3)), TypeError, "labels must be a tensor of integers; got torch.float32"),
+        ((torch.zeros(3, 4), [0, 1, 2]), TypeError, "labels must be a tensor of integers; got list"),
+        ((torch.zeros(3, 4), torch.zeros(2).long()), ValueError, r"labels must have shape \(3,\); got \(2,\)"),
+        ((torch.zeros(3, 4), torch.zeros(3, 1).long()), ValueError, r"labels must have shape \(3,\); got \(3, 1\)"),
+        (
+            (torch.zeros(3, 4), torch.zeros(3).long().to("meta")),
+            ValueError,
+            "labels must be on the device of features, cpu; got meta",
+        ),
         (
             (torch.zeros(3, 4, device="meta"), torch.zeros(3).long().to("meta")),
             ValueError,
-            "features: got device",
+            "features must be on the device of the statistics, cpu; got meta",
         ),
         ((torch.zeros(3, 4), torch.tensor([0, -1, 2])), IndexError, "labels must lie in .*; got label -1 at row 1"),
         ((torch.zeros(3, 4), torch.tensor([0, 1, 3])), IndexError, "labels must lie in .*; got label 3 at row 2"),
@@ -323,20 +405,20 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, error, message):
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan, math.inf])
 def test_momentum_outside_its_range(momentum):
     for make in (lambda: ClassStatistics(4, 3, momentum), lambda: NormStatistics(momentum)):
-        with pytest.raises(ValueError, match=r"momentum: got .*allowed are None and numbers in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\]; got "):
             make()
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (-1, 3)])
 def test_sizes_below_one(sizes):
-    with pytest.raises(ValueError, match="allowed are integers of at least 1"):
+    with pytest.raises(ValueError, match=r"(in_features|num_classes) must be at least 1; got"):
         ClassStatistics(*sizes)
 
 
 def test_arguments_of_the_wrong_kind():
-    with pytest.raises(TypeError, match=r"in_features: got 2\.0"):
+    with pytest.raises(TypeError, match=r"in_features must be an integer; got float"):
         ClassStatistics(2.0, 3)
-    with pytest.raises(TypeError, match=r"momentum: got '0\.1'"):
+    with pytest.raises(TypeError, match=r"momentum must be a number; got str"):
         ClassStatistics(2, 3, "0.1")
 
 
@@ -452,13 +534,13 @@ def test_norm_statistics_leave_ignored_rows_out(ignore_index):
 
 
 def test_norm_statistics_refuse_bad_arguments():
-    with pytest.raises(ValueError, match=r"norm: got 0\.5"):
+    with pytest.raises(ValueError, match=r"norm must be at least 1, or math.inf; got 0\.5"):
         NormStatistics(norm=0.5)
-    with pytest.raises(ValueError, match=r"norm: got nan"):
+    with pytest.raises(ValueError, match=r"norm must be .*; got nan"):
         NormStatistics(norm=math.nan)
-    with pytest.raises(ValueError, match=r"features: got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"features must have shape \(B, D\); got \(3,\)"):
         NormStatistics().update(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"labels: got shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"labels must have shape \(3,\); got \(2,\)"):
         NormStatistics().update(torch.zeros(3, 2), torch.zeros(2).long())
 
 

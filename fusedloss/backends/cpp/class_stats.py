@@ -12,46 +12,60 @@ from fusedloss.backends.reference import class_stats as reference
 
 def class_stats(
     features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    features, labels = adjacent(features), labels.contiguous()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Named, so that copies live as long as their addresses are in use.
+    features, labels, seen, own_shift = adjacent(features), labels.contiguous(), seen.contiguous(), shift.contiguous()
     num_classes = len(shift)
-    count = torch.empty_like(seen)
-    total = torch.empty_like(shift)
-    square = torch.empty_like(shift) if per_feature else shift.new_empty(num_classes)
+    count, skipped = seen.new_empty(num_classes), seen.new_empty(())
+    total = shift.new_empty(shift.shape)
+    square = shift.new_empty(shift.shape if per_feature else num_classes)
     extension.class_stats(
-        rows_view(features),
-        (labels.data_ptr(), ignore_index),
-        num_classes,
-        per_feature,
-        (shift.data_ptr(), seen.data_ptr()),
-        (count.data_ptr(), total.data_ptr(), square.data_ptr()),
-        torch.get_num_threads(),
+        features=rows_view(features),
+        labels=labels.data_ptr(),
+        ignore_index=ignore_index,
+        num_classes=num_classes,
+        per_feature=per_feature,
+        shift=own_shift.data_ptr(),
+        seen=seen.data_ptr(),
+        count=count.data_ptr(),
+        sum=total.data_ptr(),
+        square=square.data_ptr(),
+        skipped=skipped.data_ptr(),
+        threads=torch.get_num_threads(),
     )
-    return count, total, square
+    if own_shift is not shift:
+        shift.copy_(own_shift)
+    return count, total, square, skipped
 
 
-def advance(
-    state: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: Tensor, shift: Tensor, sums: Tensor, squares: Tensor,
-    momentum: float | None,
+def update_class_stats(
+    count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None, rows: Tensor, shift: Tensor | None,
+    sums: Tensor, squares: Tensor, momentum: float | None,
 ) -> None:  # fmt: skip
-    count, mean, scatter, variance = state
-    if not sums.dtype == mean.dtype == shift.dtype or not all(part.is_contiguous() for part in (sums, mean, shift)):
-        return reference.advance(state, rows, shift, sums, squares, momentum)
-    extension.advance(
-        mean.dtype == torch.float64,
-        (count.data_ptr(), mean.data_ptr(), scatter.data_ptr(), address(variance)),
-        (rows.data_ptr(), shift.data_ptr(), sums.data_ptr(), squares.data_ptr()),
-        *mean.shape,
-        -1.0 if momentum is None else momentum,
-        torch.get_num_threads(),
+    floats = (mean, sums, squares) if shift is None else (mean, sums, squares, shift)
+    tensors = (count, scatter, rows, *floats) if variance is None else (count, scatter, rows, variance, *floats)
+    if any(part.dtype != mean.dtype for part in floats) or not all(part.is_contiguous() for part in tensors):
+        reference.update_class_stats(count, mean, scatter, variance, rows, shift, sums, squares, momentum)
+        return
+    extension.update_class_stats(
+        count=count.data_ptr(),
+        mean=rows_view(mean),
+        scatter=scatter.data_ptr(),
+        variance=address(variance),
+        rows=rows.data_ptr(),
+        shift=(mean if shift is None else shift).data_ptr(),
+        sum=sums.data_ptr(),
+        square=squares.data_ptr(),
+        momentum=-1.0 if momentum is None else momentum,
+        threads=torch.get_num_threads(),
     )
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
     rows = adjacent(rows)
-    found = torch.empty(len(rows), dtype=compute_dtype(rows))
-    extension.row_magnitudes(rows_view(rows), found.data_ptr(), torch.get_num_threads())
-    return found
+    magnitudes = rows.new_empty(len(rows), dtype=compute_dtype(rows))
+    extension.row_magnitudes(rows=rows_view(rows), sum=magnitudes.data_ptr(), threads=torch.get_num_threads())
+    return magnitudes
 
 
 def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -60,11 +74,13 @@ def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
     values = values.contiguous()
     if labels is not None:
         labels = labels.to(torch.int64).contiguous()
-    found = torch.empty(3, dtype=torch.float64)
+    result = values.new_empty(4, dtype=torch.float64)
     extension.moments(
-        values.data_ptr(),
-        values.dtype == torch.float64,
-        (address(labels), len(values), ignore_index),
-        found.data_ptr(),
+        values=values.data_ptr(),
+        is_double=values.dtype == torch.float64,
+        num_values=len(values),
+        labels=address(labels),
+        ignore_index=ignore_index,
+        moments=result.data_ptr(),
     )
-    return found
+    return result

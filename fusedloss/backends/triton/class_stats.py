@@ -3,7 +3,7 @@
 A stable sort of the labels brings the rows of a class together. Each class is cut into chunks of so many
 rows, a program sums one chunk, and another adds a class's chunks in order: no program sees two classes, so
 that one class with most of the rows, or rows that come sorted, cost what even ones do. The number of chunks
-is bounded without asking the device. What follows (``advance``, ``moments``) is small, and PyTorch's.
+is bounded without asking the device. What follows (``update_class_stats``, ``moments``) is small, and PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedloss.backends.reference.class_stats import advance as advance
-from fusedloss.backends.reference.class_stats import check_labels
 from fusedloss.backends.reference.class_stats import moments as moments
+from fusedloss.backends.reference.class_stats import update_class_stats as update_class_stats
+from fusedloss.backends.reference.class_stats import usable_rows
+from fusedloss.core.checks import check_labels
 from fusedloss.core.dtypes import compute_dtype
 
 from . import launch
@@ -137,23 +138,26 @@ def class_kernel(
 
 def class_stats(
     features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row count, sum and square of each class's features about its shift; the contract is the reference's."""
     num_classes, width = shift.shape
     if labels.device.type == "cpu":
         check_labels(labels, num_classes, ignore_index)
     tile = launch.feature_tile(width, features.dtype, features.device)
-    count, chunks = _chunks(labels, num_classes, ignore_index, tile.chunk)
+    labelled, usable = labels != ignore_index, usable_rows(features)
+    count, chunks = _chunks(torch.where(labelled & usable, labels, num_classes), num_classes, tile.chunk)
+    own_shift = shift.contiguous()
     blocks = triton.cdiv(width, tile.block)
-    total = torch.empty_like(shift)
-    square = torch.empty_like(shift) if per_feature else shift.new_empty(num_classes)
+    total = shift.new_empty(shift.shape)
+    square = shift.new_empty(shift.shape if per_feature else num_classes)
     most = len(chunks.class_of)
     sums = shift.new_empty(most, width)
     squares = shift.new_empty(most, width if per_feature else blocks)
     view = Features(features, features.stride(0), features.stride(1), width)
     launch.start(
         chunk_kernel, (most, blocks),
-        (view, chunks, Centers(shift, seen), sums, squares, num_classes, blocks), shift.device, tile.warps, tile.stages,
+        (view, chunks, Centers(own_shift, seen.contiguous()), sums, squares, num_classes, blocks),
+        shift.device, tile.warps, tile.stages,
         PER_FEATURE=per_feature, T=launch.triton_dtype(shift.dtype), ROWS=tile.rows, BLOCK=tile.block,
         CHUNK=tile.chunk,
     )  # fmt: skip
@@ -161,13 +165,14 @@ def class_stats(
         class_kernel, (num_classes, blocks), (chunks, sums, squares, total, square, width, blocks),
         shift.device, tile.warps, tile.stages, PER_FEATURE=per_feature, CHUNKS=tile.rows, BLOCK=tile.block,
     )  # fmt: skip
-    return count, total, square
+    if own_shift is not shift:
+        shift.copy_(own_shift)
+    return count, total, square, (labelled & ~usable).sum()
 
 
-def _chunks(labels: Tensor, num_classes: int, ignore_index: int, chunk: int) -> tuple[Tensor, Chunks]:
+def _chunks(labels: Tensor, num_classes: int, chunk: int) -> tuple[Tensor, Chunks]:
     """Row count of each class, and its rows in the order of the batch, cut into chunks of at most `chunk`."""
-    out = (labels == ignore_index) | (labels < 0) | (labels >= num_classes)
-    by_class, order = torch.where(out, num_classes, labels).sort(stable=True)
+    by_class, order = torch.where(labels < 0, num_classes, labels).clamp(max=num_classes).sort(stable=True)
     bounds = torch.arange(num_classes + 1, device=labels.device)
     first_row = torch.searchsorted(by_class, bounds)
     count = first_row.diff()
@@ -179,5 +184,5 @@ def _chunks(labels: Tensor, num_classes: int, ignore_index: int, chunk: int) -> 
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
-    return norm
+    magnitudes: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
+    return magnitudes
