@@ -111,5 +111,8 @@ def _label_value(head: LinearHead, classes: Tensor, nearest: Tensor | None, marg
     value, grad = margin.label(at, classes)
     if not isinstance(grad, Tensor):
         return value + grad * (cosine - at)
-    # The mean of the derivative here and there: right to the second order, where the formula's own would be infinite.
-    return value + 0.5 * (grad + margin.label(cosine, classes)[1]) * (cosine - at)
+    # The mean of the derivative here and there is right to the second order; at nearly parallel rows, where the
+    # second derivative of the formula is infinite, the first one alone.
+    inside = at.abs() < 1 - 1e-12
+    there = torch.where(inside, margin.label(torch.where(inside, cosine, torch.zeros_like(at)), classes)[1], grad)
+    return value + 0.5 * (grad + there) * (cosine - at)

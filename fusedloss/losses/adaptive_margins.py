@@ -130,6 +130,8 @@ class AdaFaceLoss(MarginLoss):
         assert isinstance(angular, AngularMargin)
         margin = angular.margin
         if self.fallback == "none":
+            # In float64, as the label's cosine: what torch.compile of torch 2.8 can't trace is a copy in another type.
+            quality = quality.double()
             return _ClippedAngle(-margin * quality, margin + margin * quality)
         return CombinedMargin(1.0, -margin * quality, margin + margin * quality, self.fallback)
 

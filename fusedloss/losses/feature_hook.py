@@ -79,8 +79,7 @@ def checked_features(features: Any, logits: Tensor, width: int | str) -> Tensor:
         got = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"features must be a floating-point tensor; got {got}")
     rows = logits.shape[0]
-    fits = features.dim() == 2 and features.shape[0] == rows and width in ("D", features.shape[1])
-    if not fits:
+    if features.dim() != 2 or features.shape[0] != rows or (isinstance(width, int) and features.shape[1] != width):
         raise ValueError(
             f"features must have shape ({rows}, {width}), the input of the classification layer (timm: "
             f"model.forward_head(model.forward_features(x), pre_logits=True)); got {tuple(features.shape)}"

@@ -39,9 +39,10 @@ class RegisteredTerm(nn.Module):
         """The term with the tensors as they are now."""
         if not self._names:
             return self._template
-        term = copy.copy(self._template)
-        for name in self._names:
-            object.__setattr__(term, name, getattr(self, name))
+        # Not copy.copy(), which torch.compile of torch 2.8 can't trace.
+        term: Term = object.__new__(type(self._template))
+        for name in type(self._template).__dataclass_fields__:
+            object.__setattr__(term, name, getattr(self if name in self._names else self._template, name))
         return term
 
     def __repr__(self) -> str:

@@ -257,7 +257,8 @@ class VACELoss(CrossEntropyLoss):
             slope = torch.full_like(self.slope, self.b)
         filled = torch.where(several, scatter, torch.where(known, mean, 0.0))
         self.temperature.copy_((self.a + slope * filled).clamp(self.tau_min, self.tau_max))
-        self.slope.copy_(slope)
+        # torch.compile of torch 2.8 drops a copy into a 0-dim tensor of what a float attribute enters.
+        self.slope.view(1).copy_(slope.view(1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the state between devices and leaves its types as they are."""

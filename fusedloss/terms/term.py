@@ -87,10 +87,11 @@ def widened(term: AnyTerm, dtype: torch.dtype) -> AnyTerm:
     tensors = {name: value for name, value in tensors_of(term).items() if value.dtype != dtype}
     if not tensors:
         return term
-    term = copy.copy(term)
-    for name, value in tensors.items():
-        object.__setattr__(term, name, value.to(dtype))
-    return term
+    # Not copy.copy(), which torch.compile of torch 2.8 can't trace.
+    wide: AnyTerm = object.__new__(type(term))
+    for name in type(term).__dataclass_fields__:
+        object.__setattr__(wide, name, tensors[name].to(dtype) if name in tensors else getattr(term, name))
+    return wide
 
 
 def per_class(value: Tensor | float, logits: Tensor) -> Tensor | float:

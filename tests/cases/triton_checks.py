@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from triton_truth import (
-    COMPUTED,
-    ROUNDED,
     Penalty,
     difference,
     final_logits,
@@ -97,14 +95,14 @@ def cross_entropy(
                 label_smoothing=label_smoothing,
             )  # fmt: skip
             torch.testing.assert_close(torch_loss, total, equal_nan=True)
-        wrong = difference("loss", loss, total, COMPUTED[loss.dtype])
-        wrong += difference("row loss", row_losses, true_rows, COMPUTED[loss.dtype])
+        wrong = difference("loss", loss, total)
+        wrong += difference("row loss", row_losses, true_rows)
         truth = _gradients(made, total, leaf, values["kept"], smoothing, strength)
         names = _names(mask)
         if len(names) != len(results):
             return [f"{len(results)} gradients, not {len(names)}"]
         for name, got in zip(names, results, strict=True):
-            wrong += difference(f"gradient of {name}", got, truth[name], ROUNDED[got.dtype])
+            wrong += difference(f"gradient of {name}", got, truth[name])
         if mask.logits and results[0].dtype != made["logits"].dtype:
             wrong.append(f"gradient in {results[0].dtype}")
         return wrong
@@ -171,20 +169,19 @@ def stats_backward(
         )
         leaf, weight = leaves(made)
         values = statistics(made, final_logits(made, leaf), weight, penalty_margin)
-        tolerance = COMPUTED[got.row_max.dtype]
         wrong = []
         for name in names:
             value = getattr(got, name)
             if name not in ("smooth_loss", "hinge") or name in upstream:
-                wrong += difference(name, value, values[name], tolerance)
+                wrong += difference(name, value, values[name])
             elif value.shape != (0,):
                 wrong.append(f"{name} was not asked for")
         best, sure = guess(made, leaf)
-        wrong += difference("confidence", got.confidence, sure, tolerance)
+        wrong += difference("confidence", got.confidence, sure)
         if not torch.equal(got.prediction.cpu(), best):
             wrong.append(f"prediction: {got.prediction.tolist()}, not {best.tolist()}")
         sum_of_row = got.row_max + got.row_sum.log()
-        wrong += difference("row maximum and sum", sum_of_row, values["log_sum_exp"], tolerance)
+        wrong += difference("row maximum and sum", sum_of_row, values["log_sum_exp"])
         generator = torch.Generator().manual_seed(1)
         like = got.row_max
         of_statistics = {name: torch.randn(like.shape, generator=generator).to(like.dtype) for name in names}
@@ -199,7 +196,7 @@ def stats_backward(
         if made["target_override"] is not None:
             truth["logits"] = through_label(made, truth["logits"], truth["target_override"])
         for name, one in zip(_names(mask), results, strict=True):
-            wrong += difference(f"gradient of {name}", one, truth[name], ROUNDED[one.dtype])
+            wrong += difference(f"gradient of {name}", one, truth[name])
         return wrong
 
     return run
@@ -247,11 +244,10 @@ def class_statistics(
             truth[0][c], truth[1][c], truth[2][c] = len(mine), deviation.sum(0), deviation.square().sum(0)
         if not torch.equal(given.cpu().nan_to_num(), before.nan_to_num()):
             wrong.append("shift of the new classes")
-        tolerance = (1e-5, 1e-3 if compute == torch.float32 else 1e-8)
-        wrong += difference("count", count, truth[0], (0, 0)) + difference("sum", total, truth[1], tolerance)
+        wrong += difference("count", count, truth[0]) + difference("sum", total, truth[1])
         if skipped != (3 if kind == "nan" else 0):
             wrong.append(f"{int(skipped)} rows left out")
-        return wrong + difference("square", square, truth[2] if per_feature else truth[2].sum(1), tolerance)
+        return wrong + difference("square", square, truth[2] if per_feature else truth[2].sum(1))
 
     return run
 
@@ -271,7 +267,7 @@ def scaling(device: str) -> list[str]:
                 if got is not gradient or gradient.stride() != values.stride():
                     wrong.append("another tensor came back")
                 truth = (values.to(compute) * torch.tensor(factor, dtype=compute)).double()
-                wrong += difference(f"{dtype} {layout} times {factor}", gradient, truth, ROUNDED[dtype])
+                wrong += difference(f"{dtype} {layout} times {factor}", gradient, truth)
     return wrong
 
 
@@ -315,8 +311,8 @@ def empty(device: str) -> list[str]:
         inputs = LogitInputs(torch.empty(0, 37), torch.empty(0, dtype=torch.int64), torch.ones(37))
         mask = SoftmaxMask(logits=True, affine=True)
         loss, _, gradients = call(device, STEPS, "softmax_ce", inputs, RowInputs(), RowOptions(), mean, mask)
-        wrong += difference("loss", loss, torch.tensor(truth), (0, 0))
-        wrong += difference("scale", gradients[1], torch.zeros(37), (0, 0))
+        wrong += difference("loss", loss, torch.tensor(truth))
+        wrong += difference("scale", gradients[1], torch.zeros(37))
     return wrong
 
 
@@ -419,8 +415,7 @@ def through_the_operation(reduction: str, stats: bool, dtype: torch.dtype = torc
         got = _user_call([value.to(device) for value in moved], target.to(device), "triton", reduction, stats)
         wrong = []
         for name, truth in truth_of.items():
-            tolerance = ROUNDED[dtype] if name == "logits" else (1e-4, 1e-5)
-            wrong += difference(name, got[name], truth, tolerance)
+            wrong += difference(name, got[name], truth)
         return wrong
 
     return run

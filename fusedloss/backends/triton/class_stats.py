@@ -184,5 +184,5 @@ def _chunks(labels: Tensor, num_classes: int, chunk: int) -> tuple[Tensor, Chunk
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
-    return norm
+    magnitudes: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
+    return magnitudes
