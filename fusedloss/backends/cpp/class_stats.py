@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.cpp import extension
-from fusedloss.backends.cpp.views import address, adjacent, compute_dtype, rows_view
+from fusedloss.backends.cpp.views import address, contiguous_rows, rows_view
 from fusedloss.backends.reference import class_stats as reference
+from fusedloss.core.dtypes import compute_dtype
 
 
 def class_stats(
     features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Named, so that copies live as long as their addresses are in use.
-    features, labels, seen, own_shift = adjacent(features), labels.contiguous(), seen.contiguous(), shift.contiguous()
+    features, labels, seen, own_shift = (
+        contiguous_rows(features),
+        labels.contiguous(),
+        seen.contiguous(),
+        shift.contiguous(),
+    )
     num_classes = len(shift)
     count, skipped = seen.new_empty(num_classes), seen.new_empty(())
     total = shift.new_empty(shift.shape)
@@ -62,7 +68,7 @@ def update_class_stats(
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
-    rows = adjacent(rows)
+    rows = contiguous_rows(rows)
     magnitudes = rows.new_empty(len(rows), dtype=compute_dtype(rows.dtype))
     extension.row_magnitudes(rows=rows_view(rows), sum=magnitudes.data_ptr(), threads=torch.get_num_threads())
     return magnitudes
