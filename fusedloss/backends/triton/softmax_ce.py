@@ -247,7 +247,7 @@ class _Call:
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any
     ) -> None:
-        if self.extras or self.inputs.target_override is not None:
+        if self.extras or self.inputs.target_override is not None or self.dtype == torch.float64:
             # The assembler would spill a few values to fit in more programs.
             constants["maxnreg"] = launch.most_registers(tile.warps)
         launch.start(kernel, grid, arguments, self.logits.device, tile.warps, tile.stages, **constants)
