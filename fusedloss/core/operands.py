@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedloss.core.dtypes import compute_dtype
+
 
 class LogitInputs(NamedTuple):
     """What every softmax operation reads: ``z = scale * c(x) + bias`` and the target distribution.
@@ -51,7 +53,7 @@ class LinearInputs(NamedTuple):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What sums, losses and accumulated gradients are kept in."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.dtype)
 
 
 class RowInputs(NamedTuple):
@@ -74,7 +76,7 @@ class StatisticsOptions(NamedTuple):
 class SoftmaxStatistics(NamedTuple):
     """What ``softmax_stats`` returns, one value per row; what was not asked for is empty.
 
-    ``row_max`` and ``row_sum`` are kept for the backward; ``row_loss.RowStatistics`` says what the differentiable six
+    ``row_max`` and ``row_sum`` are kept for the backward; ``row_loss.Statistics`` says what the differentiable six
     are; ``prediction`` and ``confidence`` leave label-dependent terms out.
     """
 

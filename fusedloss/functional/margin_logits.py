@@ -42,7 +42,7 @@ def margin_logits(
         labels: int64 ``(B,)``; None (inference) applies no margin, nor does `ignore_index`.
         margin: a ``MarginTerm``: ``AngularMargin`` (ArcFace), ``AdditiveMargin`` (CosFace), ``CombinedMargin``.
         scale: a float or a tensor, which gets a gradient when it requires one.
-        sub_centers: rows of `linear_weight` per class, adjacent; a class's cosine is that of its nearest
+        sub_centers: rows of `linear_weight` per class, one after another; a class's cosine is that of its nearest
             (Deng et al. 2020, Sub-center ArcFace).
 
     Returns:

@@ -9,7 +9,7 @@ from fusedloss.core.dtypes import FLOATING, compute_dtype
 from fusedloss.core.operands import LinearInputs, LogitInputs
 
 
-def check_tensor(name: str, value: Tensor | None, shape: tuple[object, ...], dtype: torch.dtype, like: Tensor) -> None:
+def check_operand(name: str, value: Tensor | None, shape: tuple[object, ...], dtype: torch.dtype, like: Tensor) -> None:
     """ValueError or TypeError unless `value` is None or has this shape and type, on the device of `like`."""
     if value is None:
         return
@@ -35,9 +35,9 @@ def check_target(target: Tensor, rows: tuple[object, ...], logits: tuple[object,
     if target.is_floating_point():
         if target.dtype not in FLOATING:
             raise TypeError(f"target must be int64 labels or floating-point probabilities; got {target.dtype}")
-        check_tensor("target", target, logits, target.dtype, like)
+        check_operand("target", target, logits, target.dtype, like)
     else:
-        check_tensor("target", target, rows, torch.int64, like)
+        check_operand("target", target, rows, torch.int64, like)
 
 
 def check_logit_inputs(inputs: LogitInputs) -> None:
@@ -50,9 +50,9 @@ def check_logit_inputs(inputs: LogitInputs) -> None:
     rows, dtype = rows_of(logits), compute_dtype(logits.dtype)
     check_target(inputs.target, rows, tuple(logits.shape), logits)
     for name in ("scale", "bias", "class_weight"):
-        check_tensor(name, getattr(inputs, name), (logits.shape[1],), dtype, logits)
+        check_operand(name, getattr(inputs, name), (logits.shape[1],), dtype, logits)
     for name in ("target_override", "target_override_grad"):
-        check_tensor(name, getattr(inputs, name), rows, dtype, logits)
+        check_operand(name, getattr(inputs, name), rows, dtype, logits)
     if inputs.target_override is not None and inputs.target.is_floating_point():
         raise ValueError("target_override must be None with probability targets; got a tensor")
 
@@ -61,7 +61,7 @@ def check_row_tensors(logits: Tensor, **values: Tensor | None) -> None:
     """Raises unless each value is None or one number per row, in the compute dtype."""
     rows, dtype = rows_of(logits), compute_dtype(logits.dtype)
     for name, value in values.items():
-        check_tensor(name, value, rows, dtype, logits)
+        check_operand(name, value, rows, dtype, logits)
 
 
 def check_linear_inputs(inputs: LinearInputs) -> None:
@@ -73,17 +73,17 @@ def check_linear_inputs(inputs: LinearInputs) -> None:
         if value.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
     rows, classes = x.shape[0], weight.shape[0]
-    check_tensor("weight", weight, (classes, x.shape[1]), weight.dtype, x)
+    check_operand("weight", weight, (classes, x.shape[1]), weight.dtype, x)
     check_target(inputs.target, (rows,), (rows, classes), x)
-    check_tensor("input_norm", inputs.input_norm, (rows,), torch.float64, x)
-    check_tensor("class_norm", inputs.class_norm, (classes,), torch.float64, x)
+    check_operand("input_norm", inputs.input_norm, (rows,), torch.float64, x)
+    check_operand("class_norm", inputs.class_norm, (classes,), torch.float64, x)
     if (inputs.input_norm is None) != (inputs.class_norm is None):
         raise ValueError("input_norm and class_norm must come together; got one of them")
     for name in ("scale", "bias", "class_weight"):
-        check_tensor(name, getattr(inputs, name), (classes,), dtype, x)
-    check_tensor("target_override", inputs.target_override, (rows,), dtype, x)
+        check_operand(name, getattr(inputs, name), (classes,), dtype, x)
+    check_operand("target_override", inputs.target_override, (rows,), dtype, x)
     for name in ("target_override_grad", "target_product"):
-        check_tensor(name, getattr(inputs, name), (rows,), torch.float64, x)
+        check_operand(name, getattr(inputs, name), (rows,), torch.float64, x)
     if inputs.target_override is not None and inputs.target.is_floating_point():
         raise ValueError("target_override must be None with probability targets; got a tensor")
 
@@ -91,4 +91,4 @@ def check_linear_inputs(inputs: LinearInputs) -> None:
 def check_linear_row_tensors(inputs: LinearInputs, **values: Tensor | None) -> None:
     """Raises unless each value is None or one number per row, in the compute dtype."""
     for name, value in values.items():
-        check_tensor(name, value, (inputs.input.shape[0],), inputs.compute_dtype, inputs.input)
+        check_operand(name, value, (inputs.input.shape[0],), inputs.compute_dtype, inputs.input)

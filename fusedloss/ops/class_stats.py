@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedloss import backends
 from fusedloss.core.dtypes import FLOATING, LABELS, compute_dtype
-from fusedloss.ops.checks import check_tensor
+from fusedloss.ops.checks import check_operand
 from fusedloss.ops.library import define, is_direct
 
 _STEM = "class_stats"
@@ -70,9 +70,9 @@ def _check_class_stats(
     num_rows, width = features.shape
     if width < 1:
         raise ValueError(f"features must have at least one column; got shape {tuple(features.shape)}")
-    check_tensor("labels", labels, (num_rows,), torch.int64, features)
-    check_tensor("seen", seen, tuple(seen.shape) if seen.dim() == 1 else ("K",), torch.int64, features)
-    check_tensor("shift", shift, (seen.shape[0], width), compute_dtype(features.dtype), features)
+    check_operand("labels", labels, (num_rows,), torch.int64, features)
+    check_operand("seen", seen, tuple(seen.shape) if seen.dim() == 1 else ("K",), torch.int64, features)
+    check_operand("shift", shift, (seen.shape[0], width), compute_dtype(features.dtype), features)
 
 
 def _check_update(
@@ -85,15 +85,15 @@ def _check_update(
     if _is_consistent(count, mean, scatter, variance, rows, shift, sums, squares):
         return
     size, classes = tuple(mean.shape), tuple(mean.shape[:1])
-    check_tensor("count", count, classes, torch.int64, mean)
-    check_tensor("scatter", scatter, classes, torch.float64, mean)
-    check_tensor("variance", variance, size, mean.dtype, mean)
-    check_tensor("rows", rows, classes, torch.int64, mean)
+    check_operand("count", count, classes, torch.int64, mean)
+    check_operand("scatter", scatter, classes, torch.float64, mean)
+    check_operand("variance", variance, size, mean.dtype, mean)
+    check_operand("rows", rows, classes, torch.int64, mean)
     # Sums of float64 features move a float32 state.
     dtype = mean.dtype if sums.dtype == mean.dtype else torch.float64
-    check_tensor("sums", sums, size, dtype, mean)
-    check_tensor("shift", shift, size, dtype, mean)
-    check_tensor("squares", squares, classes if variance is None else size, dtype, mean)
+    check_operand("sums", sums, size, dtype, mean)
+    check_operand("shift", shift, size, dtype, mean)
+    check_operand("squares", squares, classes if variance is None else size, dtype, mean)
 
 
 def _is_consistent(
@@ -122,7 +122,7 @@ def _check_row_magnitudes(rows: Tensor) -> None:
 def _check_moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> None:
     _check_floating("values", values, 1, "(B,)")
     if labels is not None:
-        check_tensor("labels", labels, tuple(values.shape), labels.dtype, values)
+        check_operand("labels", labels, tuple(values.shape), labels.dtype, values)
         if labels.dtype not in LABELS:
             raise TypeError(f"labels must be int64, int32 or uint8; got {labels.dtype}")
 

@@ -133,6 +133,11 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def requires_grad(tensor: Tensor | None) -> bool:
+    """Whether there is a tensor, and it requires a gradient."""
+    return tensor is not None and tensor.requires_grad
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return _is_batched(tensor) or _is_legacy_batched(tensor)
@@ -162,20 +167,3 @@ def scale_in_place(grads: list[Tensor], upstream: Tensor, written: float = 1.0) 
         for grad in grads:
             grad.mul_(factor / written)
     return factor
-
-
-def answer(operation: str, function: str) -> None:
-    """Registers `function` for each device: the kernel of the backend that serves it."""
-
-    def run(first: Tensor, *arguments: Any) -> Any:
-        return backends.kernel(operation, function, first.device.type)(first, *arguments)
-
-    for device in ("CPU", "CUDA"):
-        library.impl(function, run, device)
-
-
-def call(operation: str, function: str, first: Tensor, *arguments: Any) -> Any:
-    """The operation; straight to its kernel where the dispatcher would only pass plain tensors on."""
-    if not is_direct(first, *(value for value in arguments if isinstance(value, Tensor))):
-        return getattr(torch.ops.fusedloss, function).default(first, *arguments)
-    return backends.kernel(operation, function, first.device.type)(first, *arguments)

@@ -35,6 +35,7 @@ from fusedloss.ops.library import (
     kernel,
     refuse_second,
     register_autograd,
+    requires_grad,
     scale_in_place,
 )
 from fusedloss.ops.softmax_ce import fake_statistics, not_differentiable, statistics_grads
@@ -88,7 +89,7 @@ define(
 def linear_ce(inputs: LinearInputs, rows: RowInputs, options: RowOptions, mean: bool) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
     mask = _mask(inputs, rows)
-    needs_grad = torch.is_grad_enabled() and (any(mask) or _requires_grad(rows.sample_weight))
+    needs_grad = torch.is_grad_enabled() and (any(mask) or requires_grad(rows.sample_weight))
     if not needs_grad:
         mask = _NO_MASK
     if not is_direct(*_tensors(inputs), *rows):
@@ -352,19 +353,15 @@ def target_products(
     return products
 
 
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
-
-
 def _mask(inputs: LinearInputs, rows: RowInputs) -> LinearMask:
     return LinearMask(
         inputs.input.requires_grad,
         inputs.weight.requires_grad,
-        _requires_grad(inputs.scale),
-        _requires_grad(inputs.bias),
-        _requires_grad(inputs.target_override),
-        _requires_grad(rows.label_smoothing),
-        _requires_grad(rows.penalty_strength),
+        requires_grad(inputs.scale),
+        requires_grad(inputs.bias),
+        requires_grad(inputs.target_override),
+        requires_grad(rows.label_smoothing),
+        requires_grad(rows.penalty_strength),
     )
 
 

@@ -35,6 +35,7 @@ from fusedloss.ops.library import (
     refuse_batched,
     refuse_second,
     register_autograd,
+    requires_grad,
     scale_in_place,
 )
 from fusedloss.ops.upstream import expected_upstream, note_upstream
@@ -88,7 +89,7 @@ define(
 def softmax_ce(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mean: bool) -> Tensor:
     """The scalar loss, with gradients computed beside it for the inputs that require them."""
     mask = _ce_mask(inputs, rows) if torch.is_grad_enabled() else _NO_MASK
-    needs_grad = mask != _NO_MASK or (torch.is_grad_enabled() and _requires_grad(rows.sample_weight))
+    needs_grad = mask != _NO_MASK or (torch.is_grad_enabled() and requires_grad(rows.sample_weight))
     if not is_direct(*_tensors(inputs), *rows):
         flat = (*inputs, *rows, list(options), mean, list(mask), 1.0)
         loss: Tensor = torch.ops.fusedloss.softmax_ce.default(*flat)[0]
@@ -231,7 +232,7 @@ def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> SoftmaxSta
     tensors = _tensors(inputs)
     if not is_direct(*tensors):
         return SoftmaxStatistics(*torch.ops.fusedloss.softmax_stats.default(*inputs, *options))
-    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
+    if torch.is_grad_enabled() and any(map(requires_grad, tensors)):
         return SoftmaxStatistics(*_SoftmaxStatistics.apply(*inputs, *options))
     return SoftmaxStatistics(*kernel("softmax_ce", "softmax_stats", inputs.logits.device.type)(inputs, options))
 
@@ -328,17 +329,13 @@ def softmax_stats_backward(
     return result
 
 
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
-
-
 def _ce_mask(inputs: LogitInputs, rows: RowInputs) -> SoftmaxMask:
     return SoftmaxMask(
         inputs.logits.requires_grad,
-        _requires_grad(inputs.scale) or _requires_grad(inputs.bias),
-        _requires_grad(inputs.target_override),
-        _requires_grad(rows.label_smoothing),
-        _requires_grad(rows.penalty_strength),
+        requires_grad(inputs.scale) or requires_grad(inputs.bias),
+        requires_grad(inputs.target_override),
+        requires_grad(rows.label_smoothing),
+        requires_grad(rows.penalty_strength),
     )
 
 

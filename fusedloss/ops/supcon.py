@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.core.operands import AnchorSums, SavedAnchors, SupConInputs, SupConMask
-from fusedloss.ops.checks import check_tensor
+from fusedloss.ops.checks import check_operand
 from fusedloss.ops.library import (
     define,
     differentiable_once,
@@ -40,18 +40,18 @@ def _check_inputs(inputs: SupConInputs) -> None:
     if features.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"features must be float32 or float64; got {features.dtype}")
     rows, dtype = features.shape[0], features.dtype
-    check_tensor("codes", inputs.codes, (rows,), torch.int32, features)
-    check_tensor("weights", inputs.weights, (3, rows), dtype, features)
-    check_tensor("temperature", inputs.temperature, (), dtype, features)
+    check_operand("codes", inputs.codes, (rows,), torch.int32, features)
+    check_operand("weights", inputs.weights, (3, rows), dtype, features)
+    check_operand("temperature", inputs.temperature, (), dtype, features)
     if inputs.per_positive.dim() != 1 or inputs.per_positive.shape[0] > rows:
         got = tuple(inputs.per_positive.shape)
         raise ValueError(f"per_positive must have shape (A,) with A at most {rows}, the rows of features; got {got}")
-    check_tensor("per_positive", inputs.per_positive, (inputs.per_positive.shape[0],), dtype, features)
+    check_operand("per_positive", inputs.per_positive, (inputs.per_positive.shape[0],), dtype, features)
     if not 0 <= inputs.num_grad_rows <= rows:
         raise ValueError(f"num_grad_rows must be between 0 and {rows}; got {inputs.num_grad_rows}")
     if mask is not None:
         samples = mask.shape[0] if mask.dim() else 0
-        check_tensor("mask", mask, (samples, samples), torch.bool, features)
+        check_operand("mask", mask, (samples, samples), torch.bool, features)
         if samples == 0 and rows == 0:
             return
         if samples == 0 or rows % samples or inputs.num_anchors % samples:
@@ -132,7 +132,7 @@ def _group_backward(*flat: Any) -> tuple[Any, ...]:
 def _check_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: Sequence[bool]) -> None:
     _check_inputs(inputs)
     for name, value in (("row_shift", saved.shift), ("row_sum", saved.sum), ("grad_loss", grad_loss)):
-        check_tensor(name, value, tuple(inputs.per_positive.shape), inputs.features.dtype, inputs.features)
+        check_operand(name, value, tuple(inputs.per_positive.shape), inputs.features.dtype, inputs.features)
 
 
 def _new_grads(inputs: SupConInputs, mask: SupConMask) -> list[Tensor]:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import scratch
+from simd_levels import LEVELS, NOT_ALLOWED
 
 from fusedloss.backends.cpp import extension, unavailable_reason
 
 ROOT = Path(__file__).parents[2]
-LEVELS = ("baseline", "avx2", "avx512")
-NOT_ALLOWED = "this processor and build allow baseline and, where present, avx2 and avx512"
 
 needs_kernels = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="no compiled module")
 

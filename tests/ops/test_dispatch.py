@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from wrapped import Wrapped, plain
 
 import fusedloss
 from fusedloss import backends
@@ -22,29 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
 ]
-
-
-class Wrapped(torch.Tensor):
-    """A subclass that holds its values in another tensor: its own memory is nobody's."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=inner.device, requires_grad=inner.requires_grad
-        )
-
-    def __init__(self, inner):
-        self.inner = inner.detach()
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        unwrapped = torch.utils._pytree.tree_map_only(Wrapped, lambda tensor: tensor.inner, (args, kwargs or {}))
-        result = function(*unwrapped[0], **unwrapped[1])
-        return torch.utils._pytree.tree_map_only(torch.Tensor, Wrapped, result)
-
-
-def plain(value):
-    return value.inner if isinstance(value, Wrapped) else value
 
 
 def logits_case():

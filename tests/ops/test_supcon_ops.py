@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from wrapped import Wrapped
 
 import fusedloss
 from fusedloss.backends.cpp import unavailable_reason
@@ -246,25 +247,6 @@ def test_cpu_tensors_under_another_default_device(name):
             torch.set_default_device(None)
     torch.testing.assert_close(under, expected)
     torch.testing.assert_close(default, expected)
-
-
-class Wrapped(torch.Tensor):
-    """A subclass that holds its values in another tensor: its own memory is nobody's."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=inner.device, requires_grad=inner.requires_grad
-        )
-
-    def __init__(self, inner):
-        self.inner = inner.detach()
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        unwrapped = torch.utils._pytree.tree_map_only(Wrapped, lambda tensor: tensor.inner, (args, kwargs or {}))
-        result = function(*unwrapped[0], **unwrapped[1])
-        return torch.utils._pytree.tree_map_only(torch.Tensor, Wrapped, result)
 
 
 @pytest.mark.parametrize("name", ["features", "labels", "temperature", "class_weight", "prototypes", "prototype_bias"])

@@ -26,7 +26,7 @@ class ChunkedHead:
         self.dtype, self.compute_dtype = inputs.dtype, inputs.compute_dtype
         weight = inputs.weight
         # A copy is made where the products need another type; then it may as well hold unit rows.
-        # In float16 a slope over the length of its class row would leave the range.
+        # In float16 a gradient over the length of its class row would leave the range.
         self.unit_weight = self.normalized and (weight.dtype != self.dtype or self.dtype == torch.float16)
         if self.unit_weight:
             # Divided in the compute dtype: a float16 row may be longer than float16 reaches.
@@ -93,7 +93,7 @@ class ChunkedHead:
 
 
 class HeadGradients:
-    """Sums of products of slopes, and what makes them the gradients of input and weight."""
+    """Sums of products of grad_logits, and what makes them the gradients of input and weight."""
 
     def __init__(self, head: ChunkedHead, want_input: bool, want_weight: bool) -> None:
         self.head = head
@@ -105,31 +105,31 @@ class HeadGradients:
     def _accumulator(self, like: Tensor) -> Tensor:
         return self.head.prepared(like.new_empty(like.shape, dtype=self.head.compute_dtype))
 
-    def add(self, rows: slice, slopes: Tensor) -> None:
-        """`slopes` are those of the chunk's products."""
+    def add(self, rows: slice, grad_logits: Tensor) -> None:
+        """`grad_logits` are those of the chunk's products."""
         operand = self.head.operand
         same = operand.dtype == self.head.compute_dtype
         if self.input is not None:
             if same:
-                torch.mm(slopes, operand, out=self.input[rows])
+                torch.mm(grad_logits, operand, out=self.input[rows])
             else:
-                self.input[rows] = torch.mm(slopes, operand)
+                self.input[rows] = torch.mm(grad_logits, operand)
         if self.weight is not None:
             x = self.head.rows(rows)
             if not same:
-                self._add_widened(slopes, x)
+                self._add_widened(grad_logits, x)
             elif self.started:
-                torch.addmm(self.weight, slopes.t(), x, out=self.weight)
+                torch.addmm(self.weight, grad_logits.t(), x, out=self.weight)
             else:
-                torch.mm(slopes.t(), x, out=self.weight)
+                torch.mm(grad_logits.t(), x, out=self.weight)
         self.started = True
 
-    def _add_widened(self, slopes: Tensor, x: Tensor) -> None:
+    def _add_widened(self, grad_logits: Tensor, x: Tensor) -> None:
         """A chunk's product is rounded once to 16 bits; chunks add up in float32."""
         assert self.weight is not None
         width = max(1, _ADDED_AT_ONCE // max(1, x.shape[1]))
         for start in range(0, len(self.weight), width):
-            product = torch.mm(slopes[:, start : start + width].t(), x)
+            product = torch.mm(grad_logits[:, start : start + width].t(), x)
             part = self.weight[start : start + width]
             if self.started:
                 part += product

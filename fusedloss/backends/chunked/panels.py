@@ -75,7 +75,7 @@ class Panels:
             torch.mm(self.rows, self.head.operand[classes].t(), out=self._panel(classes))
 
     def groups(self, with_sums: bool) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows and their logits ``(rows, K)``; what is there at the next step goes back as their slopes."""
+        """Some rows and their logits ``(rows, K)``; what is there at the next step goes back as their gradient."""
         size = _GROUP_BYTES_WITH_SUMS if with_sums else _GROUP_BYTES
         most = max(1, size // (self.num_classes * self.head.dtype.itemsize))
         buffer = self.head.prepared(self.head.operand.new_empty(min(most, self.count), self.num_classes))
@@ -94,9 +94,9 @@ class Panels:
         of_input = None if self.sums.input is None else self.sums.input.zero_()
         assert of_weight is not None
         for classes in reversed(self._classes()):
-            slopes = self._panel(classes)
+            grad_logits = self._panel(classes)
             if of_input is not None:
-                torch.addmm(of_input, slopes, operand[classes], out=of_input)
-            torch.mm(slopes.t(), self.rows, out=of_weight[classes])
+                torch.addmm(of_input, grad_logits, operand[classes], out=of_input)
+            torch.mm(grad_logits.t(), self.rows, out=of_weight[classes])
             finish(classes)
         self.sums.started = True

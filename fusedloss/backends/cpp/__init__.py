@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 def unavailable_reason(device_type: str) -> str | None:
-    """Why these kernels can't answer on `device_type`, or None."""
+    """Why these kernels can't serve `device_type`, or None."""
     if device_type != "cpu":
         return "the C++ kernels take CPU tensors only"
     if extension is None:

@@ -1,4 +1,4 @@
-"""The formulas in plain PyTorch: the specification, the oracle in float64, and what answers where no kernel can."""
+"""The formulas in plain PyTorch: the specification, the oracle in float64, and what is used without a kernel."""
 
 from __future__ import annotations
 

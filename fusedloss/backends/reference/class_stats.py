@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedloss.core.checks import check_labels as check_labels
+from fusedloss.core.checks import check_labels
 from fusedloss.core.dtypes import compute_dtype
 
 # Rows with larger values are left out. Twin of kLargestValue in csrc/class_stats.h.

@@ -9,7 +9,7 @@ import torch
 
 
 def unavailable_reason(device_type: str) -> str | None:
-    """Why these kernels can't answer on `device_type`, or None when they can; Triton is not imported."""
+    """Why these kernels can't serve `device_type`, or None when they can; Triton is not imported."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -82,8 +82,8 @@ def focal(value, one_minus_pt, focal_gamma, T: tl.constexpr):
     factor = tl.exp(gamma * tl.log(one_minus_pt))
     # (1 - p)^gamma / (1 - p) only ever multiplies terms that vanish with 1 - p.
     positive = one_minus_pt > 0
-    slope = tl.where(positive, gamma * factor / tl.where(positive, one_minus_pt, 1.0) * value, 0.0)
-    return factor, slope
+    derivative = tl.where(positive, gamma * factor / tl.where(positive, one_minus_pt, 1.0) * value, 0.0)
+    return factor, derivative
 
 
 @triton.jit
