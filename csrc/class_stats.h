@@ -47,8 +47,8 @@ struct ClassStatsUpdate {
     double* scatter = nullptr;  // (K,)
     T* variance = nullptr;      // (K, width) or null
     const int64_t* rows = nullptr;
-    const T* shift = nullptr;             // (K, width); may be mean
-    T *sum = nullptr, *square = nullptr;  // of deviations; overwritten by their means
+    const T* shift = nullptr;                   // (K, width); may be mean
+    const T *sum = nullptr, *square = nullptr;  // of deviations
 };
 
 // Sum of |x| of each row.

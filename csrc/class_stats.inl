@@ -165,34 +165,35 @@ void class_stats(const ClassStats<T>& call, int64_t first, int64_t last, int thr
     }
 }
 
-// Chan's step with weight w: scatter += w (square - w |deviation|^2 - scatter) subtracts nothing large.
+// Chan's step with weight w: scatter += w (square - w |deviation|^2 - scatter) subtracts nothing large. Sums become
+// means by a factor, for a division of each value would take most of the time.
 template <class T>
 void update_class(const ClassStatsUpdate<T>& call, int64_t label) {
     const int64_t width = call.width, before = call.count[label], rows = call.rows[label];
     const double weight = call.momentum < 0 ? double(rows) / (before + rows) : before == 0 ? 1.0 : call.momentum;
-    const T share = T(weight), count = T(rows);
-    T* deviation = call.sum + label * width;
-    for (int64_t j = 0; j < width; ++j) deviation[j] /= count;
+    const T share = T(weight), inverse = T(1.0 / rows), step = T(weight / rows);
+    const T* sum = call.sum + label * width;
     double square = 0;
     if (call.variance) {
-        T* squares = call.square + label * width;
+        const T* squares = call.square + label * width;
         T* variance = call.variance + label * width;
         for (int64_t j = 0; j < width; ++j) {
-            squares[j] /= count;
-            const T moved = variance[j] + (squares[j] - deviation[j] * deviation[j] * share - variance[j]) * share;
+            const T deviation = sum[j] * inverse;
+            const T moved = variance[j] + (squares[j] * inverse - deviation * deviation * share - variance[j]) * share;
             variance[j] = moved < 0 ? T(0) : moved;
         }
         for (int64_t j = 0; j < width; ++j) square += squares[j];
     } else {
-        square = call.square[label] / count;
+        square = call.square[label];
     }
-    const double distance = dot(static_cast<const T*>(deviation), static_cast<const T*>(deviation), width);
+    square /= rows;
+    const double distance = dot(sum, sum, width) / (double(rows) * rows);
     double& scatter = call.scatter[label];
     const double moved = scatter + (square - weight * distance - scatter) * weight;
     scatter = moved < 0 ? 0 : moved;
     const T* shift = call.shift + label * width;
     T* mean = call.mean + label * width;
-    for (int64_t j = 0; j < width; ++j) mean[j] = shift[j] + deviation[j] * share;
+    for (int64_t j = 0; j < width; ++j) mean[j] = shift[j] + sum[j] * step;
     call.count[label] = before + rows;
 }
 

@@ -113,7 +113,7 @@ def supcon(
         if group is not None:
             rows, labels, extra, temperature = _of_all_ranks(rows, labels, ignored, extra, temperature, group)
         else:
-            labels = labels.repeat(views)
+            labels = labels.repeat(views) if views > 1 else labels
     batch = BatchRows(rows, labels, mask, samples * anchor_views, ignored)
     whole = contrast_of(batch, extra, options, temperature)
     loss = _anchor_loss(whole)
@@ -160,7 +160,7 @@ def _reduced(
         loss = distributed.summed(loss, group)
     if reduction == "sum":
         return loss
-    averaged = contrast.kept if reduction == "mean_all" else contrast.inputs.per_positive > 0
+    averaged = contrast.kept() if reduction == "mean_all" else contrast.inputs.per_positive > 0
     share = averaged.to(loss.dtype) if weight is None else torch.where(averaged, weight, 0.0)
     total = share.sum() if group is None else distributed.summed(share.sum(), group)
     return loss / torch.where(total == 0, torch.ones_like(total), total)

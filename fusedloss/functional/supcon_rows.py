@@ -30,8 +30,11 @@ class Contrast(NamedTuple):
     """What an operation reads, and what the loss of each anchor takes beyond it."""
 
     inputs: SupConInputs
-    kept: Tensor  # bool (A,): whether the anchor is not ignored
     offset: Tensor | None = None  # (A,): what the biases of the positives add to each loss
+
+    def kept(self) -> Tensor:
+        """Bool ``(A,)``: whether the anchor is not ignored."""
+        return self.inputs.codes[: self.inputs.num_anchors] != IGNORED
 
 
 def contrast_of(batch: BatchRows, extra: ExtraRows, options: SupConOptions, temperature: float | Tensor) -> Contrast:
@@ -52,7 +55,7 @@ def contrast_of(batch: BatchRows, extra: ExtraRows, options: SupConOptions, temp
         num_grad_rows,
         options.normalize,
     )
-    return Contrast(inputs, classes.codes[: batch.num_anchors] != IGNORED, weights.offset)
+    return Contrast(inputs, weights.offset)
 
 
 def _by_mask(batch: BatchRows, mask: Tensor, options: SupConOptions, temperature: float | Tensor) -> Contrast:
@@ -64,7 +67,7 @@ def _by_mask(batch: BatchRows, mask: Tensor, options: SupConOptions, temperature
     per_positive = torch.where(count > 0, 1 / count.to(features.dtype), 0.0)
     scale = _temperature(temperature, features)
     inputs = SupConInputs(features, codes, mask, None, per_positive, scale, num_grad_rows, options.normalize)
-    return Contrast(inputs, torch.ones_like(count, dtype=torch.bool))
+    return Contrast(inputs)
 
 
 def _joined(batch: BatchRows, extra: ExtraRows, codes: Tensor, normalize: bool) -> tuple[Tensor, int]:

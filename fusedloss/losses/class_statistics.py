@@ -93,7 +93,6 @@ class ClassStatistics(SettingsRepr):
         self.register_buffer("variance", torch.zeros_like(self.mean) if per_feature else None)
         register_skipped(self)
 
-    @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """Takes one batch in; with `group`, the batches of all its ranks as one, and all get the same state.
 

@@ -50,17 +50,16 @@ def register_skipped(module: nn.Module) -> None:
 
 def add_skipped(module: Any, skipped: Tensor | int, values: str = "features") -> None:
     """Counts rows that were left out and says so once, where that does not wait for a device."""
-    total: Tensor = module.skipped
     if isinstance(skipped, int):
         number = skipped
     elif readable(skipped) or (CHECK_VALUES and not torch.compiler.is_compiling()):
         number = int(skipped)
     else:
-        total.add_(skipped)
+        module.skipped.add_(skipped)
         return
     if number == 0:
         return
-    total.add_(number)
+    module.skipped.add_(number)
     if not module._warned_of_skipped:
         module._warned_of_skipped = True
         warn_user(

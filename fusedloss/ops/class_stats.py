@@ -42,17 +42,18 @@ def class_stats(
     features: Tensor, labels: Tensor, shift: Tensor, seen: Tensor, ignore_index: int, per_feature: bool
 ) -> ClassTensors:
     """Sums by class about `shift`; that of a class never seen before is first set to a row of the class."""
-    return ClassTensors(*_call("class_stats", features, labels, shift, seen, ignore_index, per_feature))
+    tensors = (features, labels, shift, seen)
+    return ClassTensors(*_call("class_stats", tensors, ignore_index, per_feature))
 
 
 def update_class_stats(state: ClassState, batch: ClassTensors, shift: Tensor | None, momentum: float | None) -> None:
-    """Moves `state` in place by the sums of a batch about `shift` (None: the mean); overwrites sums and squares."""
-    _call("update_class_stats", *state, batch.count, shift, batch.sum, batch.square, momentum)
+    """Moves `state` in place by the sums of a batch about `shift` (None: the mean); may overwrite sums and squares."""
+    _call("update_class_stats", (*state, batch.count, shift, batch.sum, batch.square), momentum)
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
     """``sum_d |x_id|`` of rows ``(B, D)``: ``(B,)`` in float32, float64 for float64 rows."""
-    return _call("row_magnitudes", rows.detach())  # type: ignore[no-any-return]
+    return _call("row_magnitudes", (rows.detach(),))  # type: ignore[no-any-return]
 
 
 def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -60,7 +61,7 @@ def moments(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
 
     Left out are values that are not finite; values labelled `ignore_index` count nowhere.
     """
-    return _call("moments", values.detach(), labels, ignore_index)  # type: ignore[no-any-return]
+    return _call("moments", (values.detach(), labels), ignore_index)  # type: ignore[no-any-return]
 
 
 def _check_class_stats(
@@ -68,11 +69,28 @@ def _check_class_stats(
 ) -> None:
     _check_floating("features", features, 2, "(B, D)")
     num_rows, width = features.shape
+    compute = compute_dtype(features.dtype)
+    if _is_usual(labels, shift, seen, (num_rows, width), compute, features.device):
+        return
     if width < 1:
         raise ValueError(f"features must have at least one column; got shape {tuple(features.shape)}")
     check_operand("labels", labels, (num_rows,), torch.int64, features)
     check_operand("seen", seen, tuple(seen.shape) if seen.dim() == 1 else ("K",), torch.int64, features)
-    check_operand("shift", shift, (seen.shape[0], width), compute_dtype(features.dtype), features)
+    check_operand("shift", shift, (seen.shape[0], width), compute, features)
+
+
+def _is_usual(
+    labels: Tensor, shift: Tensor, seen: Tensor, size: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the usual types, shapes and devices were given: faster than looking at each for a message."""
+    return (
+        size[1] > 0
+        and labels.shape == size[:1]
+        and (*seen.shape, size[1]) == shift.shape
+        and labels.dtype == seen.dtype == torch.int64
+        and shift.dtype == dtype
+        and labels.device == shift.device == seen.device == device
+    )
 
 
 def _check_update(
@@ -161,13 +179,12 @@ _CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-def _call(name: str, *arguments: Any) -> Any:
+def _call(name: str, tensors: tuple[Any, ...], *settings: Any) -> Any:
     """The operation, straight from its kernel where the dispatcher would only pass plain tensors on."""
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if transformed or not is_direct(*[value for value in arguments if isinstance(value, Tensor)]):
-        return getattr(torch.ops.fusedloss, name).default(*arguments)
-    _CHECKS[name](*arguments)
-    return backends.kernel(_STEM, name, arguments[0].device.type)(*arguments)
+    if not is_direct(*tensors) or torch._C._are_functorch_transforms_active():
+        return getattr(torch.ops.fusedloss, name).default(*tensors, *settings)
+    _CHECKS[name](*tensors, *settings)
+    return backends.kernel(_STEM, name, "cpu" if tensors[0].is_cpu else "cuda")(*tensors, *settings)
 
 
 define(

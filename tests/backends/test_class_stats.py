@@ -456,7 +456,7 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", selection, sys
 
 
 @pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="no compiled module")
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
 def test_every_simd_level(level):
     """Runs this file's checks of the arithmetic in a process that is held to the level."""
     if level == extension.level():

@@ -50,6 +50,7 @@ def test_a_level_that_does_not_exist_is_an_error():
 
 
 @needs_kernels
+@pytest.mark.slow
 @pytest.mark.skipif(scratch.COMPILER is None, reason="no compiler")
 def test_the_battery_fails_on_a_wrong_kernel(tmp_path):
     folder = scratch.copy_package(tmp_path)

@@ -43,7 +43,7 @@ def test_against_float64(backend, name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
 def test_simd_level(level):
     if level == extension.level():
         pytest.skip("the level of this process, where test_against_float64 runs the battery")

@@ -75,7 +75,7 @@ def test_on_every_level(level):
 
 @pytest.mark.skipif("not installed" in (triton.unavailable_reason("cpu") or ""), reason="no Triton")
 def test_interpreted_by_triton():
-    found = in_a_process("--backend", "triton", usual=8, TRITON_INTERPRET="1")
+    found = in_a_process("--backend", "triton", usual=4, TRITON_INTERPRET="1")
     assert found.returncode == 0, found.stdout + found.stderr
     if WANTED:
         print(f"\n{found.stdout}")

@@ -113,6 +113,15 @@ MODULES = {
 }  # fmt: skip
 
 
+# One of each way through the operations; the others are slow tests.
+ALWAYS = {
+    "weights and smoothing", "none", "focal probabilities", "images", "learned temperature", "soft cap",
+    "dual focal rows", "mixed penalty", "linear statistics", "cosine", "arcface", "adaface", "curricular",
+    "supcon of views", "vace", "fedlas", "prototypes",
+}  # fmt: skip
+assert MODULES.keys() >= ALWAYS
+
+
 class Counted:
     """A backend of torch.compile that counts the graphs it is given."""
 
@@ -138,7 +147,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in MODULES]
+)
 def test_at_most_two_graphs_over_ten_batch_sizes(name):
     build, arrange = MODULES[name]
     torch.manual_seed(0)

@@ -71,15 +71,20 @@ def subsets(positions):
     return [subset for size in range(len(positions) + 1) for subset in itertools.combinations(positions, size)]
 
 
+def slow_but_the_largest(chosen):
+    """The subset with everything in it; the others are for the slow tests."""
+    return [pytest.param(one, marks=[] if one == chosen[-1] else pytest.mark.slow) for one in chosen]
+
+
 @needs_kernels
 class TestCompile:
-    @pytest.mark.parametrize("learned", subsets((0, 1, 2)))
+    @pytest.mark.parametrize("learned", slow_but_the_largest(subsets((0, 1, 2))))
     def test_inductor_with_a_dynamic_batch(self, compiler, learned):
         compiled = compiler(step, fullgraph=True, dynamic=True)
         for rows in (5, 9):
             check_compiled(compiled, step, learned, rows)
 
-    @pytest.mark.parametrize("learned", [(*subset, 3) for subset in subsets((0, 1, 2))])
+    @pytest.mark.parametrize("learned", slow_but_the_largest([(*subset, 3) for subset in subsets((0, 1, 2))]))
     def test_traced_with_learned_sample_weights(self, compiler, learned):
         check_compiled(compiler(step, fullgraph=True, dynamic=True, backend="aot_eager"), step, learned, 6)
 

@@ -168,6 +168,7 @@ def test_export_carries_gradients_and_a_dynamic_batch(options, strict):
     {}, {"normalize": False}, {"class_balance": True}, {"contrast_mode": "one", "reduction": "none"},
     {"mask": True}, {"prototypes": True}, {"contrast": True}, {"labels": False},
 ], ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_at_most_two_graphs_over_ten_batch_sizes(options):
     from torch._dynamo.testing import CompileCounterWithBackend
 

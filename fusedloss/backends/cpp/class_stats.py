@@ -21,7 +21,7 @@ def class_stats(
         seen.contiguous(),
         shift.contiguous(),
     )
-    num_classes = len(shift)
+    num_classes = shift.shape[0]
     count, skipped = seen.new_empty(num_classes), seen.new_empty(())
     total = shift.new_empty(shift.shape)
     square = shift.new_empty(shift.shape if per_feature else num_classes)
@@ -48,9 +48,10 @@ def update_class_stats(
     count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None, rows: Tensor, shift: Tensor | None,
     sums: Tensor, squares: Tensor, momentum: float | None,
 ) -> None:  # fmt: skip
-    floats = (mean, sums, squares) if shift is None else (mean, sums, squares, shift)
-    tensors = (count, scatter, rows, *floats) if variance is None else (count, scatter, rows, variance, *floats)
-    if any(part.dtype != mean.dtype for part in floats) or not all(part.is_contiguous() for part in tensors):
+    dtype = mean.dtype
+    same_type = sums.dtype == squares.dtype == dtype and (shift is None or shift.dtype == dtype)
+    tensors = (count, mean, scatter, variance, rows, shift, sums, squares)
+    if not same_type or not all(part is None or part.is_contiguous() for part in tensors):
         reference.update_class_stats(count, mean, scatter, variance, rows, shift, sums, squares, momentum)
         return
     extension.update_class_stats(

@@ -30,14 +30,14 @@ def supcon_stats(inputs: SupConInputs) -> AnchorSums:
     if kept is not None:
         return _of_all_anchors(supcon_stats(_without_ignored(inputs, kept)), inputs, kept)
     panels = _Panels(inputs)
-    shift = panels.largest_similarities()
+    panels.take_largest_similarities()
     sums = inputs.features.new_zeros(2, len(inputs.features), dtype=torch.float64)
     for panel, _ in panels:
         extension.supcon_sums(panel, address(sums[0]), address(sums[1]), threads=torch.get_num_threads())
     totals, positives = sums[:, : inputs.num_anchors]
     loss = torch.where(inputs.per_positive > 0, totals.log() - positives * inputs.per_positive.double(), 0.0)
     dtype = inputs.features.dtype
-    return AnchorSums(loss.to(dtype), shift[: inputs.num_anchors].clone(), totals.to(dtype))
+    return AnchorSums(loss.to(dtype), panels.anchor_shift(), totals.to(dtype))
 
 
 def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: SupConMask) -> list[Tensor]:
@@ -81,9 +81,10 @@ class _Panels:
         self.rows = min(max(fitting, FEWEST_ROWS), MOST_ROWS, max(self.anchors, 1))
         self.buffer = features.new_empty(self.rows * columns)
         self.common = _common_shift(inputs, temperature)
-        self.shift = features.new_full((columns,), self.common if self.common is not None else -torch.inf)
-        # A contrast that is no anchor has no sum.
-        self.shift[self.anchors :] = 0.0
+        if self.common is None:
+            self.shift = features.new_full((columns,), -torch.inf)
+            # A contrast that is no anchor has no sum.
+            self.shift[self.anchors :] = 0.0
         self.panel = self._panel()
 
     def _panel(self) -> Any:
@@ -98,13 +99,18 @@ class _Panels:
             panel.negative_weight, panel.positive_weight, panel.share = map(address, inputs.weights)
         return panel
 
-    def largest_similarities(self) -> Tensor:
-        """The shift of each row: what is subtracted before exp."""
+    def take_largest_similarities(self) -> None:
+        """Takes each row's largest similarity for its shift, which is subtracted before exp, unless one serves all."""
         if self.common is None:
             for panel, _ in self:
                 extension.supcon_maxima(panel, self.anchors, threads=torch.get_num_threads())
             self.shift.masked_fill_(self.shift == -torch.inf, 0.0)
-        return self.shift
+
+    def anchor_shift(self) -> Tensor:
+        """The shift of each anchor."""
+        if self.common is not None:
+            return self.inputs.features.new_full((self.anchors,), self.common)
+        return self.shift[: self.anchors].clone()
 
     def use_shifts(self, saved: SavedAnchors) -> Tensor:
         """Takes the shifts of an earlier pass, of any backend; returns its sums as they are with the shifts in use."""
