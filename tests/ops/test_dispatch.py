@@ -78,6 +78,40 @@ def test_gradients_reach_a_subclass():
     torch.testing.assert_close(plain(leaf.grad), expected["input"].grad)
 
 
+@pytest.fixture
+def distributed(tmp_path):
+    """What makes a tensor a DTensor on a mesh of this process alone."""
+    dist = torch.distributed
+    if not dist.is_available():
+        pytest.skip("torch without torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_a_dtensor_in_any_argument_is_never_taken_for_a_plain_tensor(distributed):
+    """Torch refuses it by the operation's name; the reference's formulas take DTensors."""
+    for name in logits_case():
+        case = logits_case()
+        case[name] = distributed(case[name])
+        with pytest.raises(RuntimeError, match="and DTensor"):
+            loss_of(case)
+    with pytest.raises(RuntimeError, match="and DTensor"):
+        fusedloss.linear_cross_entropy(torch.randn(6, 3), distributed(torch.randn(5, 3)), logits_case()["target"])
+    every = {name: distributed(value) for name, value in logits_case().items() if name in ("input", "target")}
+    with pytest.raises(NotImplementedError, match="softmax_ce"):
+        fusedloss.cross_entropy(**every)
+    with fusedloss.backend("reference"):
+        found = fusedloss.cross_entropy(**every)
+    expected = F.cross_entropy(*(logits_case()[name] for name in every))
+    torch.testing.assert_close(found.full_tensor(), expected)
+
+
 def negative(tensor):
     """The same numbers behind the negative bit."""
     view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
