@@ -155,11 +155,6 @@ class SupConInputs(NamedTuple):
         """A."""
         return self.per_positive.shape[0]
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-        """All but the two numbers, in order."""
-        return self.features, self.codes, self.mask, self.weights, self.per_positive, self.temperature
-
 
 class AnchorSums(NamedTuple):
     """What ``supcon_stats`` returns, ``(A,)`` each: the loss, and ``sum_j w_ij exp(s_ij - shift_i)`` with its shift."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedloss import backends, distributed, ops
 from fusedloss.backends.reference import supcon as reference
+from fusedloss.core.operands import SupConInputs
 from fusedloss.functional.engine import transformed
 from fusedloss.functional.supcon_checks import (
     ExtraRows,
@@ -19,7 +20,7 @@ from fusedloss.functional.supcon_checks import (
     checked_labels,
     checked_mask,
 )
-from fusedloss.functional.supcon_rows import BatchRows, Contrast, contrast_of
+from fusedloss.functional.supcon_rows import BatchRows, Contrast, contrast_of, kept_anchors
 
 
 def supcon(
@@ -142,8 +143,12 @@ def _focus(contrast: Contrast, loss: Tensor, gamma: float) -> Tensor:
     features = inputs.features.detach()
     weights = features.new_ones(3, features.shape[0]) if inputs.weights is None else inputs.weights.clone()
     weights[1] = 0
-    without = inputs._replace(features=features, weights=weights, temperature=inputs.temperature.detach())
-    of_negatives = _anchor_loss(contrast._replace(inputs=without))
+    # By name: torch.compile of torch 2.8 can't trace _replace.
+    without = SupConInputs(
+        features, inputs.codes, inputs.mask, weights, inputs.per_positive, inputs.temperature.detach(),
+        inputs.num_grad_rows, inputs.normalized,
+    )  # fmt: skip
+    of_negatives = _anchor_loss(Contrast(without, contrast.offset))
     of_positives = -torch.expm1((of_negatives - loss.detach()).clamp(max=0))
     return (1 - of_positives * inputs.per_positive).clamp(0, 1) ** gamma
 
@@ -160,7 +165,7 @@ def _reduced(
         loss = distributed.summed(loss, group)
     if reduction == "sum":
         return loss
-    averaged = contrast.kept() if reduction == "mean_all" else contrast.inputs.per_positive > 0
+    averaged = kept_anchors(contrast.inputs) if reduction == "mean_all" else contrast.inputs.per_positive > 0
     share = averaged.to(loss.dtype) if weight is None else torch.where(averaged, weight, 0.0)
     total = share.sum() if group is None else distributed.summed(share.sum(), group)
     return loss / torch.where(total == 0, torch.ones_like(total), total)

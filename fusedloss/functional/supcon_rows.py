@@ -32,9 +32,10 @@ class Contrast(NamedTuple):
     inputs: SupConInputs
     offset: Tensor | None = None  # (A,): what the biases of the positives add to each loss
 
-    def kept(self) -> Tensor:
-        """Bool ``(A,)``: whether the anchor is not ignored."""
-        return self.inputs.codes[: self.inputs.num_anchors] != IGNORED
+
+def kept_anchors(inputs: SupConInputs) -> Tensor:
+    """Bool ``(A,)``: which anchors are not ignored."""
+    return inputs.codes[: inputs.per_positive.shape[0]] != IGNORED
 
 
 def contrast_of(batch: BatchRows, extra: ExtraRows, options: SupConOptions, temperature: float | Tensor) -> Contrast:

@@ -61,6 +61,11 @@ def _check_inputs(inputs: SupConInputs) -> None:
             )
 
 
+def _tensors(inputs: SupConInputs) -> tuple[Tensor | None, ...]:
+    # By name: torch.compile of torch 2.8 can't trace a slice or a property of a named tuple.
+    return inputs.features, inputs.codes, inputs.mask, inputs.weights, inputs.per_positive, inputs.temperature
+
+
 def _new_rows(inputs: SupConInputs) -> Tensor:
     return inputs.features.new_empty(inputs.num_anchors)
 
@@ -76,7 +81,7 @@ define(
 
 def supcon_stats(inputs: SupConInputs) -> AnchorSums:
     """The loss of each anchor, differentiable in features and temperature."""
-    if not is_direct(*inputs.tensors):
+    if not is_direct(*_tensors(inputs)):
         return AnchorSums(*torch.ops.fusedloss.supcon_stats.default(*inputs))
     if torch.is_grad_enabled() and (inputs.features.requires_grad or inputs.temperature.requires_grad):
         return AnchorSums(*_SupConStats.apply(*inputs))
@@ -104,7 +109,7 @@ def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(sums.shift, sums.sum)
     ctx.set_materialize_grads(False)
     ctx.numbers = (given.num_grad_rows, given.normalized)
-    ctx.save_for_backward(*given.tensors, sums.shift, sums.sum)
+    ctx.save_for_backward(*_tensors(given), sums.shift, sums.sum)
 
 
 def _backward_stats(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
@@ -153,7 +158,7 @@ refuse_second("supcon_backward")
 def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: SupConMask) -> list[Tensor]:
     """The gradients that `mask` names, from those of the losses; rows from ``num_grad_rows`` on have zeros."""
     # With a graph asked for, the dispatcher's refusal of second derivatives is recorded.
-    if torch.is_grad_enabled() or not is_direct(*inputs.tensors, *saved, grad_loss):
+    if torch.is_grad_enabled() or not is_direct(*_tensors(inputs), *saved, grad_loss):
         run: Callable[..., list[Tensor]] = torch.ops.fusedloss.supcon_backward.default
         return run(*inputs, *saved, grad_loss, list(mask))
     direct: Callable[..., list[Tensor]] = kernel("supcon", "supcon_backward", inputs.features.device.type)

@@ -319,7 +319,8 @@ x, y = torch.randn(9, 7, generator=generator), torch.randint(5, (9,), generator=
 def step(model):
     loss = model(x, y)
     loss.backward()
-    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    # Strict export in torch 2.8 changes the order of parameters.
+    grads = [parameter.grad.clone() for _, parameter in sorted(model.named_parameters())]
     model.zero_grad()
     return loss, grads
 """
