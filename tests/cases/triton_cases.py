@@ -9,6 +9,7 @@ import torch
 import triton_linear
 import triton_supcon
 from triton_checks import (
+    CHUNKS,
     ONE_BLOCK,
     OWN,
     STEPS,
@@ -91,7 +92,7 @@ def mutants(device: str) -> list[str]:
 
 for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     _word = str(_dtype).split(".")[1]
-    for _tile, _size in ((STEPS, "steps"), (ONE_BLOCK, "one block")):
+    for _tile, _size in ((STEPS, "steps"), (CHUNKS, "chunks"), (ONE_BLOCK, "one block")):
         case(cross_entropy(_tile, dtype=_dtype, label_smoothing=0.1), f"ce {_word} {_size}")
         case(
             cross_entropy(_tile, dtype=_dtype, soft=True, label_smoothing=0.1, z_loss=0.01),
@@ -128,27 +129,27 @@ case(
     "ce probabilities per row",
 )
 for _grads in ("", "logits", "affine", "affine label_smoothing"):
-    for _tile in (STEPS, ONE_BLOCK):
+    for _tile in (STEPS, CHUNKS):
         _own = "smoothing" in _grads
         case(cross_entropy(_tile, grads=_grads, per_row=_own, mean=not _own), f"ce gradients of '{_grads}' {_tile}")
 for _layout in ("", "transposed", "gaps", "channels last"):
-    for _tile in (STEPS, ONE_BLOCK):
+    for _tile in (STEPS, CHUNKS):
         case(
             cross_entropy(_tile, rows=(3, 5), layout=_layout, label_smoothing=0.1),
             f"ce positions {_layout} {_tile}",
         )
     case(cross_entropy(rows=(5, 2), layout=_layout, soft=True), f"ce probabilities positions {_layout}")
-    case(stats_backward(ONE_BLOCK, rows=(3, 5), layout=_layout), f"statistics positions {_layout}")
+    case(stats_backward(CHUNKS, rows=(3, 5), layout=_layout), f"statistics positions {_layout}")
 for _layout in ("transposed", "gaps"):
     case(cross_entropy(layout=_layout), f"ce {_layout}")
     case(cross_entropy(layout=_layout, soft=True, dtype=torch.bfloat16), f"ce probabilities {_layout}")
 for _special in ("offset", "confident", "nan", "plus infinity", "ignored"):
-    for _tile in (STEPS, ONE_BLOCK):
+    for _tile in (STEPS, CHUNKS):
         case(
             cross_entropy(_tile, special=_special, terms="weight", grads="logits"),
             f"ce {_special} {_tile}",
         )
-for _tile in (STEPS, ONE_BLOCK):
+for _tile in (STEPS, CHUNKS):
     case(
         cross_entropy(_tile, special="infinite", terms="", grads="logits"),
         f"ce infinite {_tile}",
@@ -178,7 +179,8 @@ case(stats_backward(terms="", grads="logits"), "statistics without terms")
 case(cross_entropy(OWN, classes=1, rows=(5,), terms="scale"), "ce one class")
 case(cross_entropy(OWN, classes=2, rows=(1,), terms="scale bias"), "ce one row")
 case(cross_entropy(OWN, classes=130, rows=(20,)), "ce own tiles")
-case(cross_entropy(OWN, classes=9000, rows=(3,), label_smoothing=0.1), "ce own tiles, long rows")
+case(cross_entropy(OWN, classes=33000, rows=(3,), label_smoothing=0.1), "ce own tiles, long rows")
+case(cross_entropy(OWN, classes=9000, rows=(3,), label_smoothing=0.1), "ce own tiles, several blocks")
 case(stats_backward(OWN, classes=5000, rows=(3,)), "statistics own tiles, long rows")
 for _per_feature in (False, True):
     case(class_statistics(per_feature=_per_feature, tile=None), f"classes own tiles {_per_feature}")
@@ -187,7 +189,7 @@ for _per_feature in (False, True):
 case(class_statistics(rows=4, classes=40, per_feature=True), "classes mostly absent")
 for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     _word = str(_dtype).split(".")[1]
-    for _tile, _size in ((STEPS, "steps"), (ONE_BLOCK, "one block")):
+    for _tile, _size in ((STEPS, "steps"), (CHUNKS, "chunks"), (ONE_BLOCK, "one block")):
         _name = f"{_word} {_size}"
         if _dtype in (torch.float32, torch.bfloat16):
             case(cross_entropy(_tile, dtype=_dtype, cap=2.5), f"ce cap {_name}")
@@ -206,7 +208,7 @@ for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             stats_backward(_tile, dtype=_dtype, cap=2.5, soft=True, upstream=WITH_HINGE),
             f"statistics probabilities hinge {_name}",
         )
-for _tile in (STEPS, ONE_BLOCK):
+for _tile in (STEPS, CHUNKS):
     for _terms in ("", "scale", "bias"):
         case(
             cross_entropy(_tile, terms=_terms, cap=4.0, margin=True, penalty=Penalty(), grads=LABEL),
@@ -251,7 +253,7 @@ for _tile in (STEPS, ONE_BLOCK):
         f"ce focal options {_tile}",
     )
 for _layout in ("", "transposed", "gaps", "channels last"):
-    for _tile in (STEPS, ONE_BLOCK):
+    for _tile in (STEPS, CHUNKS):
         case(cross_entropy(_tile, rows=(3, 5), layout=_layout, **EVERYTHING), f"ce everything {_layout} {_tile}")
     case(
         stats_backward(rows=(5, 2), layout=_layout, cap=2.5, margin=True, upstream=WITH_HINGE, grads=LABEL),
@@ -279,7 +281,7 @@ case(
     stats_backward(OWN, classes=1, rows=(5,), margin=True, upstream=WITH_HINGE, grads=LABEL),
     "statistics one class, all",
 )
-for _classes in (130, 5000, 9000):
+for _classes in (130, 5000, 33000):
     _own = {"classes": _classes, "rows": (3,)}
     case(cross_entropy(OWN, **_own, **EVERYTHING), f"ce everything own tiles {_classes}")
     case(

@@ -40,13 +40,13 @@ from fusedloss.core.operands import (
 from fusedloss.core.row_loss import RowOptions
 
 Check = Callable[[str], list[str]]
-# Loops of several ragged steps, in tiles of several rows; one block; and the sizes that a GPU gets.
-STEPS, ONE_BLOCK, OWN = (4, 16, 4), (4, 64, 4), None
+# Rows read in several ragged steps; held in registers in several blocks, and in one; and the sizes that a GPU gets.
+STEPS, CHUNKS, ONE_BLOCK, OWN = (4, 16, 4, 1, True), (4, 16, 4), (4, 64, 4), None
 EVERY = "log_sum_exp target_logit cross_entropy smooth_loss one_minus_pt"
 WITH_HINGE = f"{EVERY} hinge"
 
 
-def call(device: str, tile: tuple[int, int, int] | None, function: str, *arguments: Any) -> Any:
+def call(device: str, tile: tuple[int, ...] | None, function: str, *arguments: Any) -> Any:
     """A function of the backend, in tiles of that size."""
     from fusedloss.backends.triton import launch, softmax_ce
 
@@ -65,7 +65,7 @@ def mask_of(grads: str) -> SoftmaxMask:
 
 
 def cross_entropy(
-    tile: tuple[int, int, int] | None = STEPS, *, label_smoothing: float = 0.0, per_row: bool = False,
+    tile: tuple[int, ...] | None = STEPS, *, label_smoothing: float = 0.0, per_row: bool = False,
     focal_gamma: float = 0.0, poly_epsilon: float = 0.0, z_loss: float = 0.0, penalty: Penalty | None = None,
     mean: bool = True, grads: str = "logits affine", torch_agrees: bool = False, **inputs: Any,
 ) -> Check:  # fmt: skip
@@ -154,7 +154,7 @@ def _gradients(
 
 
 def stats_backward(
-    tile: tuple[int, int, int] | None = STEPS, *, upstream: str = EVERY, grads: str = "logits affine",
+    tile: tuple[int, ...] | None = STEPS, *, upstream: str = EVERY, grads: str = "logits affine",
     penalty_margin: float = 1.5, **inputs: Any,
 ) -> Check:  # fmt: skip
     """softmax_stats, then softmax_stats_backward under upstream gradients of some of the statistics."""
@@ -276,7 +276,7 @@ def bad_labels(device: str) -> list[str]:
     from fusedloss.backends.triton import softmax_ce
 
     wrong = []
-    check, softmax_ce._Call.check_labels = softmax_ce._Call.check_labels, lambda self, weights=None: None
+    check, softmax_ce._Call.check_labels = softmax_ce._Call.check_labels, lambda self, parts=None, finished=None: None if finished is None else finished.zero_()
     try:
         for tile in (STEPS, ONE_BLOCK):
             logits, labels = torch.randn(6, 37), torch.tensor([1, 37, -1, 2**32, 2**31, 4])

@@ -15,31 +15,31 @@ _add_columns, _tanh, _add_chunks = grad_logits.add_columns, blocks.tanh, class_s
 
 
 @triton.jit
-def softmax_coefficient(partials, values, hinge, label, kept, spec):
-    right = _grad_coefficients(partials, values, hinge, label, kept, spec)
+def softmax_coefficient(partials, values, hinge, label, kept, spec, counted=None):
+    right = _grad_coefficients(partials, values, hinge, label, kept, spec, counted)
     return GradCoefficients(right.shift, right.softmax * 1.001, right.smooth_loss, right.target, right.kept,
-                            right.threshold, right.hinge, right.at_top, right.first_top)  # fmt: skip
+                            right.threshold, right.hinge, right.at_top, right.first_top, right.loss)  # fmt: skip
 
 
 @triton.jit
-def target_coefficient(partials, values, hinge, label, kept, spec):
-    right = _grad_coefficients(partials, values, hinge, label, kept, spec)
+def target_coefficient(partials, values, hinge, label, kept, spec, counted=None):
+    right = _grad_coefficients(partials, values, hinge, label, kept, spec, counted)
     return GradCoefficients(right.shift, right.softmax, right.smooth_loss, right.target * 1.001, right.kept,
-                            right.threshold, right.hinge, right.at_top, right.first_top)  # fmt: skip
+                            right.threshold, right.hinge, right.at_top, right.first_top, right.loss)  # fmt: skip
 
 
 @triton.jit
-def loss_row(rows, sums, hinge, label, num_classes, options, row_tensors, spec):
-    right = _loss_row(rows, sums, hinge, label, num_classes, options, row_tensors, spec)
+def loss_row(rows, sums, hinge, label, num_classes, denominator, options, row_tensors, spec):
+    right = _loss_row(rows, sums, hinge, label, num_classes, denominator, options, row_tensors, spec)
     return GradCoefficients(right.shift, right.softmax, right.smooth_loss * 1.001, right.target, right.kept,
-                            right.threshold, right.hinge, right.at_top, right.first_top)  # fmt: skip
+                            right.threshold, right.hinge, right.at_top, right.first_top, right.loss)  # fmt: skip
 
 
 @triton.jit
-def statistics_row(rows, sums, hinge, label, num_classes, options, outputs, spec):
+def statistics_row(rows, sums, hinge, label, num_classes, denominator, options, outputs, spec):
     wrong = RowSums(sums.top, sums.others * 1.001, sums.weight, sums.smooth, sums.soft_weight, sums.soft,
                     sums.first_top, sums.first_nan)  # fmt: skip
-    return _statistics_row(rows, wrong, hinge, label, num_classes, options, outputs, spec)
+    return _statistics_row(rows, wrong, hinge, label, num_classes, denominator, options, outputs, spec)
 
 
 @triton.jit

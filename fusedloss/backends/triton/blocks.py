@@ -46,10 +46,13 @@ class Spec(NamedTuple):
     smooth_loss: Any
     prediction: Any
     dtype: Any  # what is computed in
+    reduced: Any  # whether the losses of all rows are added up
+    mean: Any  # whether that sum is divided by the sum of the rows' weights
     rows: Any  # of a tile
     block: Any  # classes of a tile
-    one_block: Any  # whether that is all classes
+    chunks: Any  # blocks of a row that are held in registers; 0: rows are read block by block, twice
     align: Any  # see ``layout``
+    flat: Any  # whether all rows are one run, so that no division finds a tile's place
 
 
 @functools.lru_cache(1024)
@@ -103,9 +106,15 @@ def number(bits, T: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(tile, sizes, row_view, ROWS: tl.constexpr):
-    outer = (tile // sizes.inner_tiles).to(tl.int64)
-    inner = (tile % sizes.inner_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def rows_of_tile(tile, sizes, row_view, ROWS: tl.constexpr, FLAT: tl.constexpr):
+    # The interpreter counts in Python's integers.
+    tile = tl.program_id(0) * 0 + tile
+    if FLAT:
+        outer = tile.to(tl.int64) * 0
+        inner = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    else:
+        outer = (tile // sizes.inner_tiles).to(tl.int64)
+        inner = (tile % sizes.inner_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = outer * row_view.outer_step + inner * row_view.inner_step
     return Rows(outer, inner, index, inner < sizes.inner)
 
@@ -145,20 +154,40 @@ def tanh_cap(x, soft_cap, T: tl.constexpr):
 
 
 @triton.jit
-def affine(x, scale, bias, classes, mask):
+def load_some(place, mask, other, WHOLE: tl.constexpr):
+    """WHOLE: all of it, without a mask."""
+    if WHOLE:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=mask, other=other)
+
+
+@triton.jit
+def affine(x, scale, bias, places, mask, WHOLE: tl.constexpr):
+    """scale x + bias, of the classes at these places."""
     # One rounding: the label's logit, read on its own, must equal the one in its block to the last bit.
     z = x
     if scale is not None:
-        a = tl.load(scale + classes, mask=mask, other=1.0)
+        a = load_some(scale + places, mask, 1.0, WHOLE)
         if bias is not None:
-            b = tl.load(bias + classes, mask=mask, other=0.0)
+            b = load_some(bias + places, mask, 0.0, WHOLE)
             z = tl.fma(x, tl.broadcast_to(a, x.shape), tl.broadcast_to(b, x.shape))
         else:
             z = x * a
     else:
         if bias is not None:
-            z = x + tl.load(bias + classes, mask=mask, other=0.0)
+            z = x + load_some(bias + places, mask, 0.0, WHOLE)
     return z
+
+
+@triton.jit
+def class_places(classes, spec):
+    """Where the values of a block's classes lie, (1, block); by rows too where a row is held in registers."""
+    if spec.chunks > 0:
+        # In the layout of the logits: values of classes need no exchange between threads.
+        return tl.broadcast_to(classes[None, :], [spec.rows, spec.block])
+    else:
+        return classes[None, :]
 
 
 @triton.jit
@@ -167,25 +196,57 @@ def is_label(classes, label):
 
 
 @triton.jit
-def read_block(inputs, rows, label, classes, num_classes, spec):
-    inside = (classes < num_classes)[None, :]
-    mask = rows.valid[:, None] & inside
+def load_rows(place, rows, classes, num_classes, WHOLE: tl.constexpr):
+    """What is stored at a block of a tile, 0 beyond its rows and classes."""
+    if WHOLE:
+        return tl.load(place, mask=rows.valid[:, None], other=0.0)
+    else:
+        return tl.load(place, mask=rows.valid[:, None] & (classes < num_classes)[None, :], other=0.0)
+
+
+@triton.jit
+def load_logits(inputs, rows, classes, num_classes, spec, WHOLE: tl.constexpr):
     place = addresses(inputs.logits, inputs.outer_step, inputs.inner_step, inputs.class_step, rows, classes, spec.align)
-    x = tl.load(place, mask=mask, other=0.0).to(spec.dtype)
+    return load_rows(place, rows, classes, num_classes, WHOLE)
+
+
+@triton.jit
+def load_probabilities(inputs, rows, classes, num_classes, spec, WHOLE: tl.constexpr):
+    place = addresses(inputs.probabilities, inputs.soft_outer_step, inputs.soft_inner_step,
+                      inputs.soft_class_step, rows, classes, spec.align)  # fmt: skip
+    return load_rows(place, rows, classes, num_classes, WHOLE)
+
+
+@triton.jit
+def block_of(logits, probabilities, inputs, label, classes, num_classes, spec, WHOLE: tl.constexpr):
+    """The block of stored values; WHOLE says that all its classes exist, and only spec.soft reads probabilities."""
+    x = logits.to(spec.dtype)
     if inputs.soft_cap is not None:
         x = tanh_cap(x, inputs.soft_cap, spec.dtype)
-    z = tl.where(inside, affine(x, inputs.scale, inputs.bias, classes[None, :], inside), float("-inf"))
+    places = class_places(classes, spec)
+    inside = places < num_classes
+    z = affine(x, inputs.scale, inputs.bias, places, inside, WHOLE)
+    if not WHOLE:
+        z = tl.where(inside, z, float("-inf"))
     if inputs.target_override is not None:
         z = tl.where(is_label(classes, label), label.logit[:, None], z)
     weight = inside.to(spec.dtype)
     if inputs.class_weight is not None:
-        weight = tl.load(inputs.class_weight + classes[None, :], mask=inside, other=0.0)
+        weight = load_some(inputs.class_weight + places, inside, 0.0, WHOLE)
     soft = weight
-    if inputs.probabilities is not None:
-        place = addresses(inputs.probabilities, inputs.soft_outer_step, inputs.soft_inner_step,
-                          inputs.soft_class_step, rows, classes, spec.align)  # fmt: skip
-        soft = tl.load(place, mask=mask, other=0.0).to(spec.dtype) * weight
+    if spec.soft:
+        soft = probabilities.to(spec.dtype) * weight
     return Block(x, z, weight, soft)
+
+
+@triton.jit
+def read_block(inputs, rows, label, classes, num_classes, spec):
+    """A block that may be the last of its rows."""
+    logits = load_logits(inputs, rows, classes, num_classes, spec, False)
+    probabilities = logits
+    if spec.soft:
+        probabilities = load_probabilities(inputs, rows, classes, num_classes, spec, False)
+    return block_of(logits, probabilities, inputs, label, classes, num_classes, spec, False)
 
 
 @triton.jit
@@ -203,7 +264,7 @@ def read_label(inputs, rows, num_classes, spec):
         x = tl.load(inputs.logits + offsets + label * inputs.class_step, mask=inside, other=0.0).to(spec.dtype)
         if inputs.soft_cap is not None:
             x = tanh_cap(x, inputs.soft_cap, spec.dtype)
-        logit = affine(x, inputs.scale, inputs.bias, label, inside)
+        logit = affine(x, inputs.scale, inputs.bias, label, inside, False)
         weight = inside.to(spec.dtype)
         if inputs.class_weight is not None:
             weight = tl.load(inputs.class_weight + label, mask=inside, other=0.0)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import addresses, is_label, number
+from .blocks import addresses, class_places, is_label, load_some, number
 from .row_loss import GradCoefficients
+from .statistics import exp
 
 
 class Outputs(NamedTuple):
@@ -59,20 +60,20 @@ def load_coefficients(saved, rows, row_count):
     target = tl.load(place + 3 * row_count, mask=rows.valid, other=0.0)
     kept = tl.load(place + 4 * row_count, mask=rows.valid, other=0.0) != 0
     if saved.hinge is None:
-        return GradCoefficients(shift, softmax, smooth_loss, target, kept, shift, shift, shift, shift)
+        return GradCoefficients(shift, softmax, smooth_loss, target, kept, shift, shift, shift, shift, shift)
     else:
         place = saved.hinge + rows.index
         threshold = tl.load(place, mask=rows.valid, other=0.0)
         hinge = tl.load(place + row_count, mask=rows.valid, other=0.0)
         at_top = tl.load(place + 2 * row_count, mask=rows.valid, other=0.0)
         first_top = tl.load(saved.first_top + rows.index, mask=rows.valid, other=0)
-        return GradCoefficients(shift, softmax, smooth_loss, target, kept, threshold, hinge, at_top, first_top)
+        return GradCoefficients(shift, softmax, smooth_loss, target, kept, threshold, hinge, at_top, first_top, shift)
 
 
 @triton.jit
 def grad_of_block(coefficients, block, label, classes, spec):
     """dL/dz."""
-    grad = tl.exp(block.z - coefficients.shift[:, None]) * coefficients.softmax[:, None]
+    grad = exp(block.z - coefficients.shift[:, None], spec.dtype) * coefficients.softmax[:, None]
     if spec.smooth_loss:
         grad -= block.weight * coefficients.smooth_loss[:, None]
     if spec.top is not None:
@@ -88,20 +89,26 @@ def grad_of_block(coefficients, block, label, classes, spec):
 
 
 @triton.jit
-def write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec):
+def write_grad(
+    inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec, WHOLE: tl.constexpr = False
+):  # fmt: skip
     """dL/dx from dL/dz, and at a label with a target_override from the gradient of that."""
-    inside = (classes < num_classes)[None, :]
     if inputs.soft_cap is not None:
         ratio = block.x / number(inputs.soft_cap, spec.dtype)
         grad = grad * ((1.0 - ratio) * (1.0 + ratio))
     if inputs.scale is not None:
-        grad = grad * tl.load(inputs.scale + classes[None, :], mask=inside, other=0.0)
+        places = class_places(classes, spec)
+        grad = grad * load_some(inputs.scale + places, places < num_classes, 0.0, WHOLE)
     if inputs.target_override_grad is not None:
         grad = tl.where(is_label(classes, label), (coefficients.target * label.override_grad)[:, None], grad)
     place = addresses(
         outputs.grad_logits, outputs.outer_step, outputs.inner_step, outputs.class_step, rows, classes, spec.align
     )  # fmt: skip
-    tl.store(place, grad.to(outputs.grad_logits.dtype.element_ty), mask=rows.valid[:, None] & inside)
+    values = grad.to(outputs.grad_logits.dtype.element_ty)
+    if WHOLE:
+        tl.store(place, values, mask=rows.valid[:, None])
+    else:
+        tl.store(place, values, mask=rows.valid[:, None] & (classes < num_classes)[None, :])
 
 
 @triton.jit

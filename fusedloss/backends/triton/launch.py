@@ -17,12 +17,13 @@ from . import tuning
 
 
 class Tile(NamedTuple):
-    """What one program holds in registers: `rows` x `block` values; both are powers of two."""
+    """`rows` of `block` classes at a time, powers of two; `loop`: read block by block, not all held in registers."""
 
     rows: int
     block: int
     warps: int
     stages: int = 1
+    loop: bool = False
 
 
 class FeatureTile(NamedTuple):
@@ -46,8 +47,9 @@ class ProductTile(NamedTuple):
     stages: int = 1
 
 
-# Widest tile of a row: wider ones spill. Column sums and all that can change a row each take half of it.
-_WIDEST = {torch.float32: 8192, torch.float64: 4096}
+# Widest rows that registers hold, and beside column sums: wider ones spill. All that can change a row takes half.
+_WIDEST = {torch.float32: 32768, torch.float64: 4096}
+_WIDEST_COLUMNS = {torch.float32: 4096, torch.float64: 2048}
 _SMALLEST_BLOCK = 16
 _WIDEST_FEATURES = {torch.float32: 512, torch.float64: 256}
 _WIDEST_PRODUCTS = 512
@@ -56,6 +58,7 @@ SCALE = (4096, 8)  # values and warps of the scaling kernel
 # Column sums live in registers over all tiles of a program: enough programs to fill the GPU, no more.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _PROGRAMS_WITHOUT_GPU = 4
+_WARPS_PER_MULTIPROCESSOR = 64
 _REGISTERS = 65536  # of a multiprocessor
 
 _forced_tile: Tile | None = None
@@ -82,22 +85,27 @@ def forced(
 
 
 def row_tile(
-    num_classes: int, dtype: torch.dtype, contiguous: bool, columns: bool, extras: bool, device: torch.device
-) -> Tile:
+    num_classes: int, dtype: torch.dtype, contiguous: bool, align: int, columns: bool, extras: bool,
+    device: torch.device,
+) -> Tile:  # fmt: skip
     """Tile for rows of `num_classes`; `contiguous` says whether the classes of a row are contiguous in memory.
 
-    `columns` and `extras` ask for room: for column sums beside the rows, for a hinge and a soft cap.
+    `align` divides the steps between rows: it bounds how much one thread loads at a time, and with that how many rows a
+    warp covers. `columns` and `extras` ask for room: for column sums beside the rows, for a hinge and a soft cap.
     """
     if _forced_tile is not None:
         return _forced_tile
     width = max(_SMALLEST_BLOCK, triton.next_power_of_2(num_classes))
     if not contiguous:
         tile = Tile(*tuning.entry(device, "softmax_ce", dtype, "strided"))
-        return tile._replace(block=min(tile.block, width))
+        return tile._replace(block=min(tile.block, width), loop=width > tile.block)
+    if columns and width <= _widest_columns(dtype, extras):
+        return Tile(*tuning.entry(device, "softmax_ce", dtype, f"{width} columns"))
     if width > _WIDEST[compute_dtype(dtype)] // (2 if extras else 1):
-        return Tile(*tuning.entry(device, "softmax_ce", dtype, "loop extras" if extras else "loop"))
-    together = columns and width <= _widest_columns(dtype, extras)
-    return Tile(*tuning.entry(device, "softmax_ce", dtype, f"{width} columns" if together else str(width)))
+        return Tile(*tuning.entry(device, "softmax_ce", dtype, "loop extras" if extras else "loop"), loop=True)
+    tile = Tile(*tuning.entry(device, "softmax_ce", dtype, str(width)))
+    widest_load = 16 // dtype.itemsize
+    return tile._replace(rows=max(1, tile.rows * min(align, widest_load) // widest_load))
 
 
 def column_tile(
@@ -106,11 +114,12 @@ def column_tile(
     """Tile for column sums in programs of their own; None where they fit beside the rows of `tile`."""
     if tile.block >= num_classes and (_forced_tile or tile.block <= _widest_columns(dtype, extras)):
         return None
-    return _forced_tile or Tile(*tuning.entry(device, "softmax_ce", dtype, "columns" if contiguous else "strided"))
+    tile = _forced_tile or Tile(*tuning.entry(device, "softmax_ce", dtype, "columns" if contiguous else "strided"))
+    return tile._replace(loop=True)
 
 
 def _widest_columns(dtype: torch.dtype, extras: bool) -> int:
-    return _WIDEST[compute_dtype(dtype)] // (4 if extras else 2)
+    return _WIDEST_COLUMNS[compute_dtype(dtype)] // (2 if extras else 1)
 
 
 def feature_tile(width: int, dtype: torch.dtype, device: torch.device) -> FeatureTile:
@@ -141,6 +150,18 @@ def programs_for(tiles: int, device: torch.device) -> int:
         most = _forced_programs
     elif device.type == "cuda":
         most = _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        most = _PROGRAMS_WITHOUT_GPU
+    return max(1, min(tiles, most))
+
+
+def programs_at_once(tiles: int, warps: int, device: torch.device) -> int:
+    """Number of programs that take `tiles` in turn: as many as the GPU can hold."""
+    if _forced_programs is not None:
+        most = _forced_programs
+    elif device.type == "cuda":
+        held = max(1, _WARPS_PER_MULTIPROCESSOR // warps)
+        most = held * torch.cuda.get_device_properties(device).multi_processor_count
     else:
         most = _PROGRAMS_WITHOUT_GPU
     return max(1, min(tiles, most))

@@ -47,7 +47,8 @@ class GradCoefficients(NamedTuple):
 
     With labels the gradient at the label is `target`, and elsewhere that has no part in it. With a target_override
     `target` is the gradient of that, and the label's own logit has none. A hinge takes `hinge` where z_j < threshold
-    and adds `at_top` at class `first_top`; without one these four hold nothing.
+    and adds `at_top` at class `first_top`; without one these four hold nothing. `loss` is what the row adds to the sum
+    of the losses, where there is one.
     """
 
     shift: Any
@@ -59,6 +60,7 @@ class GradCoefficients(NamedTuple):
     hinge: Any
     at_top: Any
     first_top: Any
+    loss: Any
 
 
 def row_options(options: RowOptions) -> RowOptions:
@@ -157,7 +159,7 @@ def hinge_at_label(coefficient, hinge, label):
 
 
 @triton.jit
-def grad_coefficients(partials, statistics, hinge, label, kept, spec):
+def grad_coefficients(partials, statistics, hinge, label, kept, spec, counted=None):
     """The gradient of the logits from that of the statistics."""
     softmax = partials.log_sum_exp
     if spec.smooth_loss:
@@ -178,8 +180,11 @@ def grad_coefficients(partials, statistics, hinge, label, kept, spec):
         if hinge is not None:
             target += hinge_at_label(partials.hinge, hinge, label)
     shift, softmax = statistics.shift, softmax / statistics.row_sum
+    loss = shift
+    if counted is not None:
+        loss = counted
     if hinge is None:
-        return GradCoefficients(shift, softmax, partials.smooth_loss, target, kept, shift, shift, shift, shift)
+        return GradCoefficients(shift, softmax, partials.smooth_loss, target, kept, shift, shift, shift, shift, loss)
     else:
         return GradCoefficients(shift, softmax, partials.smooth_loss, target, kept, hinge.threshold, partials.hinge,
-                                partials.hinge * hinge.violations, hinge.first)  # fmt: skip
+                                partials.hinge * hinge.violations, hinge.first, loss)  # fmt: skip

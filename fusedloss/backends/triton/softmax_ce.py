@@ -26,7 +26,7 @@ from .blocks import Inputs, Spec, spec_of
 from .grad_logits import SAVED, SAVED_OF_HINGE, Outputs, Saved
 from .layout import View, layout_of
 from .row_loss import row_options
-from .softmax_kernels import Sizes, column_kernel, label_kernel, row_kernel, scale_kernel
+from .softmax_kernels import PARTS, Bounds, Sizes, column_kernel, label_kernel, row_kernel, scale_kernel
 from .softmax_rows import BackwardTensors, LossTensors, loss_row, statistics_row, stats_backward_row
 from .statistics import computed_top, saved_top
 
@@ -47,19 +47,18 @@ def softmax_ce(
     """The scalar loss, the loss of each row, and the gradients of the scalar one that `mask` names."""
     # Programs that own classes read logits which others have written over.
     call = _Call(inputs, options, mask.logits, in_place and not mask.affine)
-    denominator = call.denominator() if mean else None
-    if not mean:
-        call.check_labels()
-    row_loss = call.new_rows()
-    of_rows = [call.new_rows() if needed else None for needed in mask[2:]]
     call.smooth_loss = needs_smooth_loss(options, rows) or mask.label_smoothing
     call.top = computed_top if needs_hinge(options, rows) else None
-    tensors = LossTensors(*launch.contiguous((row_loss, *of_rows, *rows, denominator)))
-    grads = call.run(loss_row, tensors, mask.affine)
-    loss = row_loss.sum() if rows.sample_weight is None else (row_loss * rows.sample_weight).sum()
-    if denominator is not None:
-        # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
-        loss = torch.where(denominator == 0, torch.nan, loss / denominator)
+    call.reduced, call.mean = True, mean
+    tile = call.row_tile(mask.affine)
+    # One sum of weights from each program of the first kernel, one of losses from each of the second.
+    parts = call.new(PARTS.value + call.programs(tile, mask.affine))
+    finished, loss = call.new(dtype=torch.int32), call.new()
+    call.check_labels(parts, finished)
+    row_loss = call.new_rows()
+    of_rows = [call.new_rows() if needed else None for needed in mask[2:]]
+    tensors = LossTensors(*launch.contiguous((row_loss, *of_rows, *rows, parts, finished, loss)))
+    grads = call.run(loss_row, tensors, tile, mask.affine)
     grads += [grad for grad in of_rows if grad is not None]
     if grad_scale != 1:
         for grad in grads:
@@ -77,7 +76,7 @@ def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> SoftmaxSta
     rows = {name: call.new_rows(dtype) if needed.get(name, True) else None for name, dtype in dtypes.items()}
     call.smooth_loss, call.prediction = options.smooth_loss, options.prediction
     call.top = computed_top if options.hinge else None
-    call.run(statistics_row, SoftmaxStatistics(**rows))  # type: ignore[arg-type]
+    call.run(statistics_row, SoftmaxStatistics(**rows), call.row_tile(False))  # type: ignore[arg-type]
     empty = {name: call.new(0, dtype=dtypes[name]) for name, values in rows.items() if values is None}
     return SoftmaxStatistics(**{**rows, **empty})  # type: ignore[arg-type]
 
@@ -100,17 +99,18 @@ def softmax_stats_backward(
     weight_sum = class_weight.sum() if call.smooth_loss and class_weight is not None else None
     grad_override = call.new_rows() if mask.target_override else None
     tensors = BackwardTensors(*launch.contiguous((*saved, *grads, weight_sum, grad_override)))
-    return call.run(stats_backward_row, tensors, mask.affine) + ([] if grad_override is None else [grad_override])
+    grads_of_logits = call.run(stats_backward_row, tensors, call.row_tile(mask.affine), mask.affine)
+    return grads_of_logits + ([] if grad_override is None else [grad_override])
 
 
 def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
-    """Multiplies a gradient by a 0-dim tensor on its device; programs leave at once when it is 1."""
+    """Multiplies a gradient by a 0-dim tensor on its device; the few programs leave at once when it is 1."""
     run = grad.permute(sorted(range(grad.dim()), key=grad.stride, reverse=True))
     if not run.is_contiguous():
         return grad.mul_(factor)
     block, warps = launch.SCALE
     dtype = launch.triton_dtype(compute_dtype(grad.dtype))
-    grid = (triton.cdiv(grad.numel(), block),)
+    grid = (launch.programs_at_once(triton.cdiv(grad.numel(), block), warps, grad.device),)
     launch.start(scale_kernel, grid, (run, factor, grad.numel()), grad.device, warps, T=dtype, BLOCK=block)
     return grad
 
@@ -118,7 +118,7 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
 class _Call:
     """The tensors of one call as kernels see them, its gradient, and which sums its rows need."""
 
-    smooth_loss = prediction = False
+    smooth_loss = prediction = reduced = mean = False
     sums = True
     top: Any = None  # finds the maximum of the hinge
 
@@ -153,57 +153,61 @@ class _Call:
     def new_rows(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.new(*self.logits.shape[:1], *self.logits.shape[2:], dtype=dtype)
 
-    def denominator(self) -> Tensor:
-        """What the mean divides by, on the device; labels are checked on the way."""
-        if self.soft:
-            return self.new().fill_(self.layout.outer * self.layout.inner)
-        weights = self.new_rows()
-        self.check_labels(weights)
-        return weights.sum()
-
-    def check_labels(self, weights: Tensor | None = None) -> None:
-        """Asserts on the device that labels are in range; fills `weights` with those of the rows' labels."""
-        if self.labels is None:
+    def check_labels(self, parts: Tensor | None = None, finished: Tensor | None = None) -> None:
+        """Asserts on the device that labels are in range; fills PARTS `parts` of the mean's denominator."""
+        if self.labels is None and parts is None:
             return
         rows, warps = launch.LABELS
-        sizes = self._sizes(rows)
-        arguments = (self.labels, weights, self.inputs.class_weight, self.row_view, sizes, self.layout.num_classes,
-                     self.ignore_index)  # fmt: skip
-        dtype = launch.triton_dtype(self.dtype)
-        self._start(label_kernel, (sizes.tiles,), arguments, launch.Tile(rows, 1, warps), T=dtype, ROWS=rows)
+        bounds = Bounds(self.layout.num_classes, self.ignore_index)
+        arguments = (self.labels, parts, finished, self.inputs.class_weight, self.row_view, self._sizes(rows), bounds)
+        constants = {"T": launch.triton_dtype(self.dtype), "ROWS": rows}
+        launch.start(label_kernel, (PARTS.value,), arguments, self.logits.device, warps, **constants)
 
-    def run(self, row: Any, row_tensors: Any, needs_columns: bool = False) -> list[Tensor]:
+    def programs(self, tile: launch.Tile, needs_columns: bool) -> int:
+        """Programs of the row kernel: those that run at a time, fewer where each keeps column sums."""
+        tiles, device = self._sizes(tile.rows).tiles, self.logits.device
+        if needs_columns and self._column_tile(tile) is None:
+            return launch.programs_for(tiles, device)
+        return launch.programs_at_once(tiles, tile.warps, device)
+
+    def run(
+        self, row: Any, row_tensors: Any, tile: launch.Tile, needs_columns: bool = False
+    ) -> list[Tensor]:
         """Runs a row function over all rows; returns the needed ones of the logits' gradient and column sums."""
         grads = [] if self.grad is None else [self.grad]
-        tile = self._row_tile(needs_columns)
+        programs = self.programs(tile, needs_columns)
         if not needs_columns:
-            self._run_rows(row, row_tensors, tile, self.outputs)
+            self._run_rows(row, row_tensors, tile, self.outputs, programs)
             return grads
-        separate = launch.column_tile(
-            tile, self.layout.num_classes, self.logits.dtype, self.contiguous_rows, self.extras, self.logits.device
-        )  # fmt: skip
-        if separate is not None:
-            # Programs that own classes follow, from the coefficients that each row leaves.
-            saved = self._new_saved()
-            self._run_rows(row, row_tensors, tile, _NO_OUTPUTS, saved=saved)
-            tile = separate
-        blocks = triton.cdiv(self.layout.num_classes, tile.block)
-        sizes = self._sizes(tile.rows)
-        programs = max(1, launch.programs_for(sizes.tiles, self.logits.device) // blocks)
-        sizes = sizes._replace(tiles_per_program=triton.cdiv(sizes.tiles, programs))
-        parts = [self.new(programs, self.layout.num_classes) for _ in range(2)]
-        outputs = self.outputs._replace(grad_scale=parts[0], grad_bias=parts[1])
+        separate = self._column_tile(tile)
         if separate is None:
-            self._run_rows(row, row_tensors, tile, outputs, programs, sizes.tiles_per_program)
-        else:
-            arguments = (self.inputs, outputs, saved, self.row_view, sizes, self._spec(None, tile))
-            self._start(column_kernel, (programs, blocks), arguments, tile)
+            parts, outputs = self._new_column_sums(programs)
+            self._run_rows(row, row_tensors, tile, outputs, programs)
+            return grads + [part.sum(0) for part in parts]
+        # Programs that own classes follow, from the coefficients that each row leaves.
+        saved = self._new_saved()
+        self._run_rows(row, row_tensors, tile, _NO_OUTPUTS, programs, saved)
+        blocks, sizes = triton.cdiv(self.layout.num_classes, separate.block), self._sizes(separate.rows)
+        programs = max(1, launch.programs_for(sizes.tiles, self.logits.device) // blocks)
+        parts, outputs = self._new_column_sums(programs)
+        arguments = (self.inputs, outputs, saved, self.row_view, sizes, self._spec(None, separate))
+        self._start(column_kernel, (programs, blocks), arguments, separate)
         return grads + [part.sum(0) for part in parts]
 
-    def _row_tile(self, needs_columns: bool) -> launch.Tile:
+    def _new_column_sums(self, programs: int) -> tuple[list[Tensor], Outputs]:
+        parts = [self.new(programs, self.layout.num_classes) for _ in range(2)]
+        return parts, self.outputs._replace(grad_scale=parts[0], grad_bias=parts[1])
+
+    def row_tile(self, needs_columns: bool) -> launch.Tile:
+        """The tile of the row kernel."""
         return launch.row_tile(
-            self.layout.num_classes, self.logits.dtype, self.contiguous_rows, needs_columns, self.extras,
-            self.logits.device,
+            self.layout.num_classes, self.logits.dtype, self.contiguous_rows, self.layout.align, needs_columns,
+            self.extras, self.logits.device,
+        )  # fmt: skip
+
+    def _column_tile(self, tile: launch.Tile) -> launch.Tile | None:
+        return launch.column_tile(
+            tile, self.layout.num_classes, self.logits.dtype, self.contiguous_rows, self.extras, self.logits.device
         )  # fmt: skip
 
     def _new_saved(self) -> Saved:
@@ -213,13 +217,12 @@ class _Call:
         return Saved(self.new(SAVED, rows), hinge, first_top)
 
     def _run_rows(
-        self, row: Any, row_tensors: Any, tile: launch.Tile, outputs: Outputs, programs: int | None = None,
-        tiles_per_program: int = 1, saved: Saved = _NOT_SAVED,
+        self, row: Any, row_tensors: Any, tile: launch.Tile, outputs: Outputs, programs: int,
+        saved: Saved = _NOT_SAVED,
     ) -> None:  # fmt: skip
-        sizes = self._sizes(tile.rows)._replace(tiles_per_program=tiles_per_program)
-        arguments = (self.inputs, outputs, saved, row_tensors, self.row_view, sizes, self.options,
+        arguments = (self.inputs, outputs, saved, row_tensors, self.row_view, self._sizes(tile.rows), self.options,
                      self._spec(row, tile))  # fmt: skip
-        self._start(row_kernel, (sizes.tiles if programs is None else programs,), arguments, tile)
+        self._start(row_kernel, (programs,), arguments, tile)
 
     def _spec(self, row: Any, tile: launch.Tile) -> Spec:
         layout, override = self.layout, self.inputs.target_override is not None
@@ -231,18 +234,21 @@ class _Call:
             sums=self.sums,
             smooth_loss=self.smooth_loss,
             prediction=self.prediction,
+            reduced=self.reduced,
+            mean=self.mean,
             dtype=launch.triton_dtype(self.dtype),
             rows=tile.rows,
             block=tile.block,
-            one_block=layout.num_classes <= tile.block,
+            chunks=0 if tile.loop else triton.cdiv(layout.num_classes, tile.block),
             align=layout.align,
+            flat=layout.outer == 1,
         )
 
     def _sizes(self, rows: int) -> Sizes:
         layout = self.layout
         inner_tiles = triton.cdiv(layout.inner, rows)
         units = layout.num_classes // layout.align
-        return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles, 1)
+        return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles)
 
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any

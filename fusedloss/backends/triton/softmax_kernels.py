@@ -1,8 +1,9 @@
 """The softmax kernels: sweeps over tiles of rows, made of the pieces in ``blocks`` and a row function.
 
-Rows that fit in registers are read once. Longer ones are read twice by the same program, so that the second
-read finds in the cache what the first left there. Column sums of long rows take a kernel whose programs own
-classes.
+Rows that fit in registers are read once and held as they are stored, in blocks of one warp's reach where that suffices:
+whole rows then go to warps, and no barrier is needed. Longer rows are read twice by the same program, so that the
+second read finds in the cache what the first left there. Column sums of long rows take a kernel whose programs own
+classes. Programs are as many as a GPU runs at a time, and take one tile after another.
 """
 
 from __future__ import annotations
@@ -12,9 +13,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import read_block, read_label, rows_of_tile
+from .blocks import block_of, load_logits, load_probabilities, read_block, read_label, rows_of_tile
 from .grad_logits import add_columns, grad_of_block, load_coefficients, store_coefficients, write_columns, write_grad
-from .statistics import add_block, add_hinge, no_hinge, no_sums
+from .statistics import (
+    NO_CLASS,
+    HingeSums,
+    RowSums,
+    add_block,
+    add_hinge,
+    block_sums,
+    hinge_sums,
+    no_hinge,
+    no_sums,
+    shift_of,
+    without_label,
+)
 
 
 class Sizes(NamedTuple):
@@ -25,45 +38,150 @@ class Sizes(NamedTuple):
     inner: int
     inner_tiles: int
     tiles: int
-    tiles_per_program: int
+
+
+class Bounds(NamedTuple):
+    """Which labels there are."""
+
+    num_classes: int
+    ignore_index: int
 
 
 class Written(NamedTuple):
-    """dL/dz and the logits of a tile."""
+    """dL/dz and the logits of a tile of one block, and the losses of its rows as they count in the sum."""
 
     grad: Any
     x: Any
+    loss: Any
+
+
+# Programs of label_kernel, each of which leaves a sum of weights; the programs of row_kernel leave theirs behind these.
+PARTS = tl.constexpr(64)
+PARTS_AT_ONCE = tl.constexpr(1024)
 
 
 @triton.jit
-def tile_in_registers(tile, inputs, outputs, saved, row_tensors, row_view, sizes, options, spec):
-    """Rows of one block: sums, hinge, row function and gradient from one read of the logits."""
+def held_block(i: tl.constexpr, held, inputs, label, num_classes, spec):
+    """Block i of rows that are held in registers."""
+    classes = i * spec.block + tl.arange(0, spec.block)
+    whole: tl.constexpr = i < spec.chunks - 1
+    if spec.soft:
+        return block_of(held[i], held[spec.chunks + i], inputs, label, classes, num_classes, spec, whole)
+    else:
+        return block_of(held[i], held[i], inputs, label, classes, num_classes, spec, whole)
+
+
+@triton.jit
+def hold_rows(inputs, rows, num_classes, spec):
+    """The stored logits of all blocks of the rows, then the probabilities."""
+    held = ()
+    for i in tl.static_range(spec.chunks):
+        classes = i * spec.block + tl.arange(0, spec.block)
+        held = held + (load_logits(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
+    if spec.soft:
+        for i in tl.static_range(spec.chunks):
+            classes = i * spec.block + tl.arange(0, spec.block)
+            held = held + (load_probabilities(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
+    return held
+
+
+@triton.jit
+def sums_of_held(held, inputs, label, num_classes, spec):
+    """The rows' sums: added up class by class over the blocks, and over threads once."""
+    top = tl.full([spec.rows, spec.block], float("-inf"), spec.dtype)
+    for i in tl.static_range(spec.chunks):
+        classes = i * spec.block + tl.arange(0, spec.block)
+        block = held_block(i, held, inputs, label, num_classes, spec)
+        top = tl.maximum(top, without_label(block, label, classes, spec))
+    row_top = tl.max(top, 1)
+    shift = shift_of(row_top)
+    others = tl.zeros([spec.rows, spec.block], spec.dtype)
+    weight, smooth, soft_weight, soft = others, others, others, others
+    first_top = tl.full([spec.rows, spec.block], NO_CLASS, tl.int32)
+    first_nan = first_top
+    for i in tl.static_range(spec.chunks):
+        classes = i * spec.block + tl.arange(0, spec.block)
+        block = held_block(i, held, inputs, label, num_classes, spec)
+        z = without_label(block, label, classes, spec)
+        added = block_sums(block, z, shift, label, classes, spec)
+        others += added.others
+        if spec.smooth_loss:
+            weight += added.weight
+            smooth += added.smooth
+        if spec.soft:
+            soft_weight += added.soft_weight
+            soft += added.soft
+        if spec.prediction:
+            first_top = tl.minimum(first_top, tl.where(z == row_top[:, None], classes[None, :], NO_CLASS))
+            first_nan = tl.minimum(first_nan, tl.where(z != z, classes[None, :], NO_CLASS))
+    none = tl.zeros([spec.rows], spec.dtype)
+    of_weight, of_smooth, of_soft_weight, of_soft = none, none, none, none
+    if spec.smooth_loss:
+        of_weight, of_smooth = tl.sum(weight, 1), tl.sum(smooth, 1)
+    if spec.soft:
+        of_soft_weight, of_soft = tl.sum(soft_weight, 1), tl.sum(soft, 1)
+    of_first_top, of_first_nan = none.to(tl.int32), none.to(tl.int32)
+    if spec.prediction:
+        of_first_top, of_first_nan = tl.min(first_top, 1), tl.min(first_nan, 1)
+    return RowSums(row_top, tl.sum(others, 1), of_weight, of_smooth, of_soft_weight, of_soft, of_first_top,
+                   of_first_nan)  # fmt: skip
+
+
+@triton.jit
+def hinge_of_held(hinge, held, inputs, label, num_classes, spec):
+    total = tl.zeros([spec.rows, spec.block], spec.dtype)
+    violations = total
+    first = tl.full([spec.rows, spec.block], NO_CLASS, tl.int32)
+    for i in tl.static_range(spec.chunks):
+        classes = i * spec.block + tl.arange(0, spec.block)
+        block = held_block(i, held, inputs, label, num_classes, spec)
+        added = hinge_sums(hinge, block, classes, num_classes, spec.dtype)
+        total += added.total
+        violations += added.violations
+        first = tl.minimum(first, added.first)
+    return HingeSums(hinge.top, hinge.threshold, tl.sum(total, 1), tl.sum(violations, 1), tl.min(first, 1))
+
+
+@triton.jit
+def tile_in_registers(
+    tile, inputs, outputs, saved, row_tensors, denominator, row_view, sizes, options, spec
+):  # fmt: skip
+    """Rows that are read once: sums, hinge, row function and gradient from what registers hold."""
     num_classes = sizes.class_units * spec.align
-    rows = rows_of_tile(tile, sizes, row_view, spec.rows)
+    rows = rows_of_tile(tile, sizes, row_view, spec.rows, spec.flat)
+    held = hold_rows(inputs, rows, num_classes, spec)
     label = read_label(inputs, rows, num_classes, spec)
-    classes = tl.arange(0, spec.block)
-    block = read_block(inputs, rows, label, classes, num_classes, spec)
     sums = no_sums(rows, spec.dtype)
     if spec.sums:
-        sums = add_block(sums, block, label, classes, spec)
+        sums = sums_of_held(held, inputs, label, num_classes, spec)
     hinge = None
     if spec.top is not None:
         hinge = no_hinge(spec.top(rows, sums, label, row_tensors, spec), rows, options.penalty_margin, spec.dtype)
-        hinge = add_hinge(hinge, block, classes, num_classes, spec.dtype)
-    coefficients = spec.row(rows, sums, hinge, label, num_classes, options, row_tensors, spec)
+        hinge = hinge_of_held(hinge, held, inputs, label, num_classes, spec)
+    coefficients = spec.row(rows, sums, hinge, label, num_classes, denominator, options, row_tensors, spec)
     if saved.coefficients is not None:
         store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
-    grad = grad_of_block(coefficients, block, label, classes, spec)
     if outputs.grad_logits is not None:
-        write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
-    return Written(grad, block.x)
+        for i in tl.static_range(spec.chunks):
+            classes = i * spec.block + tl.arange(0, spec.block)
+            block = held_block(i, held, inputs, label, num_classes, spec)
+            grad = grad_of_block(coefficients, block, label, classes, spec)
+            write_grad(
+                inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec, i < spec.chunks - 1
+            )  # fmt: skip
+    # Column sums are kept beside rows of one block only.
+    classes = tl.arange(0, spec.block)
+    block = held_block(0, held, inputs, label, num_classes, spec)
+    return Written(grad_of_block(coefficients, block, label, classes, spec), block.x, coefficients.loss)
 
 
 @triton.jit
-def tile_in_steps(tile, inputs, outputs, saved, row_tensors, row_view, sizes, options, spec):
+def tile_in_steps(
+    tile, inputs, outputs, saved, row_tensors, denominator, row_view, sizes, options, spec
+):  # fmt: skip
     """Longer rows, block by block: a pass for the sums, one for a hinge, and another for the gradient."""
     num_classes = sizes.class_units * spec.align
-    rows = rows_of_tile(tile, sizes, row_view, spec.rows)
+    rows = rows_of_tile(tile, sizes, row_view, spec.rows, spec.flat)
     label = read_label(inputs, rows, num_classes, spec)
     sums = no_sums(rows, spec.dtype)
     if spec.sums:
@@ -78,7 +196,7 @@ def tile_in_steps(tile, inputs, outputs, saved, row_tensors, row_view, sizes, op
             classes = start + tl.arange(0, spec.block)
             block = read_block(inputs, rows, label, classes, num_classes, spec)
             hinge = add_hinge(hinge, block, classes, num_classes, spec.dtype)
-    coefficients = spec.row(rows, sums, hinge, label, num_classes, options, row_tensors, spec)
+    coefficients = spec.row(rows, sums, hinge, label, num_classes, denominator, options, row_tensors, spec)
     if saved.coefficients is not None:
         store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
     if outputs.grad_logits is not None:
@@ -87,39 +205,67 @@ def tile_in_steps(tile, inputs, outputs, saved, row_tensors, row_view, sizes, op
             block = read_block(inputs, rows, label, classes, num_classes, spec)
             grad = grad_of_block(coefficients, block, label, classes, spec)
             write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
+    return coefficients.loss
+
+
+@triton.jit
+def finish_loss(row_tensors, total, denominator, spec):
+    """Leaves what this program's rows add to the loss; the last program to come adds all up, in a fixed order."""
+    programs = tl.num_programs(0)
+    parts = row_tensors.parts + PARTS
+    tl.store(parts + tl.program_id(0), tl.sum(total, 0))
+    tl.debug_barrier()
+    if tl.atomic_add(row_tensors.finished, 1, sem="acq_rel") == programs - 1:
+        sums = tl.zeros([PARTS_AT_ONCE], spec.dtype)
+        for start in range(0, programs, PARTS_AT_ONCE):
+            places = start + tl.arange(0, PARTS_AT_ONCE)
+            # Written by other multiprocessors: not to be found in this one's cache.
+            sums += tl.load(parts + places, mask=places < programs, other=0.0, cache_modifier=".cg")
+        loss = tl.sum(sums, 0)
+        if spec.mean:
+            # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
+            loss = tl.where(denominator == 0, float("nan"), loss / denominator)
+        tl.store(row_tensors.loss, loss)
 
 
 # Triton's launcher has an `options` of its own.
 @triton.jit(do_not_specialize=["row_options"])
 def row_kernel(inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec):
-    """One tile per program, or a run of tiles where the program keeps column sums."""
-    program = tl.program_id(0)
-    if not spec.one_block:
-        tile_in_steps(program, inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec)
-    elif outputs.grad_scale is None:
-        tile_in_registers(program, inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec)
-    else:
-        scale_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
-        bias_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
-        first = program * sizes.tiles_per_program
-        for tile in range(first, tl.minimum(first + sizes.tiles_per_program, sizes.tiles)):
+    """Each program takes one tile after another, and keeps column sums where rows are one block."""
+    total = tl.zeros([spec.rows], spec.dtype)
+    denominator = 1.0
+    if spec.mean:
+        denominator = tl.sum(tl.load(row_tensors.parts + tl.arange(0, PARTS)), 0)
+    scale_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
+    bias_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
+    for tile in range(tl.program_id(0), sizes.tiles, tl.num_programs(0)):
+        if spec.chunks > 0:
             written = tile_in_registers(
-                tile, inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec
+                tile, inputs, outputs, saved, row_tensors, denominator, row_view, sizes, row_options, spec
             )  # fmt: skip
-            scale_sum, bias_sum = add_columns(scale_sum, bias_sum, written.grad, written.x)
-        write_columns(outputs, scale_sum, bias_sum, program, tl.arange(0, spec.block), sizes.class_units * spec.align)
+            total += written.loss
+            if outputs.grad_scale is not None:
+                scale_sum, bias_sum = add_columns(scale_sum, bias_sum, written.grad, written.x)
+        else:
+            total += tile_in_steps(
+                tile, inputs, outputs, saved, row_tensors, denominator, row_view, sizes, row_options, spec
+            )  # fmt: skip
+    if outputs.grad_scale is not None:
+        classes = tl.arange(0, spec.block)
+        write_columns(outputs, scale_sum, bias_sum, tl.program_id(0), classes, sizes.class_units * spec.align)
+    if spec.reduced:
+        finish_loss(row_tensors, total, denominator, spec)
 
 
 @triton.jit
 def column_kernel(inputs, outputs, saved, row_view, sizes, spec):
-    """Gradient and column sums of a block of classes over a run of tiles, from the coefficients of row_kernel."""
+    """Gradient and column sums of a block of classes over many tiles, from the coefficients of row_kernel."""
     num_classes = sizes.class_units * spec.align
     classes = tl.program_id(1) * spec.block + tl.arange(0, spec.block)
     scale_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
     bias_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
-    first = tl.program_id(0) * sizes.tiles_per_program
-    for tile in range(first, tl.minimum(first + sizes.tiles_per_program, sizes.tiles)):
-        rows = rows_of_tile(tile, sizes, row_view, spec.rows)
+    for tile in range(tl.program_id(0), sizes.tiles, tl.num_programs(0)):
+        rows = rows_of_tile(tile, sizes, row_view, spec.rows, spec.flat)
         label = read_label(inputs, rows, num_classes, spec)
         coefficients = load_coefficients(saved, rows, sizes.rows)
         block = read_block(inputs, rows, label, classes, num_classes, spec)
@@ -131,27 +277,35 @@ def column_kernel(inputs, outputs, saved, row_view, sizes, spec):
 
 
 @triton.jit(debug=True)
-def label_kernel(
-    labels, weights, class_weight, row_view, sizes, num_classes, ignore_index, T: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """What each row adds to the mean's denominator; a label out of range fails a device assertion."""
-    rows = rows_of_tile(tl.program_id(0), sizes, row_view, ROWS)
-    place = labels.pointer + rows.outer * labels.outer_step + rows.inner * labels.inner_step
-    label = tl.load(place, mask=rows.valid, other=0)
-    kept = rows.valid & (label != ignore_index)
-    inside = kept & (label >= 0) & (label < num_classes)
-    tl.device_assert(inside | (kept == 0), "target: a label is outside [0, number of classes)")
-    if weights is not None:
-        weight = inside.to(T)
-        if class_weight is not None:
-            weight = tl.load(class_weight + label, mask=inside, other=0.0)
-        tl.store(weights + rows.index, weight, mask=rows.valid)
+def label_kernel(labels, parts, finished, class_weight, row_view, sizes, bounds, T: tl.constexpr, ROWS: tl.constexpr):
+    """What rows add to the mean's denominator, in PARTS sums; a label out of range fails a device assertion."""
+    total = tl.zeros([ROWS], T)
+    for tile in range(tl.program_id(0), sizes.tiles, tl.num_programs(0)):
+        rows = rows_of_tile(tile, sizes, row_view, ROWS, False)
+        weight = rows.valid.to(T)
+        if labels is not None:
+            place = labels.pointer + rows.outer * labels.outer_step + rows.inner * labels.inner_step
+            label = tl.load(place, mask=rows.valid, other=0)
+            kept = rows.valid & (label != bounds.ignore_index)
+            inside = kept & (label >= 0) & (label < bounds.num_classes)
+            tl.device_assert(inside | (kept == 0), "target: a label is outside [0, number of classes)")
+            weight = inside.to(T)
+            if class_weight is not None:
+                weight = tl.load(class_weight + label, mask=inside, other=0.0)
+        total += weight
+    if parts is not None:
+        tl.store(parts + tl.program_id(0), tl.sum(total, 0))
+    if finished is not None:
+        if tl.program_id(0) == 0:
+            tl.store(finished, 0)
 
 
 @triton.jit
 def scale_kernel(gradient, factor, count, T: tl.constexpr, BLOCK: tl.constexpr):
     scale = tl.load(factor).to(T)
     if scale != 1.0:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(gradient + place, mask=place < count, other=0.0).to(T) * scale
-        tl.store(gradient + place, value.to(gradient.dtype.element_ty), mask=place < count)
+        for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            # In 64 bits; the interpreter counts in Python's integers.
+            place = (tl.program_id(0).to(tl.int64) * 0 + block) * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(gradient + place, mask=place < count, other=0.0).to(T) * scale
+            tl.store(gradient + place, value.to(gradient.dtype.element_ty), mask=place < count)

@@ -25,7 +25,9 @@ class LossTensors(NamedTuple):
     label_smoothing: Any
     sample_weight: Any
     penalty_strength: Any
-    denominator: Any  # one number
+    parts: Any  # see ``softmax_kernels.PARTS``
+    finished: Any  # how many programs have left their part
+    loss: Any  # one number
 
 
 class BackwardTensors(NamedTuple):
@@ -45,16 +47,6 @@ class BackwardTensors(NamedTuple):
 
 
 @triton.jit
-def loss_scale(rows, row_tensors, T: tl.constexpr):
-    scale = tl.zeros(rows.valid.shape, T) + 1.0
-    if row_tensors.sample_weight is not None:
-        scale = tl.load(row_tensors.sample_weight + rows.index, mask=rows.valid, other=0.0)
-    if row_tensors.denominator is not None:
-        scale = scale / tl.load(row_tensors.denominator)
-    return scale
-
-
-@triton.jit
 def store_rows(pointer, values, rows, kept):
     """0 where not kept; nothing where there is no tensor."""
     if pointer is not None:
@@ -62,22 +54,28 @@ def store_rows(pointer, values, rows, kept):
 
 
 @triton.jit
-def loss_row(rows, sums, hinge, label, num_classes, options, row_tensors, spec):
+def loss_row(rows, sums, hinge, label, num_classes, denominator, options, row_tensors, spec):
     """softmax_ce: the loss of each row, and its gradient."""
     statistics = statistics_of(sums, hinge, label, spec)
     loss = row_loss(statistics, options, row_tensors, rows, num_classes, spec)
     store_rows(row_tensors.row_loss, loss.value, rows, label.kept)
-    scale = loss_scale(rows, row_tensors, spec.dtype)
+    weight = tl.zeros(rows.valid.shape, spec.dtype) + 1.0
+    if row_tensors.sample_weight is not None:
+        weight = tl.load(row_tensors.sample_weight + rows.index, mask=rows.valid, other=0.0)
+    scale = weight
+    if spec.mean:
+        scale = weight / denominator
     store_rows(row_tensors.grad_label_smoothing, scale * loss.label_smoothing, rows, label.kept)
     store_rows(row_tensors.grad_penalty_strength, scale * loss.penalty_strength, rows, label.kept)
     partials = scaled_partials(loss, scale)
-    coefficients = grad_coefficients(partials, statistics, hinge, label, label.kept, spec)
+    counted = tl.where(label.kept, loss.value * weight, 0.0)
+    coefficients = grad_coefficients(partials, statistics, hinge, label, label.kept, spec, counted)
     store_rows(row_tensors.grad_target_override, coefficients.target, rows, label.kept)
     return coefficients
 
 
 @triton.jit
-def statistics_row(rows, sums, hinge, label, num_classes, options, outputs, spec):
+def statistics_row(rows, sums, hinge, label, num_classes, denominator, options, outputs, spec):
     """softmax_stats, whose SoftmaxStatistics are `outputs`."""
     statistics = statistics_of(sums, hinge, label, spec)
     store_rows(outputs.row_max, statistics.row_max, rows, rows.valid)
@@ -94,7 +92,7 @@ def statistics_row(rows, sums, hinge, label, num_classes, options, outputs, spec
         store_rows(outputs.confidence, confidence, rows, rows.valid)
     # No coefficients: what would be computed from these is never written, and the compiler drops it.
     none = statistics.shift
-    return GradCoefficients(none, none, none, none, label.kept, none, none, none, none)
+    return GradCoefficients(none, none, none, none, label.kept, none, none, none, none, none)
 
 
 @triton.jit
@@ -136,7 +134,7 @@ def upstream_partials(rows, kept, grads, spec):
 
 
 @triton.jit
-def stats_backward_row(rows, sums, hinge, label, num_classes, options, row_tensors, spec):
+def stats_backward_row(rows, sums, hinge, label, num_classes, denominator, options, row_tensors, spec):
     """softmax_stats_backward: the gradient under any gradients of the statistics."""
     statistics = saved_statistics(rows, label, sums.soft_weight, num_classes, row_tensors, spec, True)
     partials = upstream_partials(rows, label.kept, row_tensors, spec)

@@ -26,6 +26,16 @@ class RowSums(NamedTuple):
     first_nan: Any
 
 
+class BlockSums(NamedTuple):
+    """What each class adds to RowSums, (rows, block), with the shift known."""
+
+    others: Any
+    weight: Any
+    smooth: Any
+    soft_weight: Any
+    soft: Any
+
+
 class HingeSums(NamedTuple):
     """What a second pass leaves of the hinge sum_j relu(threshold - z_j), threshold = max z - margin."""
 
@@ -70,32 +80,60 @@ def no_sums(rows, T: tl.constexpr):
 
 
 @triton.jit
+def exp(x, T: tl.constexpr):
+    """exp(x); the base 2 takes a third of the instructions in float32, and makes what is below 2^-126 zero."""
+    if T == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def differences(weight, z, shift):
     # A weight of 0 counts 0 even where z is -inf.
     return tl.where(weight == 0, 0.0, weight * (shift[:, None] - z))
 
 
 @triton.jit
+def without_label(block, label, classes, spec):
+    """z, -inf at a label with a target_override."""
+    if spec.override:
+        return tl.where(is_label(classes, label), float("-inf"), block.z)
+    else:
+        return block.z
+
+
+@triton.jit
+def block_sums(block, z, shift, label, classes, spec):
+    """What a block adds to the sums about `shift`; z is that of ``without_label``."""
+    e = exp(z - shift[:, None], spec.dtype)
+    if not spec.soft:
+        e = tl.where(is_label(classes, label), 0.0, e)
+    smooth, soft = e, e
+    if spec.smooth_loss:
+        smooth = differences(block.weight, block.z, shift)
+    if spec.soft:
+        soft = differences(block.soft, block.z, shift)
+    return BlockSums(e, block.weight, smooth, block.soft, soft)
+
+
+@triton.jit
 def add_block(sums, block, label, classes, spec):
     """The sums of a row after one more block of its classes, all about the new maximum."""
-    z = block.z
-    if spec.override:
-        z = tl.where(is_label(classes, label), float("-inf"), z)
+    z = without_label(block, label, classes, spec)
     block_top = tl.max(z, 1)
     top = tl.maximum(sums.top, block_top)
     shift = shift_of(top)
     moved = shift - shift_of(sums.top)
-    e = tl.exp(z - shift[:, None])
-    if not spec.soft:
-        e = tl.where(is_label(classes, label), 0.0, e)
-    others = sums.others * tl.exp(sums.top - shift) + tl.sum(e, 1)
+    added = block_sums(block, z, shift, label, classes, spec)
+    others = sums.others * tl.exp(sums.top - shift) + tl.sum(added.others, 1)
     weight, smooth, soft_weight, soft = sums.weight, sums.smooth, sums.soft_weight, sums.soft
     if spec.smooth_loss:
-        smooth = smooth + moved * weight + tl.sum(differences(block.weight, block.z, shift), 1)
-        weight = weight + tl.sum(block.weight, 1)
+        smooth = smooth + moved * weight + tl.sum(added.smooth, 1)
+        weight = weight + tl.sum(added.weight, 1)
     if spec.soft:
-        soft = soft + moved * soft_weight + tl.sum(differences(block.soft, block.z, shift), 1)
-        soft_weight = soft_weight + tl.sum(block.soft, 1)
+        soft = soft + moved * soft_weight + tl.sum(added.soft, 1)
+        soft_weight = soft_weight + tl.sum(added.soft_weight, 1)
     first_top, first_nan = sums.first_top, sums.first_nan
     if spec.prediction:
         at_top = tl.min(tl.where(z == block_top[:, None], classes[None, :], NO_CLASS), 1)
@@ -197,12 +235,21 @@ def no_hinge(top, rows, penalty_margin, T: tl.constexpr):
 
 
 @triton.jit
-def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
-    """The hinge's sums after one more block."""
+def hinge_sums(hinge, block, classes, num_classes, T: tl.constexpr):
+    """What each class adds to the hinge's sums: `total`, `violations`, and its number where it is the maximum."""
     inside = (classes < num_classes)[None, :]
     threshold = hinge.threshold[:, None]
     # NaN is no violation and stays in the sum.
-    total = hinge.total + tl.sum(tl.where(inside & ((block.z >= threshold) == 0), threshold - block.z, 0.0), 1)
-    violations = hinge.violations + tl.sum((inside & (block.z < threshold)).to(T), 1)
-    at_top = tl.min(tl.where(block.z == hinge.top[:, None], classes[None, :], NO_CLASS), 1)
-    return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, at_top))
+    total = tl.where(inside & ((block.z >= threshold) == 0), threshold - block.z, 0.0)
+    violations = (inside & (block.z < threshold)).to(T)
+    first = tl.where(block.z == hinge.top[:, None], classes[None, :], NO_CLASS)
+    return HingeSums(hinge.top, hinge.threshold, total, violations, first)
+
+
+@triton.jit
+def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
+    """The hinge's sums after one more block."""
+    added = hinge_sums(hinge, block, classes, num_classes, T)
+    total = hinge.total + tl.sum(added.total, 1)
+    violations = hinge.violations + tl.sum(added.violations, 1)
+    return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, tl.min(added.first, 1)))
