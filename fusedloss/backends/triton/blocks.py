@@ -51,6 +51,7 @@ class Spec(NamedTuple):
     rows: Any  # of a tile
     block: Any  # classes of a tile
     chunks: Any  # blocks of a row that are held in registers; 0: rows are read block by block, twice
+    wide: Any  # whether registers hold what is computed with, and not what is stored
     align: Any  # see ``layout``
     flat: Any  # whether all rows are one run, so that no division finds a tile's place
 
@@ -85,6 +86,13 @@ class Label(NamedTuple):
     bad: Any
     plain: Any
     override_grad: Any
+
+
+class Weights(NamedTuple):
+    """Class weights w of a block, and w * q (w with labels)."""
+
+    weight: Any
+    soft: Any
 
 
 class Block(NamedTuple):
@@ -150,7 +158,7 @@ def tanh(x, T: tl.constexpr):
 def tanh_cap(x, soft_cap, T: tl.constexpr):
     """c(x) = soft_cap * tanh(x / soft_cap)."""
     cap = number(soft_cap, T)
-    return cap * tanh(x / cap, T)
+    return cap * tanh(x * (1.0 / cap), T)
 
 
 @triton.jit
@@ -160,6 +168,17 @@ def load_some(place, mask, other, WHOLE: tl.constexpr):
         return tl.load(place)
     else:
         return tl.load(place, mask=mask, other=other)
+
+
+@triton.jit
+def masked(inside, ready, WHOLE: tl.constexpr):
+    """The mask of values of classes: `ready` is True but for rows of NaN, and known only when they may be loaded."""
+    if ready is None:
+        return inside
+    elif WHOLE:
+        return tl.broadcast_to(ready[:, None], inside.shape)
+    else:
+        return inside & ready[:, None]
 
 
 @triton.jit
@@ -218,25 +237,33 @@ def load_probabilities(inputs, rows, classes, num_classes, spec, WHOLE: tl.const
 
 
 @triton.jit
-def block_of(logits, probabilities, inputs, label, classes, num_classes, spec, WHOLE: tl.constexpr):
-    """The block of stored values; WHOLE says that all its classes exist, and only spec.soft reads probabilities."""
-    x = logits.to(spec.dtype)
-    if inputs.soft_cap is not None:
-        x = tanh_cap(x, inputs.soft_cap, spec.dtype)
+def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.constexpr):
     places = class_places(classes, spec)
     inside = places < num_classes
-    z = affine(x, inputs.scale, inputs.bias, places, inside, WHOLE)
-    if not WHOLE:
-        z = tl.where(inside, z, float("-inf"))
-    if inputs.target_override is not None:
-        z = tl.where(is_label(classes, label), label.logit[:, None], z)
     weight = inside.to(spec.dtype)
     if inputs.class_weight is not None:
         weight = load_some(inputs.class_weight + places, inside, 0.0, WHOLE)
     soft = weight
     if spec.soft:
         soft = probabilities.to(spec.dtype) * weight
-    return Block(x, z, weight, soft)
+    return Weights(weight, soft)
+
+
+@triton.jit
+def block_of(logits, probabilities, inputs, label, classes, num_classes, ready, spec, WHOLE: tl.constexpr):
+    """The block of stored values; WHOLE says that all its classes exist, and only spec.soft reads probabilities."""
+    x = logits.to(spec.dtype)
+    if inputs.soft_cap is not None:
+        x = tanh_cap(x, inputs.soft_cap, spec.dtype)
+    places = class_places(classes, spec)
+    inside = places < num_classes
+    z = affine(x, inputs.scale, inputs.bias, places, masked(inside, ready, WHOLE), WHOLE and ready is None)
+    if not WHOLE:
+        z = tl.where(inside, z, float("-inf"))
+    if inputs.target_override is not None:
+        z = tl.where(is_label(classes, label), label.logit[:, None], z)
+    weights = class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE)
+    return Block(x, z, weights.weight, weights.soft)
 
 
 @triton.jit
@@ -246,7 +273,7 @@ def read_block(inputs, rows, label, classes, num_classes, spec):
     probabilities = logits
     if spec.soft:
         probabilities = load_probabilities(inputs, rows, classes, num_classes, spec, False)
-    return block_of(logits, probabilities, inputs, label, classes, num_classes, spec, False)
+    return block_of(logits, probabilities, inputs, label, classes, num_classes, None, spec, False)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import addresses, class_places, is_label, load_some, number
+from .blocks import addresses, class_places, is_label, load_some, masked, number
 from .row_loss import GradCoefficients
 from .statistics import exp
 
@@ -94,11 +94,16 @@ def write_grad(
 ):  # fmt: skip
     """dL/dx from dL/dz, and at a label with a target_override from the gradient of that."""
     if inputs.soft_cap is not None:
-        ratio = block.x / number(inputs.soft_cap, spec.dtype)
+        ratio = block.x * (1.0 / number(inputs.soft_cap, spec.dtype))
         grad = grad * ((1.0 - ratio) * (1.0 + ratio))
     if inputs.scale is not None:
         places = class_places(classes, spec)
-        grad = grad * load_some(inputs.scale + places, places < num_classes, 0.0, WHOLE)
+        inside = places < num_classes
+        if spec.chunks > 0:
+            ready = coefficients.softmax == coefficients.softmax
+            grad = grad * load_some(inputs.scale + places, masked(inside, ready, WHOLE), 0.0, False)
+        else:
+            grad = grad * load_some(inputs.scale + places, inside, 0.0, False)
     if inputs.target_override_grad is not None:
         grad = tl.where(is_label(classes, label), (coefficients.target * label.override_grad)[:, None], grad)
     place = addresses(

@@ -53,6 +53,7 @@ _WIDEST_COLUMNS = {torch.float32: 4096, torch.float64: 2048}
 _SMALLEST_BLOCK = 16
 _WIDEST_FEATURES = {torch.float32: 512, torch.float64: 256}
 _WIDEST_PRODUCTS = 512
+_MOST_HELD_WIDE = 40
 LABELS = (1024, 4)  # rows and warps of the label kernel
 SCALE = (4096, 8)  # values and warps of the scaling kernel
 # Column sums live in registers over all tiles of a program: enough programs to fill the GPU, no more.
@@ -182,6 +183,11 @@ def options(warps: int, stages: int = 1) -> dict[str, Any]:
 def most_registers(warps: int) -> int:
     """Registers of a thread when one program of so many warps has a multiprocessor to itself."""
     return min(_REGISTERS // (32 * warps), 255)
+
+
+def most_held_wide(warps: int) -> int:
+    """How many values of a row a thread may hold in the compute type, and not as they are stored."""
+    return min(_MOST_HELD_WIDE, most_registers(warps) // 4)
 
 
 def float64_bits(value: float) -> int:

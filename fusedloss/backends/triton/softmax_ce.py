@@ -226,6 +226,7 @@ class _Call:
 
     def _spec(self, row: Any, tile: launch.Tile) -> Spec:
         layout, override = self.layout, self.inputs.target_override is not None
+        chunks = 0 if tile.loop else triton.cdiv(layout.num_classes, tile.block)
         return spec_of(
             row=row,
             top=self.top,
@@ -239,7 +240,8 @@ class _Call:
             dtype=launch.triton_dtype(self.dtype),
             rows=tile.rows,
             block=tile.block,
-            chunks=0 if tile.loop else triton.cdiv(layout.num_classes, tile.block),
+            chunks=chunks,
+            wide=chunks * tile.block * tile.rows <= launch.most_held_wide(tile.warps) * 32 * tile.warps,
             align=layout.align,
             flat=layout.outer == 1,
         )

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import block_of, load_logits, load_probabilities, read_block, read_label, rows_of_tile
+from .blocks import (
+    Block,
+    block_of,
+    class_weights,
+    load_logits,
+    load_probabilities,
+    read_block,
+    read_label,
+    rows_of_tile,
+)
 from .grad_logits import add_columns, grad_of_block, load_coefficients, store_coefficients, write_columns, write_grad
 from .statistics import (
     NO_CLASS,
@@ -61,28 +70,48 @@ PARTS_AT_ONCE = tl.constexpr(1024)
 
 
 @triton.jit
-def held_block(i: tl.constexpr, held, inputs, label, num_classes, spec):
-    """Block i of rows that are held in registers."""
-    classes = i * spec.block + tl.arange(0, spec.block)
-    whole: tl.constexpr = i < spec.chunks - 1
-    if spec.soft:
-        return block_of(held[i], held[spec.chunks + i], inputs, label, classes, num_classes, spec, whole)
-    else:
-        return block_of(held[i], held[i], inputs, label, classes, num_classes, spec, whole)
-
-
-@triton.jit
-def hold_rows(inputs, rows, num_classes, spec):
-    """The stored logits of all blocks of the rows, then the probabilities."""
-    held = ()
+def load_held(inputs, rows, num_classes, spec):
+    """What is stored of the rows: the logits of all blocks, then the probabilities."""
+    stored = ()
     for i in tl.static_range(spec.chunks):
         classes = i * spec.block + tl.arange(0, spec.block)
-        held = held + (load_logits(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
+        stored = stored + (load_logits(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
     if spec.soft:
         for i in tl.static_range(spec.chunks):
             classes = i * spec.block + tl.arange(0, spec.block)
-            held = held + (load_probabilities(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
+            stored = stored + (load_probabilities(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
+    return stored
+
+
+@triton.jit
+def held_of(stored, inputs, label, num_classes, spec):
+    """What is held of the rows: with spec.wide the capped logits and then z of all blocks, before the probabilities."""
+    held = stored
+    if spec.wide:
+        xs, zs, probabilities = (), (), ()
+        for i in tl.static_range(spec.chunks):
+            classes = i * spec.block + tl.arange(0, spec.block)
+            block = block_of(
+                stored[i], stored[i], inputs, label, classes, num_classes, None, spec, i < spec.chunks - 1
+            )  # fmt: skip
+            xs, zs = xs + (block.x,), zs + (block.z,)
+            if spec.soft:
+                probabilities = probabilities + (stored[spec.chunks + i],)
+        held = xs + zs + probabilities
     return held
+
+
+@triton.jit
+def held_block(i: tl.constexpr, held, inputs, label, num_classes, ready, spec):
+    """Block i of rows that are held in registers; see ``masked`` for `ready`."""
+    classes = i * spec.block + tl.arange(0, spec.block)
+    whole: tl.constexpr = i < spec.chunks - 1
+    at: tl.constexpr = spec.chunks + (spec.chunks if spec.wide else 0) + i if spec.soft else i
+    if spec.wide:
+        weights = class_weights(inputs, held[at], classes, num_classes, spec, whole)
+        return Block(held[i], held[spec.chunks + i], weights.weight, weights.soft)
+    else:
+        return block_of(held[i], held[at], inputs, label, classes, num_classes, ready, spec, whole)
 
 
 @triton.jit
@@ -91,7 +120,7 @@ def sums_of_held(held, inputs, label, num_classes, spec):
     top = tl.full([spec.rows, spec.block], float("-inf"), spec.dtype)
     for i in tl.static_range(spec.chunks):
         classes = i * spec.block + tl.arange(0, spec.block)
-        block = held_block(i, held, inputs, label, num_classes, spec)
+        block = held_block(i, held, inputs, label, num_classes, None, spec)
         top = tl.maximum(top, without_label(block, label, classes, spec))
     row_top = tl.max(top, 1)
     shift = shift_of(row_top)
@@ -101,7 +130,7 @@ def sums_of_held(held, inputs, label, num_classes, spec):
     first_nan = first_top
     for i in tl.static_range(spec.chunks):
         classes = i * spec.block + tl.arange(0, spec.block)
-        block = held_block(i, held, inputs, label, num_classes, spec)
+        block = held_block(i, held, inputs, label, num_classes, shift == shift, spec)
         z = without_label(block, label, classes, spec)
         added = block_sums(block, z, shift, label, classes, spec)
         others += added.others
@@ -134,8 +163,8 @@ def hinge_of_held(hinge, held, inputs, label, num_classes, spec):
     first = tl.full([spec.rows, spec.block], NO_CLASS, tl.int32)
     for i in tl.static_range(spec.chunks):
         classes = i * spec.block + tl.arange(0, spec.block)
-        block = held_block(i, held, inputs, label, num_classes, spec)
-        added = hinge_sums(hinge, block, classes, num_classes, spec.dtype)
+        block = held_block(i, held, inputs, label, num_classes, hinge.top == hinge.top, spec)
+        added = hinge_sums(hinge, block, classes, num_classes, spec.dtype, i < spec.chunks - 1)
         total += added.total
         violations += added.violations
         first = tl.minimum(first, added.first)
@@ -149,8 +178,9 @@ def tile_in_registers(
     """Rows that are read once: sums, hinge, row function and gradient from what registers hold."""
     num_classes = sizes.class_units * spec.align
     rows = rows_of_tile(tile, sizes, row_view, spec.rows, spec.flat)
-    held = hold_rows(inputs, rows, num_classes, spec)
+    stored = load_held(inputs, rows, num_classes, spec)
     label = read_label(inputs, rows, num_classes, spec)
+    held = held_of(stored, inputs, label, num_classes, spec)
     sums = no_sums(rows, spec.dtype)
     if spec.sums:
         sums = sums_of_held(held, inputs, label, num_classes, spec)
@@ -162,17 +192,21 @@ def tile_in_registers(
     if saved.coefficients is not None:
         store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
     if outputs.grad_logits is not None:
+        ready = coefficients.softmax == coefficients.softmax
         for i in tl.static_range(spec.chunks):
             classes = i * spec.block + tl.arange(0, spec.block)
-            block = held_block(i, held, inputs, label, num_classes, spec)
+            block = held_block(i, held, inputs, label, num_classes, ready, spec)
             grad = grad_of_block(coefficients, block, label, classes, spec)
             write_grad(
                 inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec, i < spec.chunks - 1
             )  # fmt: skip
-    # Column sums are kept beside rows of one block only.
-    classes = tl.arange(0, spec.block)
-    block = held_block(0, held, inputs, label, num_classes, spec)
-    return Written(grad_of_block(coefficients, block, label, classes, spec), block.x, coefficients.loss)
+    if outputs.grad_scale is not None:
+        # Beside column sums, rows are one block.
+        block = held_block(0, held, inputs, label, num_classes, None, spec)
+        grad = grad_of_block(coefficients, block, label, tl.arange(0, spec.block), spec)
+        return Written(grad, block.x, coefficients.loss)
+    else:
+        return Written(coefficients.loss, coefficients.loss, coefficients.loss)
 
 
 @triton.jit

@@ -193,7 +193,8 @@ def statistics_of(sums, hinge, label, spec):
         smooth_loss = sums.weight * log_sum + sums.smooth + bad
     of_hinge = none
     if hinge is not None:
-        of_hinge = hinge.total + bad
+        # NaN is no violation, and what it does to a row it does to its sum.
+        of_hinge = tl.where(sums.others != sums.others, float("nan"), hinge.total + bad)
     return Statistics(shift + log_sum, target_logit, cross_entropy, smooth_loss, one_minus_pt, of_hinge, sums.top,
                       shift, row_sum, probability, sums.weight, sums.soft_weight)  # fmt: skip
 
@@ -235,13 +236,14 @@ def no_hinge(top, rows, penalty_margin, T: tl.constexpr):
 
 
 @triton.jit
-def hinge_sums(hinge, block, classes, num_classes, T: tl.constexpr):
+def hinge_sums(hinge, block, classes, num_classes, T: tl.constexpr, WHOLE: tl.constexpr):
     """What each class adds to the hinge's sums: `total`, `violations`, and its number where it is the maximum."""
-    inside = (classes < num_classes)[None, :]
     threshold = hinge.threshold[:, None]
-    # NaN is no violation and stays in the sum.
-    total = tl.where(inside & ((block.z >= threshold) == 0), threshold - block.z, 0.0)
-    violations = (inside & (block.z < threshold)).to(T)
+    violated = block.z < threshold
+    if not WHOLE:
+        violated = violated & (classes < num_classes)[None, :]
+    total = tl.where(violated, threshold - block.z, 0.0)
+    violations = violated.to(T)
     first = tl.where(block.z == hinge.top[:, None], classes[None, :], NO_CLASS)
     return HingeSums(hinge.top, hinge.threshold, total, violations, first)
 
@@ -249,7 +251,7 @@ def hinge_sums(hinge, block, classes, num_classes, T: tl.constexpr):
 @triton.jit
 def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
     """The hinge's sums after one more block."""
-    added = hinge_sums(hinge, block, classes, num_classes, T)
+    added = hinge_sums(hinge, block, classes, num_classes, T, False)
     total = hinge.total + tl.sum(added.total, 1)
     violations = hinge.violations + tl.sum(added.violations, 1)
     return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, tl.min(added.first, 1)))
