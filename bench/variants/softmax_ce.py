@@ -207,18 +207,33 @@ def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
         width = int(name.split()[0]) if name[0].isdigit() else 0
         if width:
             # Neither a power of two nor far below one: 100 for 128, 800 for 1024.
-            found.append(timed(name, width * 25 // 32, _row_tiles(width), columns="columns" in name))
-    found.append(timed("loop", 200 if small else 32000, _loop_tiles()))
-    found.append(timed("loop extras", 200 if small else 32000, _loop_tiles(), cap=30.0))
+            columns = "columns" in name
+            tiles = _one_block_tiles(width) if columns else _held_tiles(width, dtype.itemsize)
+            found.append(timed(name, width * 25 // 32, tiles, columns=columns))
+    found.append(timed("loop", 200 if small else 100000, _loop_tiles()))
+    found.append(timed("loop extras", 200 if small else 100000, _loop_tiles(), cap=30.0))
     sizes = product((16, 32, 64), (32, 64, 128), (4, 8))
     found.append(timed("strided", 100, [(*size, 1) for size in sizes], strided=True))
     sizes = product((1, 2, 4, 8), (256, 512, 1024, 2048), (4, 8))
-    wide = 200 if small else 32000
+    wide = 200 if small else 100000
     found.append(timed("columns", wide, [(*size, 1) for size in sizes if size[0] * size[1] <= 4096], columns=True))
     return found[:2] + found[-1:] if small else found
 
 
-def _row_tiles(width: int) -> list[tuple[int, ...]]:
+def _held_tiles(width: int, itemsize: int) -> list[tuple[int, ...]]:
+    """Blocks of part of a warp's reach, with as many rows as the program then covers, up to blocks of all its warps."""
+    reach = 32 * 16 // itemsize
+    sizes = product((1, 2, 4, 8, 16, 32), (16 << shift for shift in range(12)))
+    found = []
+    for warps, block in sizes:
+        rows, blocks = max(1, warps * reach // block), -(-width // block)
+        values = rows * block * blocks // (32 * warps)
+        if block <= min(width, warps * reach) and blocks <= 16 and 4 <= values <= 64:
+            found.append((rows, block, warps, 1))
+    return found
+
+
+def _one_block_tiles(width: int) -> list[tuple[int, ...]]:
     """One row or several side by side; 2 to 32 values a thread."""
     sizes = product((1, 2, 4, 8, 16, 32, 64, 128, 256), (2, 4, 8, 16))
     return [

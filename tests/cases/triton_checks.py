@@ -276,7 +276,10 @@ def bad_labels(device: str) -> list[str]:
     from fusedloss.backends.triton import softmax_ce
 
     wrong = []
-    check, softmax_ce._Call.check_labels = softmax_ce._Call.check_labels, lambda self, parts=None, finished=None: None if finished is None else finished.zero_()
+    check, softmax_ce._Call.check_labels = (
+        softmax_ce._Call.check_labels,
+        lambda self, parts=None, finished=None: None if finished is None else finished.zero_(),
+    )
     try:
         for tile in (STEPS, ONE_BLOCK):
             logits, labels = torch.randn(6, 37), torch.tensor([1, 37, -1, 2**32, 2**31, 4])

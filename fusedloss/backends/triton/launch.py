@@ -85,6 +85,11 @@ def forced(
         _forced_tile, _forced_programs, _forced_features, _forced_products = before
 
 
+def _tile(device: torch.device, dtype: torch.dtype, shape_class: str, loop: bool = False) -> Tile:
+    rows, block, warps, stages = tuning.entry(device, "softmax_ce", dtype, shape_class)
+    return Tile(rows, block, warps, stages, loop)
+
+
 def row_tile(
     num_classes: int, dtype: torch.dtype, contiguous: bool, align: int, columns: bool, extras: bool,
     device: torch.device,
@@ -98,13 +103,13 @@ def row_tile(
         return _forced_tile
     width = max(_SMALLEST_BLOCK, triton.next_power_of_2(num_classes))
     if not contiguous:
-        tile = Tile(*tuning.entry(device, "softmax_ce", dtype, "strided"))
+        tile = _tile(device, dtype, "strided")
         return tile._replace(block=min(tile.block, width), loop=width > tile.block)
     if columns and width <= _widest_columns(dtype, extras):
-        return Tile(*tuning.entry(device, "softmax_ce", dtype, f"{width} columns"))
+        return _tile(device, dtype, f"{width} columns")
     if width > _WIDEST[compute_dtype(dtype)] // (2 if extras else 1):
-        return Tile(*tuning.entry(device, "softmax_ce", dtype, "loop extras" if extras else "loop"), loop=True)
-    tile = Tile(*tuning.entry(device, "softmax_ce", dtype, str(width)))
+        return _tile(device, dtype, "loop extras" if extras else "loop", loop=True)
+    tile = _tile(device, dtype, str(width))
     widest_load = 16 // dtype.itemsize
     return tile._replace(rows=max(1, tile.rows * min(align, widest_load) // widest_load))
 
@@ -115,7 +120,7 @@ def column_tile(
     """Tile for column sums in programs of their own; None where they fit beside the rows of `tile`."""
     if tile.block >= num_classes and (_forced_tile or tile.block <= _widest_columns(dtype, extras)):
         return None
-    tile = _forced_tile or Tile(*tuning.entry(device, "softmax_ce", dtype, "columns" if contiguous else "strided"))
+    tile = _forced_tile or _tile(device, dtype, "columns" if contiguous else "strided")
     return tile._replace(loop=True)
 
 

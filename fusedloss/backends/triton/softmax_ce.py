@@ -170,9 +170,7 @@ class _Call:
             return launch.programs_for(tiles, device)
         return launch.programs_at_once(tiles, tile.warps, device)
 
-    def run(
-        self, row: Any, row_tensors: Any, tile: launch.Tile, needs_columns: bool = False
-    ) -> list[Tensor]:
+    def run(self, row: Any, row_tensors: Any, tile: launch.Tile, needs_columns: bool = False) -> list[Tensor]:
         """Runs a row function over all rows; returns the needed ones of the logits' gradient and column sums."""
         grads = [] if self.grad is None else [self.grad]
         programs = self.programs(tile, needs_columns)
@@ -258,4 +256,7 @@ class _Call:
         if self.extras or self.inputs.target_override is not None or self.dtype == torch.float64:
             # The assembler would spill a few values to fit in more programs.
             constants["maxnreg"] = launch.most_registers(tile.warps)
+        elif tile.warps == 8 and sum(values is not None for values in self.inputs[11:14]) < 2:
+            # Two programs to a multiprocessor, where nothing spills for it.
+            constants["maxnreg"] = launch.most_registers(2 * tile.warps)
         launch.start(kernel, grid, arguments, self.logits.device, tile.warps, tile.stages, **constants)

@@ -75,11 +75,13 @@ def load_held(inputs, rows, num_classes, spec):
     stored = ()
     for i in tl.static_range(spec.chunks):
         classes = i * spec.block + tl.arange(0, spec.block)
-        stored = stored + (load_logits(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
+        block = load_logits(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1)
+        stored = stored + (block,)  # type: ignore[assignment]
     if spec.soft:
         for i in tl.static_range(spec.chunks):
             classes = i * spec.block + tl.arange(0, spec.block)
-            stored = stored + (load_probabilities(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1),)
+            block = load_probabilities(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1)
+            stored = stored + (block,)  # type: ignore[assignment]
     return stored
 
 
@@ -94,9 +96,9 @@ def held_of(stored, inputs, label, num_classes, spec):
             block = block_of(
                 stored[i], stored[i], inputs, label, classes, num_classes, None, spec, i < spec.chunks - 1
             )  # fmt: skip
-            xs, zs = xs + (block.x,), zs + (block.z,)
+            xs, zs = xs + (block.x,), zs + (block.z,)  # type: ignore[assignment]
             if spec.soft:
-                probabilities = probabilities + (stored[spec.chunks + i],)
+                probabilities = probabilities + (stored[spec.chunks + i],)  # type: ignore[assignment]
         held = xs + zs + probabilities
     return held
 
