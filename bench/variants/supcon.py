@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from bench.variants import DTYPES, ROWS, ShapeClass, Variant, limited, variant
+from bench.variants import DTYPES, ROWS, ShapeClass, Variant, compute_dtype, limited, variant
 from fusedloss.core.operands import SavedAnchors, SupConInputs, SupConMask
 
 TUNED = ("float32",)
-_WIDTHS = (512, 256, 100, 20)
+_WIDTHS = (512, 256, 100, 64, 20)
 _ANCHORS, _NUM_GRAD_ROWS = ROWS - 8, ROWS - 4
 _TIMED_ROWS, _TIMED_CLASSES = 8192, 100
 # Rows, columns, features of a step and of a block, warps, stages.
@@ -34,15 +34,17 @@ _TILES = {
 
 def _inputs(dtype: str, width: int, mask: bool, weights: bool, unit: bool) -> SupConInputs:
     features = torch.empty(ROWS, width, dtype=DTYPES[dtype])
+    like = torch.empty(0, dtype=compute_dtype(dtype))
     return SupConInputs(
         features,
         torch.zeros(ROWS, dtype=torch.int32),
         torch.empty(ROWS, ROWS, dtype=torch.bool) if mask else None,
-        features.new_empty(3, ROWS) if weights else None,
-        features.new_empty(_ANCHORS),
-        features.new_empty(()),
+        like.new_empty(3, ROWS) if weights else None,
+        like.new_empty(_ANCHORS),
+        like.new_empty(()),
         _NUM_GRAD_ROWS,
         unit,
+        None if features.dtype == like.dtype else torch.empty(ROWS, dtype=torch.float64),
     )
 
 
@@ -67,17 +69,17 @@ def variants(quick: bool) -> list[Variant]:
         return [
             variant(function, dtype, 128, weights=True, unit=unit)
             for function in (supcon_stats, supcon_backward)
-            for dtype, unit in (("f32", True), ("f32", False), ("f64", True))
+            for dtype, unit in (("f32", True), ("f32", False), ("bf16", True), ("f64", True))
         ]
     found = []
-    for dtype in ("f32", "f64"):
-        for unit in (True, False):
+    for dtype in ("f32", "bf16", "f64"):
+        for unit in (True, False) if dtype != "bf16" else (True,):
             for options in ({}, {"weights": True}, {"mask": True}):
                 found.append(variant(supcon_stats, dtype, 128, unit=unit, **options))
                 found.append(variant(supcon_backward, dtype, 128, unit=unit, **options))
         for width in _WIDTHS:
             found += [variant(supcon_stats, dtype, width), variant(supcon_backward, dtype, width, temperature=False)]
-    return found
+    return [*found, variant(supcon_stats, "f16", 128), variant(supcon_backward, "f16", 128, temperature=False)]
 
 
 def _call(

@@ -140,7 +140,7 @@ def _focus(contrast: Contrast, loss: Tensor, gamma: float) -> Tensor:
     """(1 - mean over the positives of p_ij) ** gamma."""
     inputs = contrast.inputs
     features = inputs.features.detach()
-    weights = features.new_ones(3, features.shape[0]) if inputs.weights is None else inputs.weights.clone()
+    weights = inputs.per_positive.new_ones(3, features.shape[0]) if inputs.weights is None else inputs.weights.clone()
     weights[1] = 0
     without = inputs._replace(features=features, weights=weights, temperature=inputs.temperature.detach())
     of_negatives = _anchor_loss(contrast._replace(inputs=without))
