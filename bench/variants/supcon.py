@@ -10,7 +10,7 @@ import torch
 from bench.variants import DTYPES, ROWS, ShapeClass, Variant, compute_dtype, limited, variant
 from fusedloss.core.operands import SavedAnchors, SupConInputs, SupConMask
 
-TUNED = ("float32",)
+TUNED = ("float32", "bfloat16")
 _WIDTHS = (512, 256, 100, 64, 20)
 _ANCHORS, _NUM_GRAD_ROWS = ROWS - 8, ROWS - 4
 _TIMED_ROWS, _TIMED_CLASSES = 8192, 100
@@ -25,9 +25,20 @@ _TILES = {
         (32, 32, 32, 256, 4, 2), (64, 64, 32, 256, 8, 1), (64, 32, 32, 64, 4, 2),
     ),
     # These have to be square.
-    "any length": (
+    "any": (
         (32, 32, 16, 64, 4, 2), (32, 32, 32, 64, 4, 1), (64, 64, 16, 64, 8, 1), (64, 64, 32, 128, 8, 1),
         (16, 16, 32, 128, 4, 1),
+    ),
+}  # fmt: skip
+# Of 16 bits: a step and a block as wide as the rows keep those of a program in shared memory.
+_HALF_TILES = {
+    "sums": (
+        (64, 64, 128, 128, 4, 2), (64, 64, 128, 128, 4, 3), (128, 64, 128, 128, 8, 3), (128, 128, 128, 128, 8, 2),
+        (128, 32, 128, 128, 8, 3), (128, 64, 64, 64, 8, 3), (128, 128, 64, 64, 8, 3),
+    ),
+    "gradient": (
+        (64, 64, 128, 128, 4, 2), (128, 64, 128, 128, 8, 2), (128, 32, 128, 128, 8, 3), (128, 64, 128, 128, 16, 2),
+        (64, 64, 64, 256, 8, 3), (128, 64, 64, 128, 8, 3), (64, 32, 64, 256, 8, 3),
     ),
 }  # fmt: skip
 
@@ -85,16 +96,20 @@ def variants(quick: bool) -> list[Variant]:
 def _call(
     device: torch.device, kernel: str, rows: int, width: int, dtype: torch.dtype
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """One kernel over rows of length 1, or both over rows of any."""
+    """One kernel over rows of length 1, or both over rows of any; with class weights or a mask where tiles differ."""
     from fusedloss.backends.triton.supcon import supcon_backward, supcon_stats
 
-    unit = kernel != "any length"
-    features = torch.nn.functional.normalize(torch.randn(rows, width, device=device, dtype=dtype))
+    kind, _, more = kernel.partition(" ")
+    unit, wide = kind != "any", torch.promote_types(dtype, torch.float32)
+    features = torch.nn.functional.normalize(torch.randn(rows, width, device=device, dtype=wide)).to(dtype)
     codes = (torch.arange(rows, device=device) % min(_TIMED_CLASSES, rows // 2)).int()
     positives = torch.bincount(codes)[codes] - 1
-    temperature = torch.full((), 0.1, device=device, dtype=dtype)
-    per_positive = (1 / positives).to(dtype)
-    inputs = SupConInputs(features, codes, None, None, per_positive, temperature, rows, unit)
+    temperature = torch.full((), 0.1, device=device, dtype=wide)
+    per_positive = (1 / positives).to(wide)
+    norms = None if dtype == wide else torch.linalg.vector_norm(features.double(), dim=1)
+    mask = (codes.unsqueeze(1) == codes) if more == "mask" else None
+    weights = torch.ones(3, rows, device=device, dtype=wide) if more == "extras" else None
+    inputs = SupConInputs(features, codes, mask, weights, per_positive, temperature, rows, unit, norms)
     _, *saved = supcon_stats(inputs)
     grad_loss = torch.full_like(per_positive, 1 / rows)
 
@@ -104,18 +119,18 @@ def _call(
     def gradient() -> tuple[torch.Tensor, ...]:
         return tuple(supcon_backward(inputs, SavedAnchors(*saved), grad_loss, SupConMask(features=True)))
 
-    return {"sums": sums, "gradient": gradient, "any length": lambda: (*sums(), *gradient())}[kernel]
+    return {"sums": sums, "gradient": gradient, "any": lambda: (*sums(), *gradient())}[kind]
 
 
 def shape_classes(dtype: torch.dtype, small: bool) -> list[ShapeClass]:
     from fusedloss.backends.triton import tuning
 
-    found = []
+    found, tiles = [], _TILES if dtype == torch.float32 else _HALF_TILES
     for name in reversed(tuning.DEVICES[tuning.DEFAULT]["tiles"]["supcon"][str(dtype).removeprefix("torch.")]):
         kernel, size = name.rsplit(" ", 1)
         rows, width = 40 if small else _TIMED_ROWS, int(size)
         prepare = partial(_call, kernel=kernel, rows=rows, width=width, dtype=dtype)
-        found.append(ShapeClass(name, prepare, limited(_TILES[kernel], width)))
+        found.append(ShapeClass(name, prepare, limited(tiles[kernel.split()[0]], width)))
     if small:
         return [each._replace(candidates=each.candidates[:1]) for each in found if each.name.endswith(" 32")]
     return found

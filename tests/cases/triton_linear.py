@@ -59,6 +59,7 @@ def checked(case, device, chunk_bytes, block):
 
     with mock.patch.multiple(device_chunks, _CHUNK_BYTES=chunk_bytes, _FEWEST_ROWS=1), \
          mock.patch.object(chunked_head, "_CHUNK_BYTES", chunk_bytes), \
+         mock.patch.object(chunked_head.ChunkedHead, "_classes_aligned", 8), \
          mock.patch.object(linear_rows, "_forced_block", block if device == "cpu" else None), \
          resolve_backend(device), warnings.catch_warnings():  # fmt: skip
         warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from fusedloss.core.operands import LinearInputs
 _CHUNK_BYTES = 56_000_000
 # A weight that stays in the caches is read again for nothing: chunks go down to so many rows, or they were inefficient.
 _CACHED_BYTES, _CHUNK_BYTES_OF_CACHED, _LEAST_ROWS = 1 << 22, 1 << 21, 512
+_ROW_BYTES = 16  # with other rows, cuBLAS takes kernels of a fraction of the speed
 
 
 class ChunkedHead:
@@ -48,6 +49,11 @@ class ChunkedHead:
         return min(most, max(_LEAST_ROWS, _CHUNK_BYTES_OF_CACHED // of_row))
 
     @property
+    def _classes_aligned(self) -> int:
+        """What the length of a row of logits in memory is a multiple of: products on a GPU need rows that are."""
+        return 1 if self.inputs.weight.device.type == "cpu" else _ROW_BYTES // self.dtype.itemsize
+
+    @property
     def num_chunks(self) -> int:
         """0 without rows."""
         return -(-len(self.inputs.input) // self.most_rows)
@@ -65,8 +71,9 @@ class ChunkedHead:
             count = rows.stop - rows.start
             if buffer is None:
                 # Chunks differ by a row at most.
-                buffer = self.prepared(self.operand.new_empty(count + 1, len(self.operand)))
-            found = buffer[:count]
+                classes = len(self.operand)
+                buffer = self.prepared(self.operand.new_empty(count + 1, classes + -classes % self._classes_aligned))
+            found = buffer[:count, : len(self.operand)]
             torch.mm(self.rows(rows), self.operand.t(), out=found)
             yield rows, found
 
