@@ -102,13 +102,7 @@ def _joined(batch: BatchRows, extra: ExtraRows, codes: Tensor, normalize: bool) 
     if normalize and not narrow:
         parts = [unit_rows(part) for part in parts]
     features = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    if not narrow:
-        return _JoinedRows(features, num_grad_rows)
-    norms = ops.row_norms(features)
-    # By powers of two, so that products of rows of any length are ordinary numbers; no digit is lost.
-    scale = torch.where(norms.isfinite(), norms.log2().floor().neg().exp2(), 1.0)
-    features = (features * scale.float().unsqueeze(1)).to(features.dtype)
-    return _JoinedRows(features, num_grad_rows, norms * scale)
+    return _JoinedRows(features, num_grad_rows, ops.row_norms(features) if narrow else None)
 
 
 def _multiplies_16_bits(parts: list[Tensor]) -> bool:

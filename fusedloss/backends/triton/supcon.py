@@ -12,7 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedloss.backends.reference.supcon import IGNORED
 from fusedloss.backends.triton import supcon_kernels as kernels
 from fusedloss.core.operands import AnchorSums, SavedAnchors, SupConInputs, SupConMask
 
@@ -20,6 +19,7 @@ from . import launch, linear_rows
 from .supcon_kernels import Coefficients, Rows, Spec, Sums, spec_of
 
 _COEFFICIENT_ROWS, _COEFFICIENT_WARPS = 1024, 4
+_SCALED_TOGETHER = 1024  # values of 16-bit rows
 _ALIGNED = 16  # what Triton tells widths by
 
 
@@ -53,10 +53,11 @@ def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor
     )  # fmt: skip
     if scale is not None:
         grad /= scale
+    grad = grad[:, : features.shape[1]]
     if inputs.norms is not None and mask.features:
-        known = slice(0, inputs.num_grad_rows)
-        linear_rows.project_rows(rows.features[known], inputs.norms[known], grad[known], True)
-    grads = [grad[:, : features.shape[1]].to(features.dtype)] if mask.features else []
+        known, grad = slice(0, inputs.num_grad_rows), grad.contiguous()
+        linear_rows.project_rows(features[known], inputs.norms[known], grad[known], True)
+    grads = [grad.to(features.dtype).contiguous()] if mask.features else []
     if moment is None:
         return grads
     of_temperature = -moment.sum() * (math.log(2.0) if inputs.norms is not None else 1.0)
@@ -86,16 +87,18 @@ def _coefficients(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor) 
 
 def _rows(inputs: SupConInputs) -> Rows:
     """The tensors as the kernels address them: contiguous, whatever they were."""
-    features, mask, weights, norms = inputs.features, inputs.mask, inputs.weights, inputs.norms
-    if features.shape[1] % _ALIGNED:
+    features, mask, weights = inputs.features, inputs.mask, inputs.weights
+    inverse = None
+    if inputs.norms is not None:
+        features, inverse = _scaled(features.contiguous(), inputs.norms.contiguous(), inputs.codes.contiguous())
+    elif features.shape[1] % _ALIGNED:
         # So that each copy into shared memory is of 16 bytes.
         features = torch.nn.functional.pad(features, (0, -features.shape[1] % _ALIGNED))
     return Rows(
         features.contiguous(),
         features.shape[0],
         features.shape[1],
-        # Over a length of 0 or of an ignored row, all products are 0.
-        None if norms is None else norms.reciprocal().float().masked_fill(inputs.codes == IGNORED, 0.0),
+        inverse,
         inputs.codes.contiguous(),
         None if mask is None else mask.contiguous().view(torch.uint8),
         1 if mask is None else len(mask),
@@ -103,6 +106,22 @@ def _rows(inputs: SupConInputs) -> Rows:
         inputs.temperature,
         inputs.num_anchors,
     )
+
+
+def _scaled(features: Tensor, norms: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """See scale_kernel."""
+    count, width = features.shape
+    padded = width + -width % _ALIGNED
+    scaled = features.new_empty(count, padded)
+    inverse = torch.empty(count, dtype=torch.float32, device=features.device)
+    block = min(_SCALED_TOGETHER, triton.next_power_of_2(max(padded, 1)))
+    together = _SCALED_TOGETHER // block
+    launch.start(
+        kernels.scale_kernel, (triton.cdiv(count, together),),
+        (features, norms, codes, scaled, inverse, count, width, padded), features.device, _COEFFICIENT_WARPS,
+        ROWS=together, BLOCK=block,
+    )  # fmt: skip
+    return scaled, inverse
 
 
 def _tile(inputs: SupConInputs, kernel: str, moments: bool = False) -> launch.ProductTile:

@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     features: Any
     count: Any  # M
     width: Any  # D
-    inverse: Any  # float32 (M,): what makes a product of 16-bit rows that of their directions
+    inverse: Any  # float32 (M,), of 16-bit rows: what makes a product of them that of their directions
     codes: Any  # int32 (M,), with labels
     mask: Any  # uint8 (B, B), in place of codes
     samples: Any  # B, with a mask
@@ -260,6 +260,27 @@ def sums_kernel(rows, sums, spec):
     tl.store(sums.loss + left, loss, mask=inside)
     tl.store(sums.shift + left, shift * unit, mask=inside)
     tl.store(sums.sum + left, total, mask=inside)
+
+
+@triton.jit
+def scale_kernel(rows, norms, codes, scaled, inverse, count, width, padded, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """scaled (count, padded) is the rows times a power of two that makes them 1 to 2 long, so that products of rows of
+    any length are ordinary numbers, with zeros beyond `width`; inverse (count,) is 1 / length, 0 for ignored rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < count
+    norm = tl.load(norms + row, mask=valid, other=1.0)
+    exponent = (norm.to(tl.int64, bitcast=True) >> 52) & 0x7FF
+    # Neither an infinite length, of zeros, nor NaN scales a row.
+    scale = (tl.where(exponent == 0x7FF, 1023, 2046 - exponent) << 52).to(tl.float64, bitcast=True)
+    kept = tl.load(codes + row, mask=valid, other=_IGNORED) != _IGNORED
+    tl.store(inverse + row, tl.where(kept, 1.0 / (norm * scale), 0.0).to(tl.float32), mask=valid)
+    for first in range(0, padded, BLOCK):
+        dims = first + tl.arange(0, BLOCK)
+        x = tl.load(rows + row[:, None] * width + dims[None, :],
+                    mask=valid[:, None] & (dims < width)[None, :], other=0.0)  # fmt: skip
+        moved = (x.to(tl.float64) * scale[:, None]).to(tl.float32).to(x.dtype)
+        tl.store(scaled + row[:, None] * padded + dims[None, :], moved,
+                 mask=valid[:, None] & (dims < padded)[None, :])  # fmt: skip
 
 
 @triton.jit
