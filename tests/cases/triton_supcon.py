@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 
 import supcon_battery
 import torch
@@ -135,6 +136,43 @@ CASES |= {f"contrast 300 x 200 {word}": large(dtype) for word, dtype in (("float
 CASES["contrast 300 x 200 bfloat16, T = 0.01"] = large(torch.bfloat16, temperature=0.01, contrast_mode="one")
 CASES["contrast lengths bfloat16"] = lengths(torch.bfloat16, (1e-30, 1.0, 1e30))
 CASES["contrast lengths float16"] = lengths(torch.float16, (1e-4, 1.0, 1e4))
+
+
+def not_finite(device):
+    """A row that is not finite makes every anchor's loss NaN, and nothing when it is ignored."""
+    wrong = []
+    for dtype in (torch.float32, *_DTYPES.values()):
+        for bad in (math.nan, math.inf, -math.inf):
+            rows, labels = (
+                torch.randn(40, 20, generator=torch.Generator().manual_seed(2)).to(dtype),
+                torch.arange(40) % 4,
+            )
+            rows[7, 3] = bad
+            x = rows.to(device).requires_grad_()
+            ignored = labels.masked_fill(torch.arange(40) == 7, -100).to(device)
+            with resolve_backend(device):
+                loss = fusedloss.supcon(x, labels.to(device), reduction="none")
+                kept = fusedloss.supcon(x, ignored)
+                kept.backward()
+            if not (loss.isnan().all() and kept.isfinite() and x.grad.isfinite().all() and (x.grad[7] == 0).all()):
+                wrong.append(f"{dtype} {bad}: {loss.tolist()}, ignored {kept.item()}")
+    return wrong
+
+
+def empty(device):
+    """No rows, no features, one row."""
+    wrong = []
+    for shape, expected in (((0, 5), 0.0), ((3, 0), math.log(2)), ((0, 0), 0.0), ((1, 7), 0.0)):
+        x = torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
+        with resolve_backend(device):
+            loss = fusedloss.supcon(x, torch.zeros(shape[0], dtype=torch.int64, device=device))
+            loss.backward()
+        if abs(float(loss) - expected) > 1e-6 or x.grad is None or x.grad.shape != shape or bool(x.grad.any()):
+            wrong.append(f"{shape}: {float(loss)}, not {expected}; {x.grad}")
+    return wrong
+
+
+CASES["contrast of rows that are not finite"], CASES["contrast of nothing"] = not_finite, empty
 CASES["contrast several panels"] = contrast("several panels", OWN)
 CASES["contrast twice"] = reruns
 

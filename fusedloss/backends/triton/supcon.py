@@ -137,8 +137,8 @@ def _tile(inputs: SupConInputs, kernel: str, moments: bool = False) -> launch.Pr
 
 
 def _may_share(inputs: SupConInputs) -> bool:
-    """Whether exp(s - 1 / T) serves both directions of a pair, where T is not too small."""
-    return inputs.normalized and inputs.per_positive.dtype == torch.float32
+    """Whether exp(s - 1 / T) serves both directions of a pair, where T is not too small; weights may be of any size."""
+    return inputs.normalized and inputs.weights is None and inputs.per_positive.dtype == torch.float32
 
 
 def _spec(inputs: SupConInputs, tile: launch.ProductTile) -> Spec:

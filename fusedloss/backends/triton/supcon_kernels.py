@@ -23,8 +23,8 @@ from .launch import triton_dtype
 _IGNORED = tl.constexpr(IGNORED)
 _NO_CODE = tl.constexpr(-3)  # no column has it
 _LOG2_E = tl.constexpr(math.log2(math.e))
-# exp(s - 1 / T) keeps its digits in float32 over a range of 2 / T = 80.
-_LEAST_T = tl.constexpr(1 / 40)
+# Over a range of 2 / T = 40, exp(s - 1 / T) and its reciprocal times a gradient of any loss are ordinary numbers.
+_LEAST_T = tl.constexpr(1 / 20)
 
 
 class Rows(NamedTuple):
