@@ -1,7 +1,7 @@
 """Times the tiles of each shape class on this GPU and writes the fastest into fusedloss/backends/triton/tuning.json.
 
     python -m bench.tune softmax_ce                      # every type, float16 as bfloat16
-    python -m bench.tune linear_ce --dtype bfloat16      # a few minutes
+    python -m bench.tune supcon --dtype float32          # a few minutes
     TRITON_INTERPRET=1 python -m bench.tune --small --device cpu --out build/tuning.json
 
 The file is written after each shape class. A tile whose values differ, or that doesn't compile, is not taken.

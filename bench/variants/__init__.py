@@ -74,8 +74,8 @@ def shape_classes(stem: str, dtype: torch.dtype, small: bool) -> list[ShapeClass
 
 
 def tuned_types(stem: str) -> tuple[str, ...]:
-    """The types that a stem's tiles are timed in."""
-    return importlib.import_module(f"{__name__}.{stem}").TUNED
+    """The types that a stem's tiles are timed in, if it has any."""
+    return getattr(importlib.import_module(f"{__name__}.{stem}"), "TUNED", ())
 
 
 def every(quick: bool, of: Iterable[str] = ()) -> list[Variant]:

@@ -141,7 +141,7 @@ class SupConInputs(NamedTuple):
     sample ``i % B``.
     """
 
-    features: Tensor  # (M, D) in the compute dtype
+    features: Tensor  # (M, D) in the compute dtype, or of 16 bits with norms
     codes: Tensor  # int32 (M,)
     mask: Tensor | None  # bool (B, B)
     weights: Tensor | None  # (3, M): weight in the sums of exp as a negative, as a positive, and in the mean; None: 1
@@ -149,6 +149,7 @@ class SupConInputs(NamedTuple):
     temperature: Tensor  # ()
     num_grad_rows: int  # rows from here on get no gradient
     normalized: bool  # whether no row is longer than 1
+    norms: Tensor | None = None  # float64 (M,): lengths of 16-bit features (inf for zeros), whose directions are meant
 
     @property
     def num_anchors(self) -> int:

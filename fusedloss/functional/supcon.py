@@ -141,12 +141,12 @@ def _focus(contrast: Contrast, loss: Tensor, gamma: float) -> Tensor:
     """(1 - mean over the positives of p_ij) ** gamma."""
     inputs = contrast.inputs
     features = inputs.features.detach()
-    weights = features.new_ones(3, features.shape[0]) if inputs.weights is None else inputs.weights.clone()
+    weights = inputs.per_positive.new_ones(3, features.shape[0]) if inputs.weights is None else inputs.weights.clone()
     weights[1] = 0
     # By name: torch.compile of torch 2.8 can't trace _replace.
     without = SupConInputs(
         features, inputs.codes, inputs.mask, weights, inputs.per_positive, inputs.temperature.detach(),
-        inputs.num_grad_rows, inputs.normalized,
+        inputs.num_grad_rows, inputs.normalized, inputs.norms,
     )  # fmt: skip
     of_negatives = _anchor_loss(Contrast(without, contrast.offset))
     of_positives = -torch.expm1((of_negatives - loss.detach()).clamp(max=0))

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.backends import CHECK_VALUES
+from fusedloss import ops
+from fusedloss.backends import CHECK_VALUES, resolve_backend
 from fusedloss.backends.reference.supcon import IGNORED, NEGATIVE
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.normalize import unit_rows
 from fusedloss.core.operands import SupConInputs
+from fusedloss.functional.engine import transformed
 from fusedloss.functional.supcon_checks import ExtraRows, SupConOptions
 from fusedloss.terms.term import readable
 
@@ -44,41 +46,52 @@ def contrast_of(batch: BatchRows, extra: ExtraRows, options: SupConOptions, temp
         return _by_mask(batch, batch.mask, options, temperature)
     absent = None if extra.prototype_bias is None else extra.prototype_bias == -torch.inf
     classes = _classes(batch, extra, absent)
-    features, num_grad_rows = _joined(batch, extra, classes.codes, options.normalize)
-    weights = _Weights(classes, features, batch, extra, options)
+    rows = _joined(batch, extra, classes.codes, options.normalize)
+    weights = _Weights(classes, compute_dtype(batch.rows.dtype), batch, extra, options)
     inputs = SupConInputs(
-        features,
+        rows.features,
         classes.codes,
         None,
         weights.columns(),
         weights.per_positive,
-        _temperature(temperature, features),
-        num_grad_rows,
+        _temperature(temperature, weights.per_positive),
+        rows.num_grad_rows,
         options.normalize,
+        rows.norms,
     )
     return Contrast(inputs, weights.offset)
 
 
 def _by_mask(batch: BatchRows, mask: Tensor, options: SupConOptions, temperature: float | Tensor) -> Contrast:
     codes = torch.zeros(batch.rows.shape[0], dtype=torch.int32, device=batch.rows.device)
-    features, num_grad_rows = _joined(batch, ExtraRows(), codes, options.normalize)
+    rows = _joined(batch, ExtraRows(), codes, options.normalize)
     samples = max(mask.shape[0], 1)
     positives = (batch.rows.shape[0] // samples) * mask.sum(1) - mask.diagonal().to(torch.int64)
     count = positives.repeat(batch.num_anchors // samples)
-    per_positive = torch.where(count > 0, 1 / count.to(features.dtype), 0.0)
-    scale = _temperature(temperature, features)
-    inputs = SupConInputs(features, codes, mask, None, per_positive, scale, num_grad_rows, options.normalize)
-    return Contrast(inputs)
+    per_positive = torch.where(count > 0, 1 / count.to(compute_dtype(batch.rows.dtype)), 0.0)
+    scale = _temperature(temperature, per_positive)
+    numbers = rows.num_grad_rows, options.normalize
+    return Contrast(SupConInputs(rows.features, codes, mask, None, per_positive, scale, *numbers, rows.norms))
 
 
-def _joined(batch: BatchRows, extra: ExtraRows, codes: Tensor, normalize: bool) -> tuple[Tensor, int]:
-    """All rows in the compute dtype, ``(M, D)``, and how many of them get gradients."""
+class _JoinedRows(NamedTuple):
+    """See SupConInputs."""
+
+    features: Tensor
+    num_grad_rows: int
+    norms: Tensor | None = None
+
+
+def _joined(batch: BatchRows, extra: ExtraRows, codes: Tensor, normalize: bool) -> _JoinedRows:
+    """All rows, and how many of them get gradients."""
     dtype = compute_dtype(batch.rows.dtype)
     parts = [batch.rows] if extra.prototypes is None else [batch.rows, extra.prototypes]
     num_grad_rows = sum(part.shape[0] for part in parts)
     if extra.contrast is not None:
         parts.append(extra.contrast.detach())
-    parts = [part.to(dtype) for part in parts]
+    narrow = normalize and _multiplies_16_bits(parts)
+    if not narrow:
+        parts = [part.to(dtype) for part in parts]
     ignored = codes == IGNORED
     may_ignore = batch.ignore_index is not None or extra.prototype_bias is not None
     if may_ignore and not (readable(ignored) and not bool(ignored.any())):
@@ -87,9 +100,17 @@ def _joined(batch: BatchRows, extra: ExtraRows, codes: Tensor, normalize: bool) 
         parts = [part.masked_fill(rows.unsqueeze(1), 0.0) for part, rows in zip(parts, of_parts, strict=True)]
     if CHECK_VALUES and not torch.compiler.is_compiling():
         _check_finite(torch.cat(parts))
-    if normalize:
+    if normalize and not narrow:
         parts = [unit_rows(part) for part in parts]
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous(), num_grad_rows
+    features = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    return _JoinedRows(features, num_grad_rows, ops.row_norms(features) if narrow else None)
+
+
+def _multiplies_16_bits(parts: list[Tensor]) -> bool:
+    """Whether a backend takes these rows as they are, lengths apart."""
+    dtype = parts[0].dtype
+    narrow = dtype in (torch.bfloat16, torch.float16) and all(part.dtype == dtype for part in parts)
+    return narrow and not transformed() and resolve_backend(parts[0].device.type) == "triton"
 
 
 class _Classes:
@@ -139,17 +160,17 @@ class _Weights:
     """What a column weighs as a contrast and in the mean over positives, and what follows for the anchors."""
 
     def __init__(
-        self, classes: _Classes, features: Tensor, batch: BatchRows, extra: ExtraRows, options: SupConOptions
+        self, classes: _Classes, dtype: torch.dtype, batch: BatchRows, extra: ExtraRows, options: SupConOptions
     ) -> None:
         self.classes, self.class_balance = classes, options.class_balance
-        self.size, self.bias, self.offset = classes.size.to(features.dtype), extra.prototype_bias, None
+        self.size, self.bias, self.offset = classes.size.to(dtype), extra.prototype_bias, None
         anchors, share_of_prototype = batch.num_anchors, options.prototype_weight
         count = 0 if extra.prototypes is None else extra.prototypes.shape[0]
         self.prototypes = slice(batch.rows.shape[0], batch.rows.shape[0] + count)
         self.share: Tensor | None = None
         total = self.size[:anchors] - 1
         if share_of_prototype != 1.0 or self.bias is not None:
-            self.share = features.new_ones(features.shape[0])
+            self.share = torch.ones_like(self.size)
             self.share[self.prototypes] = share_of_prototype
             self.share = self.share.masked_fill(classes.codes == IGNORED, 0.0)
         if share_of_prototype != 1.0 and self.share is not None:
@@ -181,10 +202,10 @@ class _Weights:
         return self.bias.masked_fill(self.bias == -torch.inf, 0.0)
 
 
-def _temperature(temperature: float | Tensor, features: Tensor) -> Tensor:
+def _temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
-        return temperature.reshape(()).to(features.dtype)
-    return torch.full((), float(temperature), dtype=features.dtype, device=features.device)
+        return temperature.reshape(()).to(like.dtype)
+    return torch.full((), float(temperature), dtype=like.dtype, device=like.device)
 
 
 def _check_finite(features: Tensor) -> None:

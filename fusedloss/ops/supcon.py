@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.operands import AnchorSums, SavedAnchors, SupConInputs, SupConMask
 from fusedloss.ops.checks import check_operand
 from fusedloss.ops.library import (
@@ -27,19 +28,26 @@ from fusedloss.ops.library import (
 
 _INPUTS = (
     "Tensor features, Tensor codes, Tensor? mask, Tensor? weights, Tensor per_positive, Tensor temperature,"
-    " SymInt num_grad_rows, bool normalized"
+    " SymInt num_grad_rows, bool normalized, Tensor? norms"
 )
 _NUM_INPUTS = len(SupConInputs._fields)
 _NUM_TENSORS = _NUM_INPUTS - 2
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def _check_inputs(inputs: SupConInputs) -> None:
     features, mask = inputs.features, inputs.mask
     if features.dim() != 2:
         raise ValueError(f"features must have shape (M, D); got {tuple(features.shape)}")
-    if features.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"features must be float32 or float64; got {features.dtype}")
-    rows, dtype = features.shape[0], features.dtype
+    if features.dtype not in (torch.float32, torch.float64, *_HALF):
+        raise TypeError(f"features must be float32 or float64, or 16 bits with norms; got {features.dtype}")
+    rows, dtype = features.shape[0], compute_dtype(features.dtype)
+    if (inputs.norms is None) == (features.dtype in _HALF):
+        given = "None" if inputs.norms is None else "a tensor"
+        raise ValueError(f"norms must be given with 16-bit features alone; got {given} with {features.dtype}")
+    check_operand("norms", inputs.norms, (rows,), torch.float64, features)
+    if inputs.norms is not None and not inputs.normalized:
+        raise ValueError("normalized must be True with norms; got False")
     check_operand("codes", inputs.codes, (rows,), torch.int32, features)
     check_operand("weights", inputs.weights, (3, rows), dtype, features)
     check_operand("temperature", inputs.temperature, (), dtype, features)
@@ -63,16 +71,24 @@ def _check_inputs(inputs: SupConInputs) -> None:
 
 def _tensors(inputs: SupConInputs) -> tuple[Tensor | None, ...]:
     # By name: torch.compile of torch 2.8 can't trace a slice or a property of a named tuple.
-    return inputs.features, inputs.codes, inputs.mask, inputs.weights, inputs.per_positive, inputs.temperature
+    return (
+        inputs.features,
+        inputs.codes,
+        inputs.mask,
+        inputs.weights,
+        inputs.per_positive,
+        inputs.temperature,
+        inputs.norms,
+    )
 
 
 def _new_rows(inputs: SupConInputs) -> Tensor:
-    return inputs.features.new_empty(inputs.num_anchors)
+    return inputs.per_positive.new_empty(inputs.num_anchors)
 
 
 define(
     "supcon",
-    f"supcon_stats({_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    f"supcon_stats({_INPUTS}=None) -> (Tensor, Tensor, Tensor)",
     group=lambda *flat: (SupConInputs(*flat),),
     check=_check_inputs,
     fake=lambda inputs: tuple(_new_rows(inputs) for _ in AnchorSums._fields),
@@ -118,12 +134,13 @@ def _backward_stats(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> An
     features = temperature = None
     if grad_loss is not None:
         refuse_batched(grad_loss)
-        inputs = SupConInputs(*ctx.saved_tensors[:_NUM_TENSORS], *ctx.numbers)
+        *tensors, norms = ctx.saved_tensors[:_NUM_TENSORS]
+        inputs = SupConInputs._make((*tensors, *ctx.numbers, norms))
         saved = SavedAnchors(*ctx.saved_tensors[_NUM_TENSORS:])
         grads = iter(supcon_backward(inputs, saved, grad_loss.contiguous(), mask))
         features = next(grads) if mask.features else None
         temperature = next(grads) if mask.temperature else None
-    return features, None, None, None, None, temperature, None, None
+    return features, None, None, None, None, temperature, None, None, None
 
 
 register_autograd("supcon_stats", _setup_stats, _backward_stats)
@@ -137,12 +154,12 @@ def _group_backward(*flat: Any) -> tuple[Any, ...]:
 def _check_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: Sequence[bool]) -> None:
     _check_inputs(inputs)
     for name, value in (("row_shift", saved.shift), ("row_sum", saved.sum), ("grad_loss", grad_loss)):
-        check_operand(name, value, tuple(inputs.per_positive.shape), inputs.features.dtype, inputs.features)
+        check_operand(name, value, tuple(inputs.per_positive.shape), inputs.per_positive.dtype, inputs.features)
 
 
 def _new_grads(inputs: SupConInputs, mask: SupConMask) -> list[Tensor]:
     grads = [inputs.features.new_empty(inputs.features.shape)] if mask.features else []
-    return [*grads, inputs.features.new_empty(())] if mask.temperature else grads
+    return [*grads, inputs.per_positive.new_empty(())] if mask.temperature else grads
 
 
 define(

@@ -10,7 +10,7 @@ from oracle import Case
 
 import fusedloss
 from fusedloss.backends.chunked import head as chunked_head
-from fusedloss.backends.chunked import panels
+from fusedloss.backends.chunked import panels, products
 
 BACKENDS = ("cpp", "reference")
 REDUCTIONS = ("mean", "sum", "none")
@@ -28,7 +28,7 @@ def small_chunks(monkeypatch):
     """Two to four rows of logits at a time, and a few classes."""
     monkeypatch.setattr(chunked_head, "_CHUNK_BYTES", 4 * 23 * 4)
     small_panels(monkeypatch, 5)
-    monkeypatch.setattr(chunked_head, "_ADDED_AT_ONCE", 7 * 5)
+    monkeypatch.setattr(products, "_ADDED_AT_ONCE", 7 * 5)
 
 
 def small_panels(monkeypatch, classes):

@@ -1,6 +1,7 @@
-"""Cases of the Triton backend's linear head, in small tiles and several ragged steps, and mutants of its kernels."""
+"""Cases of the Triton backend's linear head, in chunks of a few rows and several ragged steps, and mutants."""
 
 import warnings
+from unittest import mock
 
 import linear_cases
 import torch
@@ -8,10 +9,11 @@ import triton
 import triton.language as tl
 from triton_supcon import resolve_backend
 
+from fusedloss.backends.chunked import device_chunks
 from fusedloss.backends.chunked import head as chunked_head
 
-# Rows, columns, features of a step and of a block: each loop of the kernels runs more than once.
-ROWS, CLASSES, WIDTH, TILE = 19, 23, 21, (16, 16, 16, 16, 4)
+# Chunks of a few rows, and blocks of 16 features: each loop runs more than once.
+ROWS, CLASSES, WIDTH, CHUNK, BLOCK = 19, 23, 21, 7, 16
 _TYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 # What decides which kernels run: the type, the options, and whether gradients are made in the forward.
 _LINEAR = (
@@ -45,22 +47,38 @@ def _of_rows(value):
 
 def right(dtype, name, reduction, normalize):
     def run(device):
-        from fusedloss.backends.triton import launch, linear_rows
-
         case = head(dtype, name, reduction, normalize)
-        before = linear_rows._forced_block, chunked_head._CHUNK_BYTES
-        tile = launch.ProductTile(*TILE) if device == "cpu" else None
-        if device == "cpu":
-            linear_rows._forced_block, chunked_head._CHUNK_BYTES = 16, 7 * CLASSES * 4
+        return checked(case, device, CHUNK * CLASSES * 4, BLOCK)
+
+    return run
+
+
+def checked(case, device, chunk_bytes, block):
+    """What is wrong with a case in such chunks, in words; kernels have their own block sizes on a GPU."""
+    from fusedloss.backends.triton import linear_rows
+
+    with mock.patch.multiple(device_chunks, _CHUNK_BYTES=chunk_bytes, _FEWEST_ROWS=1), \
+         mock.patch.object(chunked_head, "_CHUNK_BYTES", chunk_bytes), \
+         mock.patch.object(chunked_head.ChunkedHead, "_classes_aligned", 8), \
+         mock.patch.object(linear_rows, "_forced_block", block if device == "cpu" else None), \
+         resolve_backend(device), warnings.catch_warnings():  # fmt: skip
+        warnings.simplefilter("ignore")
         try:
-            with resolve_backend(device), launch.forced(products=tile), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                linear_cases.check(case, lambda given: on(device, given))
+            linear_cases.check(case, lambda given: on(device, given))
         except AssertionError as error:
             return [str(error)]
-        finally:
-            linear_rows._forced_block, chunked_head._CHUNK_BYTES = before
-        return []
+    return []
+
+
+def wide(dtype, normalize):
+    """200 rows, 300 classes and 200 features, in chunks of 64 rows."""
+
+    def run(device):
+        terms = (("angular", 0.5, "monotone", "exact"), ("scale", 8.0)) if normalize else ()
+        case = linear_cases.random_head(
+            200, 300, 200, dtype=_TYPES[dtype], normalize=normalize, bias=not normalize, spread=0.1, terms=terms
+        )
+        return checked(case, device, 64 * 300 * case.x.element_size(), 64)
 
     return run
 
@@ -83,19 +101,29 @@ def on(device, case):
 
 CASES = {f"linear {' '.join(key)}": right(*key, False) for key in _LINEAR}
 CASES |= {f"cosine {' '.join(key)}": right(*key, True) for key in _COSINES}
+CASES |= {f"linear 200 x 300 x 200 {dtype}": wide(dtype, False) for dtype in ("f32", "bf16")}
+CASES |= {f"cosine 200 x 300 x 200 {dtype}": wide(dtype, True) for dtype in ("f32", "bf16")}
 
 
-@triton.jit
-def no_bias(head, product, right):
-    z = product
-    if head.scale is not None:
-        z = z * tl.load(head.scale + right, mask=right < head.classes, other=0.0)[None, :]
-    return tl.where((right < head.classes)[None, :], z, float("-inf"))
+def norms(device):
+    """Lengths of rows of every type and of any width, in double; zeros are infinite."""
+    from fusedloss.backends.triton import linear_rows
+
+    wrong = []
+    generator = torch.Generator().manual_seed(3)
+    for dtype in _TYPES.values():
+        for rows, width in ((1, 1), (5, 40), (37, 600), (3, 0), (0, 7)):
+            x = torch.randn(rows, width, generator=generator).to(dtype)
+            x[-1:] = 0
+            truth = torch.linalg.vector_norm(x.double(), dim=1)
+            truth = torch.where(truth == 0, torch.inf, truth)
+            got = linear_rows.row_norms(x.to(device)).cpu()
+            if not torch.allclose(got, truth, rtol=1e-14, atol=0):
+                wrong.append(f"{dtype} {rows} x {width}: {got.tolist()}, not {truth.tolist()}")
+    return wrong
 
 
-@triton.jit
-def weights_of_one(head, right):
-    return (right < head.classes).to(tl.float32)
+CASES["linear norms"] = norms
 
 
 @triton.jit
@@ -107,19 +135,12 @@ def no_tangent(pairs, row, label, grad, places, inside, OF_WEIGHT: tl.constexpr)
 
 def mutants(device):
     """Wrong kernels must fail the comparison."""
-    from fusedloss.backends.triton import linear_rows, linear_tiles
+    from fusedloss.backends.triton import linear_rows
 
-    wrong = []
-    for module, name, function, case in (
-        (linear_tiles, "logits_of", no_bias, ("bf16", "plain", "mean", False)),
-        (linear_tiles, "class_weights", weights_of_one, ("bf16", "weight and smoothing", "mean", False)),
-        (linear_rows, "product_grad", no_tangent, ("f32", "angular", "mean", True)),
-    ):
-        before = getattr(module, name)
-        setattr(module, name, function)
-        try:
-            if not right(*case)(device):
-                wrong.append(f"{name} may be {function.__name__}")
-        finally:
-            setattr(module, name, before)
-    return wrong
+    before = linear_rows.product_grad
+    linear_rows.product_grad = no_tangent
+    try:
+        found = right("f32", "angular", "mean", True)(device)
+    finally:
+        linear_rows.product_grad = before
+    return [] if found else ["product_grad may be no_tangent"]

@@ -8,6 +8,7 @@ from wrapped import Wrapped
 
 import fusedloss
 from fusedloss.backends.cpp import unavailable_reason
+from fusedloss.core.normalize import unit_rows
 
 needs_kernels = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="no compiled module")
 pytestmark = [
@@ -30,8 +31,17 @@ def arguments(with_mask=False, with_weights=False, dtype=torch.float32, requires
         "temperature": torch.tensor(0.3, dtype=dtype, requires_grad=requires_grad),
         "num_grad_rows": 10,
         "normalized": False,
+        "norms": None,
     }
     return {**given, **changed}
+
+
+def half_arguments(dtype=torch.bfloat16, **changed):
+    """The same with 16-bit rows, whose directions are meant."""
+    given = arguments(**changed)
+    features = given["features"].detach().to(dtype).requires_grad_(given["features"].requires_grad)
+    norms = torch.linalg.vector_norm(features.detach().double(), dim=1)
+    return {**given, "features": features, "normalized": True, "norms": norms}
 
 
 @pytest.mark.parametrize(
@@ -45,9 +55,47 @@ def test_opcheck(options):
         opcheck(BACKWARD, (*given.values(), row, row, row, mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_of_16_bit_rows(dtype):
+    opcheck(STATS, tuple(half_arguments(dtype).values()))
+    given = half_arguments(dtype, requires_grad=False)
+    row = torch.full_like(given["per_positive"], 0.5)
+    for mask in ([True, True], [True, False], [False, True]):
+        opcheck(BACKWARD, (*given.values(), row, row, row, mask))
+
+
+@pytest.mark.parametrize("options", [{}, {"with_mask": True}, {"with_weights": True}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_kernels)])
+def test_16_bit_rows_stand_for_their_directions(backend, options):
+    given = half_arguments(**options)
+    given["features"].data[3], given["norms"][3] = 0, torch.inf
+    wide = given["features"].detach().float().requires_grad_()
+    temperature = given["temperature"].detach().clone().requires_grad_()
+    same = {**given, "features": unit_rows(wide), "temperature": temperature, "norms": None}
+    with fusedloss.backend(backend):
+        got, expected = STATS(*given.values()), STATS(*same.values())
+        torch.testing.assert_close(got, expected)
+        grads = torch.autograd.grad(got[0].sum(), (given["features"], given["temperature"]))
+        truth = torch.autograd.grad(expected[0].sum(), (wide, temperature))
+    assert grads[0].dtype == torch.bfloat16
+    torch.testing.assert_close(grads[0], truth[0].bfloat16())
+    torch.testing.assert_close(grads[1], truth[1])
+    assert (grads[0][3] == 0).all() and (grads[0][given["num_grad_rows"] :] == 0).all()
+
+
+def test_norms_need_directions():
+    with pytest.raises(ValueError, match="normalized must be True with norms; got False"):
+        STATS(*{**half_arguments(requires_grad=False), "normalized": False}.values())
+    given = {**half_arguments(requires_grad=False), "norms": torch.ones(ROWS)}
+    with pytest.raises(TypeError, match=r"norms must be torch\.float64; got torch\.float32"):
+        STATS(*given.values())
+
+
 @pytest.mark.parametrize("name, value, error, words", [
     ("features", torch.ones(ROWS), ValueError, r"features must have shape \(M, D\); got \(12,\)"),
-    ("features", torch.ones(ROWS, 4).half(), TypeError, "features must be float32 or float64; got torch.float16"),
+    ("features", torch.ones(ROWS, 4).int(), TypeError, "features must be float32 or float64, or 16 bits with"),
+    ("features", torch.ones(ROWS, 4).half(), ValueError, "norms must be given with 16-bit features alone; got None"),
+    ("norms", torch.ones(ROWS).double(), ValueError, "norms must be given with 16-bit features alone; got a tens"),
     ("codes", torch.zeros(3).int(), ValueError, r"codes must have shape \(12,\); got \(3,\)"),
     ("codes", torch.zeros(ROWS).long(), TypeError, "codes must be torch.int32; got torch.int64"),
     ("per_positive", torch.ones(ROWS + 1), ValueError, r"per_positive must have shape \(A,\) with A at most 12"),

@@ -140,9 +140,18 @@ def loss_and_gradients(case, loss_of):
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def wrong_with(case, loss_of):
+def _dtype(case, name):
+    rows = getattr(case, name)
+    return None if rows is None else rows.dtype
+
+
+def wrong_with(case, loss_of, narrow=False):
     """What is wrong with loss_of(case) and its gradients, in words: they may be no further from float64 than twice
-    what eager PyTorch in the computing dtype is, plus a tolerance, plus one rounding to the stored dtype."""
+    what eager PyTorch in the computing dtype is, plus a tolerance, plus one rounding to the stored dtype.
+
+    With `narrow` gradients of similarities of 16-bit features may have been rounded to 16 bits before they were
+    multiplied: those of rows are judged as a whole, by their norm.
+    """
     stored = case.features.dtype
     computing = torch.float64 if stored == torch.float64 else torch.float32
     if id(case) not in _judged:
@@ -150,7 +159,10 @@ def wrong_with(case, loss_of):
         _judged[id(case)] = case, judges
     truth, usual = _judged[id(case)][1]
     leaves = cast(case, computing)
-    leaves = replace(leaves, features=case.features.detach().clone().requires_grad_())
+    # Prototypes and contrasts keep their type where it is that of the features.
+    same = [name for name in ("features", "prototypes", "contrast") if _dtype(case, name) == stored]
+    given = {name: getattr(case, name).detach().clone() for name in same}
+    leaves = replace(leaves, **{name: rows.requires_grad_(name in DIFFERENTIABLE) for name, rows in given.items()})
     judged = loss_and_gradients(leaves, loss_of)
     wrong = []
     per_t = 1 / float(case.temperature)
@@ -159,7 +171,7 @@ def wrong_with(case, loss_of):
     tensor_epsilons = TENSOR_EPSILONS * (4 + largest_s if computing == torch.float64 else 1)
     for name, expected in truth.items():
         got = judged[name]
-        dtype = stored if name == "features" else computing
+        dtype = stored if name in same else computing
         if got.dtype != dtype or got.shape != expected.shape:
             wrong.append(f"{name}: {got.dtype} {tuple(got.shape)}, not {dtype} {tuple(expected.shape)}")
             continue
@@ -170,8 +182,14 @@ def wrong_with(case, loss_of):
         # Where positives and the softmax cancel, what is left is the rounding of terms of this size.
         sizes = {"loss": 4.0, "features": largest_s / len(case.features), "temperature": 4 * largest_s * per_t}
         allowed += epsilon * sizes.get(name, 0.0)
-        allowed = allowed + (torch.finfo(stored).eps * expected.abs() if name == "features" else 0.0) + 1e-30
+        allowed = allowed + (torch.finfo(stored).eps * expected.abs() if name in same else 0.0) + 1e-30
         error = (got.double() - expected).abs()
+        if narrow and name in same and stored != computing:
+            size = 2 * float(usual_error.norm()) + 2 * torch.finfo(stored).eps * float(expected.norm())
+            size += 1e-30 + epsilon * largest_s / max(len(case.features), 1)
+            if not float(error.norm()) <= size:
+                wrong.append(f"{name}: off by {float(error.norm()):.3g} in norm, allowed {size:.3g}")
+            continue
         bad = ~(error <= allowed)
         if bool(bad.any()):
             place = tuple(bad.nonzero()[0].tolist())

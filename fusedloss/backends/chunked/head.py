@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fusedloss.backends.chunked.device_chunks import device_chunk_rows
+from fusedloss.backends.chunked.products import multiply
 from fusedloss.core.operands import LinearInputs
 
 # A chunk's logits: each chunk reads the weight and its gradient again, so the largest that leaves peak memory small.
 _CHUNK_BYTES = 56_000_000
-_CHUNK_BYTES_ON_DEVICE = 1 << 28
 # A weight that stays in the caches is read again for nothing: chunks go down to so many rows, or they were inefficient.
 _CACHED_BYTES, _CHUNK_BYTES_OF_CACHED, _LEAST_ROWS = 1 << 22, 1 << 21, 512
-_ADDED_AT_ONCE = 1 << 22
+_ROW_BYTES = 16  # with other rows, cuBLAS takes kernels of a fraction of the speed
 
 
 class ChunkedHead:
@@ -41,16 +42,25 @@ class ChunkedHead:
         """The largest chunk."""
         weight, of_row = self.inputs.weight, len(self.inputs.weight) * self.dtype.itemsize
         if weight.device.type != "cpu":
-            return max(1, _CHUNK_BYTES_ON_DEVICE // of_row)
+            return device_chunk_rows(len(self.inputs.input), len(weight), weight.shape[1], self.dtype.itemsize)
         most = max(1, _CHUNK_BYTES // of_row)
         if weight.numel() * self.dtype.itemsize > _CACHED_BYTES:
             return most
         return min(most, max(_LEAST_ROWS, _CHUNK_BYTES_OF_CACHED // of_row))
 
+    @property
+    def _classes_aligned(self) -> int:
+        """What the length of a row of logits in memory is a multiple of: products on a GPU need rows that are."""
+        return 1 if self.inputs.weight.device.type == "cpu" else _ROW_BYTES // self.dtype.itemsize
+
+    @property
+    def num_chunks(self) -> int:
+        """0 without rows."""
+        return -(-len(self.inputs.input) // self.most_rows)
+
     def chunks(self) -> Iterator[slice]:
         """Ranges of rows, of nearly the same length."""
-        rows = len(self.inputs.input)
-        count = -(-rows // self.most_rows)
+        rows, count = len(self.inputs.input), self.num_chunks
         for i in range(count):
             yield slice(rows * i // count, rows * (i + 1) // count)
 
@@ -61,8 +71,9 @@ class ChunkedHead:
             count = rows.stop - rows.start
             if buffer is None:
                 # Chunks differ by a row at most.
-                buffer = self.prepared(self.operand.new_empty(count + 1, len(self.operand)))
-            found = buffer[:count]
+                classes = len(self.operand)
+                buffer = self.prepared(self.operand.new_empty(count + 1, classes + -classes % self._classes_aligned))
+            found = buffer[:count, : len(self.operand)]
             torch.mm(self.rows(rows), self.operand.t(), out=found)
             yield rows, found
 
@@ -98,43 +109,25 @@ class HeadGradients:
     def __init__(self, head: ChunkedHead, want_input: bool, want_weight: bool) -> None:
         self.head = head
         self.want_input, self.want_weight = want_input, want_weight
-        self.input = self._accumulator(head.inputs.input) if want_input else None
-        self.weight = self._accumulator(head.inputs.weight) if want_weight else None
+        # A row of the input's gradient is one product, and so is the weight's of one chunk: rounded once, as they are
+        # stored, unless something is still added to them.
+        once = not head.normalized
+        self.input = self._sums(head.inputs.input, once) if want_input else None
+        self.weight = self._sums(head.inputs.weight, once and head.num_chunks == 1) if want_weight else None
         self.started = False
 
-    def _accumulator(self, like: Tensor) -> Tensor:
-        return self.head.prepared(like.new_empty(like.shape, dtype=self.head.compute_dtype))
+    def _sums(self, like: Tensor, once: bool) -> Tensor:
+        head = self.head
+        dtype = head.dtype if once and like.dtype == head.dtype else head.compute_dtype
+        return head.prepared(like.new_empty(like.shape, dtype=dtype))
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         """`grad_logits` are those of the chunk's products."""
-        operand = self.head.operand
-        same = operand.dtype == self.head.compute_dtype
         if self.input is not None:
-            if same:
-                torch.mm(grad_logits, operand, out=self.input[rows])
-            else:
-                self.input[rows] = torch.mm(grad_logits, operand)
+            multiply(grad_logits, self.head.operand, self.input[rows], add=False)
         if self.weight is not None:
-            x = self.head.rows(rows)
-            if not same:
-                self._add_widened(grad_logits, x)
-            elif self.started:
-                torch.addmm(self.weight, grad_logits.t(), x, out=self.weight)
-            else:
-                torch.mm(grad_logits.t(), x, out=self.weight)
+            multiply(grad_logits.t(), self.head.rows(rows), self.weight, add=self.started)
         self.started = True
-
-    def _add_widened(self, grad_logits: Tensor, x: Tensor) -> None:
-        """A chunk's product is rounded once to 16 bits; chunks add up in float32."""
-        assert self.weight is not None
-        width = max(1, _ADDED_AT_ONCE // max(1, x.shape[1]))
-        for start in range(0, len(self.weight), width):
-            product = torch.mm(grad_logits[:, start : start + width].t(), x)
-            part = self.weight[start : start + width]
-            if self.started:
-                part += product
-            else:
-                part.copy_(product)
 
     def zero_if_none_came(self) -> None:
         """Without a chunk the sums were never written."""

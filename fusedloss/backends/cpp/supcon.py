@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedloss.backends.cpp import extension
 from fusedloss.backends.cpp.views import address
-from fusedloss.backends.reference.supcon import IGNORED
+from fusedloss.backends.reference.supcon import IGNORED, wide_rows
 from fusedloss.core.operands import AnchorSums, SavedAnchors, SupConInputs, SupConMask
 
 # A panel that stays in the second-level cache.
@@ -26,6 +26,8 @@ WIDEST_RANGE = 80.0
 
 def supcon_stats(inputs: SupConInputs) -> AnchorSums:
     """The loss of each anchor, its shift and its sum of exponentials; the contract is the reference's."""
+    if inputs.norms is not None:
+        return supcon_stats(inputs._replace(features=wide_rows(inputs), norms=None))
     kept = _kept_rows(inputs)
     if kept is not None:
         return _of_all_anchors(supcon_stats(_without_ignored(inputs, kept)), inputs, kept)
@@ -42,6 +44,8 @@ def supcon_stats(inputs: SupConInputs) -> AnchorSums:
 
 def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: SupConMask) -> list[Tensor]:
     """The gradients that `mask` names, from those of the losses; rows from ``num_grad_rows`` on have zeros."""
+    if inputs.norms is not None:
+        return _backward_of_16_bits(inputs, saved, grad_loss, mask)
     kept = _kept_rows(inputs)
     if kept is not None:
         return _backward_of_kept(inputs, saved, grad_loss, mask, kept)
@@ -66,6 +70,18 @@ def supcon_backward(inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor
         grad[first : first + columns].addmm_(similarity[:, :columns].t(), features[first:last])
     grads = [] if grad is None else [grad]
     return [*grads, features.new_full((), -moment)] if mask.temperature else grads
+
+
+def _backward_of_16_bits(
+    inputs: SupConInputs, saved: SavedAnchors, grad_loss: Tensor, mask: SupConMask
+) -> list[Tensor]:
+    features = inputs.features.detach().requires_grad_(mask.features)
+    with torch.enable_grad():
+        wide = wide_rows(inputs._replace(features=features))
+    grads = supcon_backward(inputs._replace(features=wide.detach(), norms=None), saved, grad_loss, mask)
+    if mask.features:
+        grads[0] = torch.autograd.grad(wide, features, grads[0])[0]
+    return grads
 
 
 class _Panels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedloss.core.normalize import unit_rows
 from fusedloss.core.operands import AnchorSums, SavedAnchors, SupConInputs, SupConMask
 
 IGNORED, NEGATIVE = -1, -2
@@ -39,7 +40,7 @@ def anchor_sums(inputs: SupConInputs) -> AnchorSums:
     where w, v and q are the rows of ``inputs.weights`` and ``w_ij = v_j`` if j is a positive of i, else ``w_j``.
     The shift is an anchor's largest s_ij of a weight above 0.
     """
-    features, codes, weights, anchors = inputs.features, inputs.codes, inputs.weights, inputs.num_anchors
+    features, codes, weights, anchors = wide_rows(inputs), inputs.codes, inputs.weights, inputs.num_anchors
     rows = features.shape[0]
     with torch.autocast(features.device.type, enabled=False):
         similarity = features[:anchors] @ features.t() / inputs.temperature
@@ -62,6 +63,13 @@ def anchor_sums(inputs: SupConInputs) -> AnchorSums:
     relative = (similarity - shift).masked_fill(~positive, 0.0)
     loss = total.log() - (share * relative).sum(1) * inputs.per_positive
     return AnchorSums(torch.where(has_positive, loss, 0.0), shift.squeeze(1), total.detach())
+
+
+def wide_rows(inputs: SupConInputs) -> Tensor:
+    """The features in the compute dtype, differentiable; those of 16 bits over their lengths."""
+    if inputs.norms is None:
+        return inputs.features
+    return unit_rows(inputs.features.to(inputs.per_positive.dtype))
 
 
 def _positives(inputs: SupConInputs) -> Tensor:

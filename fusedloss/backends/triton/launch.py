@@ -138,16 +138,11 @@ def feature_tile(width: int, dtype: torch.dtype, device: torch.device) -> Featur
 
 
 def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
-    """Tile for products of rows of `width` features in a `kernel` of linear_ce or supcon."""
+    """Tile for products of rows of `width` features in a `kernel` of supcon."""
     if _forced_products is not None:
         return _forced_products
     block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
     return ProductTile(*tuning.entry(device, stem, dtype, f"{kernel} {min(block, _WIDEST_PRODUCTS)}"))
-
-
-def widest_tiled(dtype: torch.dtype, device: torch.device) -> int:
-    """Most features of a linear head of 16 bits whose logits are formed in tiles again and again, never written."""
-    return tuning.entry(device, "linear_ce", dtype, "widest tiled")[0]
 
 
 def programs_for(tiles: int, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Kernels over single rows of a linear head: the Jacobian of normalisation, and the label's pair of rows in double."""
+"""Kernels over single rows of a linear head in double: lengths, the Jacobian of normalisation, the label's pairs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import launch
 
 _WARPS, _WIDEST = 4, 512
+_VALUES = 2048  # of the rows whose lengths one program sums
 
 
 class Pairs(NamedTuple):
@@ -24,6 +25,21 @@ class Pairs(NamedTuple):
     input_norm: Any
     class_norm: Any
     product: Any
+
+
+@triton.jit
+def norm_kernel(rows, norms, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Lengths of ROWS rows, infinite for zeros; the sum of squares is double, the rows are widened in registers."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < count
+    # A 0 that the compiler can't see: Triton 3.6 fails on loops that add reductions to constants.
+    total = (row < 0).to(tl.float64)
+    for first in range(0, width, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        v = tl.load(rows + row[:, None] * width + places[None, :],
+                    mask=valid[:, None] & (places < width)[None, :], other=0.0).to(tl.float64)  # fmt: skip
+        total += tl.sum(v * v, 1)
+    tl.store(norms + row, tl.where(total == 0, float("inf"), tl.sqrt(total)), mask=valid)
 
 
 @triton.jit
@@ -123,6 +139,18 @@ def label_weight_kernel(pairs, grad_product, gradient, order, ends, BLOCK: tl.co
             tl.store(place, total.to(before.dtype), mask=inside)
 
 
+def row_norms(rows: Tensor) -> Tensor:
+    """Lengths in float64, infinite for a row of zeros; no copy of the rows is made where they are contiguous."""
+    rows = rows.contiguous()
+    count, width = rows.shape
+    norms = torch.empty(count, dtype=torch.float64, device=rows.device)
+    block = _block(width)
+    together = max(1, _VALUES // block)
+    grid = (triton.cdiv(count, together),)
+    launch.start(norm_kernel, grid, (rows, norms, count, width), rows.device, _WARPS, ROWS=together, BLOCK=block)
+    return norms
+
+
 def project_rows(rows: Tensor, norm: Tensor, gradient: Tensor, divide: bool) -> None:
     """See project_kernel; `gradient` is changed in place."""
     rows = rows.contiguous()
@@ -147,9 +175,13 @@ def add_label_gradients(pairs: Pairs, grad_product: Tensor, input: Tensor | None
 
 def _start(kernel: Any, programs: int, arguments: tuple[Any, ...], like: Tensor, **constants: Any) -> None:
     width = arguments[0].width if isinstance(arguments[0], Pairs) else arguments[3]
-    block = min(_WIDEST, max(16, triton.next_power_of_2(width))) if _forced_block is None else _forced_block
+    block = _block(width)
     most = launch.most_registers(_WARPS)
     launch.start(kernel, (programs,), arguments, like.device, _WARPS, BLOCK=block, **constants, maxnreg=most)
+
+
+def _block(width: int) -> int:
+    return min(_WIDEST, max(16, triton.next_power_of_2(width))) if _forced_block is None else _forced_block
 
 
 _forced_block: int | None = None
