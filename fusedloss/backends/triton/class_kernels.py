@@ -156,28 +156,50 @@ def center_of(features, state, index, new, row, columns, T: tl.constexpr):
 
 
 @triton.jit
+def add_rows(sums, features, rows, faults, center, places, live, columns, REPAIR: tl.constexpr, MASKED: tl.constexpr,
+             T: tl.constexpr):  # fmt: skip
+    """Adds f - center and its square, and looks at |f|; columns beyond the last hold 0 in f and center."""
+    total, square, largest = sums
+    mask = (columns < features.width)[None, :]
+    order = rows.order + places
+    if MASKED:
+        if REPAIR:
+            live = live & (tl.load(faults.usable + places, mask=live, other=0) != 0)
+        mask = live[:, None] & mask
+        values = read_features(features, tl.load(order, mask=live, other=0), columns, mask, T)
+        deviation = tl.where(live[:, None], values - center[None, :], 0.0)
+    else:
+        values = read_features(features, tl.load(order), columns, mask, T)
+        deviation = values - center[None, :]
+    return total + deviation, square + deviation * deviation, larger(largest, tl.abs(values))
+
+
+@triton.jit
 def sum_run(features, rows, faults, center, place, stop, columns, REPAIR: tl.constexpr, T: tl.constexpr,
             LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Sums and squares of f - center over a run, and the largest |f|."""
-    inside = columns < features.width
     total = tl.zeros([LANES, BLOCK], T)
     square = tl.zeros([LANES, BLOCK], T)
     largest = tl.zeros([LANES, BLOCK], T)
-    for start in range(place, stop, LANES * UNROLL):
-        some = tl.zeros([LANES, BLOCK], T)
+    whole = place
+    if not REPAIR:
+        whole = place + (stop - place) // (LANES * UNROLL) * (LANES * UNROLL)
+        for start in range(place, whole, LANES * UNROLL):
+            some = tl.zeros([LANES, BLOCK], T)
+            for step in tl.static_range(UNROLL):
+                places = start + step * LANES + tl.arange(0, LANES)
+                some, square, largest = add_rows(
+                    (some, square, largest), features, rows, faults, center, places, places < stop, columns, REPAIR,
+                    False, T,
+                )  # fmt: skip
+            total += some
+    for start in range(whole, stop, LANES * UNROLL):
         for step in tl.static_range(UNROLL):
             places = start + step * LANES + tl.arange(0, LANES)
-            live = places < stop
-            if REPAIR:
-                live = live & (tl.load(faults.usable + places, mask=live, other=0) != 0)
-            mask = live[:, None] & inside[None, :]
-            values = read_features(features, tl.load(rows.order + places, mask=live, other=0), columns, mask, T)
-            deviation = tl.where(mask, values - center[None, :], 0.0)
-            some += deviation
-            square += deviation * deviation
-            if not REPAIR:
-                largest = larger(largest, tl.abs(values))
-        total += some
+            total, square, largest = add_rows(
+                (total, square, largest), features, rows, faults, center, places, places < stop, columns, REPAIR,
+                True, T,
+            )  # fmt: skip
     return tl.sum(total, 0), square, largest
 
 
