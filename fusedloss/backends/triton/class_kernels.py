@@ -20,13 +20,17 @@ PARTS_AT_ONCE = tl.constexpr(128)  # single numbers of segments that are added a
 
 
 class Features(NamedTuple):
-    """Features (row, column) at pointer + row * row_step + column * column_step; `width` columns in `blocks`."""
+    """Features (row, column) at pointer + row * align * row_units + column * column_step; align * units columns.
+
+    Triton sees that a product with `align` is a multiple of it, and reads several columns at once.
+    """
 
     pointer: Any
-    row_step: Any
+    row_units: Any
     column_step: Any
-    width: Any
-    blocks: Any
+    units: Any
+    blocks: Any  # of columns
+    align: Any
 
 
 class Rows(NamedTuple):
@@ -111,7 +115,10 @@ def larger(a, b):
 
 @triton.jit
 def read_features(features, rows, columns, mask, T: tl.constexpr):
-    place = rows.to(tl.int64)[:, None] * features.row_step + (columns.to(tl.int64) * features.column_step)[None, :]
+    place = (
+        rows.to(tl.int64)[:, None] * (features.row_units * features.align)
+        + (columns.to(tl.int64) * features.column_step)[None, :]
+    )
     return tl.load(features.pointer + place, mask=mask, other=0.0).to(T)
 
 
@@ -119,9 +126,9 @@ def read_features(features, rows, columns, mask, T: tl.constexpr):
 def largest_values(features, rows, live, T: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """The largest magnitude of each row over all columns; NaN where there is one."""
     largest = tl.zeros([LANES], T)
-    for start in range(0, features.width, BLOCK):
+    for start in range(0, features.units * features.align, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        mask = live[:, None] & (columns < features.width)[None, :]
+        mask = live[:, None] & (columns < features.units * features.align)[None, :]
         values = tl.abs(read_features(features, rows, columns, mask, T))
         largest = larger(largest, tl.reduce(values, 1, larger))
     return largest
@@ -145,10 +152,12 @@ def first_place(rows, faults, index, first):
 @triton.jit
 def center_of(features, state, index, new, row, columns, T: tl.constexpr):
     """The class's shift, or a new class's first row."""
-    inside = columns < features.width
-    known = tl.load(state.shift + index * features.width + columns, mask=inside & (new == 0), other=0.0)
+    inside = columns < features.units * features.align
+    known = tl.load(
+        state.shift + index * (features.units * features.align) + columns, mask=inside & (new == 0), other=0.0
+    )
     of_row = tl.load(
-        features.pointer + row * features.row_step + columns.to(tl.int64) * features.column_step,
+        features.pointer + row * (features.row_units * features.align) + columns.to(tl.int64) * features.column_step,
         mask=inside & (new != 0),
         other=0.0,
     ).to(T)
@@ -160,7 +169,7 @@ def add_rows(sums, features, rows, faults, center, places, live, columns, REPAIR
              T: tl.constexpr):  # fmt: skip
     """Adds f - center and its square, and looks at |f|; columns beyond the last hold 0 in f and center."""
     total, square, largest = sums
-    mask = (columns < features.width)[None, :]
+    mask = (columns < features.units * features.align)[None, :]
     order = rows.order + places
     if MASKED:
         if REPAIR:
@@ -193,8 +202,10 @@ def sum_run(features, rows, faults, center, place, stop, columns, REPAIR: tl.con
                     False, T,
                 )  # fmt: skip
             total += some
-    for start in range(whole, stop, LANES * UNROLL):
-        for step in tl.static_range(UNROLL):
+    # The last rows in half steps: a class of few has many idle ones.
+    HALF: tl.constexpr = (UNROLL + 1) // 2
+    for start in range(whole, stop, LANES * HALF):
+        for step in tl.static_range(HALF):
             places = start + step * LANES + tl.arange(0, LANES)
             total, square, largest = add_rows(
                 (total, square, largest), features, rows, faults, center, places, places < stop, columns, REPAIR,
@@ -241,7 +252,7 @@ def move_class(state, index, before, number, weight, squares, distance):
 def finish(features, state, index, new, number, total, square, center, columns, PER_FEATURE: tl.constexpr,
            T: tl.constexpr):  # fmt: skip
     """Writes the sums of one class, or moves its statistics by them."""
-    width = features.width
+    width = features.units * features.align
     total = total.to(T)
     square = square.to(T)
     if state.total is None:
@@ -317,9 +328,17 @@ def sum_kernel(features, rows, faults, parts, state, PER_FEATURE: tl.constexpr, 
                 finish(features, state, index, new, number, total, square, center, columns, PER_FEATURE, T)
         else:
             slot = 2 * segment + (place != begin).to(tl.int64)
-            tl.store(parts.sums + slot * features.width + columns, total, mask=columns < features.width)
+            tl.store(
+                parts.sums + slot * (features.units * features.align) + columns,
+                total,
+                mask=columns < features.units * features.align,
+            )
             if PER_FEATURE:
-                tl.store(parts.squares + slot * features.width + columns, square, mask=columns < features.width)
+                tl.store(
+                    parts.squares + slot * (features.units * features.align) + columns,
+                    square,
+                    mask=columns < features.units * features.align,
+                )
             else:
                 tl.store(parts.squares + slot * features.blocks + block, square)
         place = stop
@@ -384,7 +403,7 @@ def group_kernel(features, rows, parts, PER_FEATURE: tl.constexpr, LANES: tl.con
     """Adds the first runs of a group of segments where all are of one class, for one block of columns."""
     group = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    width = features.width
+    width = features.units * features.align
     columns = block * BLOCK + tl.arange(0, BLOCK)
     first = group * parts.group
     last = first + parts.group - 1
@@ -406,7 +425,7 @@ def class_kernel(features, rows, faults, parts, state, PER_FEATURE: tl.constexpr
     """Finishes the class whose first boundary between segments this program's is, for one block of columns."""
     segment = tl.program_id(0).to(tl.int64) + 1
     block = tl.program_id(1)
-    width = features.width
+    width = features.units * features.align
     blocks = features.blocks
     columns = block * BLOCK + tl.arange(0, BLOCK)
     boundary = segment * rows.segment

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fusedloss.backends.reference import class_stats as reference
@@ -22,6 +23,9 @@ from fusedloss.core.dtypes import compute_dtype
 from . import class_kernels as kernels
 from . import launch
 
+# Steps under way where few programs wait for memory: more registers than that spill.
+_FEW_STEPS = 2
+_ALIGNED = 16  # the one multiple that Triton looks for
 # Fewer segments than this are added one by one.
 _FEW_SEGMENTS = 16
 _LABELS_AT_ONCE, _CLASSES_AT_ONCE = 1024, 128
@@ -143,8 +147,12 @@ def _prepare(features: Tensor, labels: Tensor, num_classes: int, ignore_index: i
         (num_classes, num_classes, segments, 1)
     )
     blocks = triton.cdiv(width, tile.block)
+    align = math.gcd(width, features.stride(0), _ALIGNED)
+    view = kernels.Features(
+        features, features.stride(0) // align, features.stride(1), width // align, blocks, tl.constexpr(align)
+    )
     return _Pass(
-        kernels.Features(features, features.stride(0), features.stride(1), width, blocks),
+        view,
         kernels.Rows(order, keys, first_row, num_rows, num_classes, tile.chunk),
         kernels.Faults(faulty, keys.new_empty(num_rows, dtype=torch.int8), dropped, from_end, skipped[0]),
         segments, tile, device, features.element_size(),
@@ -154,20 +162,23 @@ def _prepare(features: Tensor, labels: Tensor, num_classes: int, ignore_index: i
 def _sum(call: _Pass, state: kernels.State, per_feature: bool, like: Tensor) -> None:
     """Goes through the rows, again through segments with rows that are left out, and adds what spans segments."""
     features, rows, faults, segments, tile, *_ = call
-    square_width = features.width if per_feature else features.blocks
+    width = like.shape[1]
+    square_width = width if per_feature else features.blocks
     grouped = segments >= _FEW_SEGMENTS
     group = triton.next_power_of_2(math.isqrt(segments)) if grouped else segments + 1
     groups = segments // group
     parts = kernels.Parts(
-        like.new_empty(2 * segments, features.width), like.new_empty(2 * segments, square_width),
-        like.new_empty(groups, features.width, dtype=torch.float64),
+        like.new_empty(2 * segments, width), like.new_empty(2 * segments, square_width),
+        like.new_empty(groups, width, dtype=torch.float64),
         like.new_empty(groups, square_width, dtype=torch.float64), group,
     )  # fmt: skip
     compute, lanes = launch.triton_dtype(like.dtype), call.lanes
-    sizes = {"PER_FEATURE": per_feature, "LANES": lanes, "UNROLL": tile.rows // lanes}
+    steps = tile.rows // lanes
+    sizes = {"PER_FEATURE": per_feature, "LANES": lanes, "UNROLL": steps}
     arguments = (features, rows, faults, parts, state)
     call.start(kernels.sum_kernel, segments, arguments, REPAIR=False, T=compute, **sizes)
     call.start(kernels.check_kernel, segments, (features, rows, faults), T=compute, LANES=lanes)
     call.start(kernels.sum_kernel, segments, arguments, REPAIR=True, T=compute, **sizes)
+    sizes["UNROLL"] = min(_FEW_STEPS, steps)
     call.start(kernels.group_kernel, groups, (features, rows, parts), **sizes)
     call.start(kernels.class_kernel, max(0, segments - 1), arguments, T=compute, **sizes)
