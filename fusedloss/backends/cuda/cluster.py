@@ -1,8 +1,8 @@
 """Softmax cross-entropy of long rows by clusters of blocks, which read the logits once (``cluster_ce.cu``).
 
 Off by default: FUSEDLOSS_CLUSTER=1 turns it on, from compute capability 9.0 on. What it does not serve is None here,
-and Triton's to do: other options than class weights, other gradients than the logits', rows that aren't contiguous,
-aligned, and between ``FEWEST`` and ``MOST`` classes.
+and Triton's to do: other options than class weights, other gradients than the logits', rows that aren't contiguous or
+hold other than ``FEWEST`` to ``MOST`` classes.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ class Plan(NamedTuple):
     cluster: int
     scale: int
     bias: int
+    aligned: int
     slice: int
     shared_bytes: int
 
     @property
     def macros(self) -> tuple[str, ...]:
-        return tuple(f"-D{name.upper()}={value}" for name, value in zip(self._fields[:7], self, strict=False))
+        return tuple(f"-D{name.upper()}={value}" for name, value in zip(self._fields[:8], self, strict=False))
 
 
 class Arguments(ctypes.Structure):
@@ -68,18 +69,20 @@ class Arguments(ctypes.Structure):
 
 
 @functools.cache
-def plan(num_classes: int, dtype: torch.dtype, scale: bool, bias: bool, warps: int = WARPS) -> Plan | None:
+def plan(num_classes: int, dtype: torch.dtype, scale: bool, bias: bool, aligned: bool = True) -> Plan | None:
     """The smallest cluster whose blocks hold a slice in registers and two stages of it in shared memory, or None."""
     size = dtype.itemsize
     lanes = _LANE_BYTES // size
     for cluster in CLUSTERS:
         width = -(-num_classes // (cluster * _SLICE)) * _SLICE
-        vectors = -(-width // (32 * warps * lanes))
-        free = SHARED_MEMORY - HEADER - 4 * width * (scale + bias)
-        stages = min(_MOST_STAGES, free // (width * size))
+        # Rows that begin anywhere reach into one vector more.
+        vectors = -(-(width if aligned else width + lanes) // (32 * WARPS * lanes))
+        terms = HEADER + 4 * width * (scale + bias)
+        stage = (width if aligned else width + _SLICE) * size
+        stages = min(_MOST_STAGES, (SHARED_MEMORY - terms) // stage)
         if vectors * lanes * 4 <= _BYTES_OF_THREAD and stages >= 2:
-            shared = HEADER + 4 * width * (scale + bias) + stages * width * size
-            return Plan(_ELEMENTS[dtype], warps, vectors, stages, cluster, int(scale), int(bias), width, shared)
+            sizes = (vectors, stages, cluster, int(scale), int(bias), int(aligned), width)
+            return Plan(_ELEMENTS[dtype], WARPS, *sizes, terms + stages * stage)
     return None
 
 
@@ -96,7 +99,8 @@ def try_softmax_ce(
     logits = inputs.logits
     if not logits.is_cuda or torch.cuda.get_device_capability(logits.device) < _CAPABILITY or torch.version.hip:
         return None
-    chosen = plan(logits.shape[1], logits.dtype, inputs.scale is not None, inputs.bias is not None)
+    aligned = all(_is_aligned(each) for each in (logits, grad))
+    chosen = plan(logits.shape[1], logits.dtype, inputs.scale is not None, inputs.bias is not None, aligned)
     if chosen is None or driver.unavailable_reason() is not None:
         return None
     return launch(chosen, inputs, denominator, grad)
@@ -117,15 +121,16 @@ def serves(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mask: Soft
         and mask == SoftmaxMask(logits=True)
         and logits.shape[0] > 0
         and logits.data_ptr() != grad.data_ptr()
-        and logits.shape[1] * logits.element_size() % _LANE_BYTES == 0
-        and all(_is_aligned(each) for each in (logits, grad))
+        and all(each.stride(1) == 1 and each.stride(0) >= each.shape[1] for each in (logits, grad))
+        and (logits.data_ptr() - grad.data_ptr()) % _LANE_BYTES == 0
+        and (logits.stride(0) - grad.stride(0)) * logits.element_size() % _LANE_BYTES == 0
     )
 
 
 def _is_aligned(rows: Tensor) -> bool:
-    """Whether rows are contiguous, apart from each other, and begin at multiples of 16 bytes."""
-    step, size = rows.stride(0), rows.element_size()
-    return rows.stride(1) == 1 and step >= rows.shape[1] and (step * size | rows.data_ptr()) % _LANE_BYTES == 0
+    """Whether all rows begin and end at multiples of 16 bytes."""
+    size = rows.element_size()
+    return (rows.shape[1] * size | rows.stride(0) * size | rows.data_ptr()) % _LANE_BYTES == 0
 
 
 def launch(chosen: Plan, inputs: LogitInputs, denominator: Tensor | None, grad: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 // own slices of the classes, rows stream through shared memory, and one exchange of (maximum, sum) makes a row's sums.
 //
 // Compiled by NVRTC with ELEMENT (0 float32, 1 bfloat16, 2 float16), WARPS, VECTORS (of 16 bytes, of a thread), STAGES,
-// CLUSTER, SCALE and BIAS; in tests as C++ with EMULATION, a header with the same primitives. Exponents are in units of
-// log 2, where exp is one instruction: z = x * scale + bias there, and without these two x itself until the exponent is
-// formed, whose rounding then does not grow with x.
+// CLUSTER, SCALE, BIAS and ALIGNED; in tests as C++ with EMULATION, a header with the same primitives. Exponents are in
+// units of log 2, where exp is one instruction: z = x * scale + bias there, and without these two x itself until the
+// exponent is formed, whose rounding then does not grow with x.
 //
-// Rows must be contiguous, multiples of 16 bytes apart and long, and aligned to 16 bytes, in logits and gradient.
+// Rows must be contiguous. If ALIGNED they are multiples of 16 bytes apart and long, and begin at such a multiple, in
+// logits and gradient. If not, both begin equally far from one; what lies before the first multiple and after the last
+// is read and written by the threads whose vectors these are, since memory is copied in units of 16 bytes.
 
 struct Arguments {
     const void* logits;
@@ -88,6 +90,7 @@ INLINE void barrier_wait(unsigned long long* barrier, int phase) {
 INLINE void copy_in(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes)
                  : "memory");
+    if (bytes == 0) return;
     // What is read once leaves the cache first.
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
@@ -97,9 +100,11 @@ INLINE void copy_in(void* to, const void* from, unsigned bytes, unsigned long lo
 }
 INLINE void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 INLINE void copy_out(void* to, const void* from, unsigned bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
-                 "r"(address(from)), "r"(bytes)
-                 : "memory");
+    if (bytes)
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(address(from)),
+                     "r"(bytes)
+                     : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 INLINE void wait_for_copies_but_one() { asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory"); }
 INLINE void wait_for_copies() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
@@ -111,7 +116,8 @@ typedef float Element;
 typedef unsigned short Element;
 #endif
 constexpr int THREADS = 32 * WARPS, LANES = 16 / sizeof(Element);
-constexpr int HEADER = 512;  // bytes before the slices
+constexpr int HEADER = 512;             // bytes before the slices
+constexpr int ROOM = ALIGNED ? 0 : 64;  // elements of a buffer beyond a slice
 constexpr bool PLAIN = !SCALE && !BIAS;
 constexpr float LOG2_E = 1.4426950408889634f, LOG_2 = 0.6931471805599453f;
 #define INFINITE as_float(0x7f800000u)
@@ -166,14 +172,46 @@ INLINE Words pack(const float* values) {
     return words;
 }
 
-// Four numbers of shared memory for each four of `values`.
-INLINE void read_numbers(const float* from, float* numbers) {
+// Where a class's number lies in shared memory: in order if vectors begin at multiples of LANES, else every LANES-th in
+// a run, so that the threads of a warp read from different banks.
+INLINE int place_of(int c, int slice) { return ALIGNED ? c : c % LANES * (slice / LANES) + c / LANES; }
+
+// The numbers of the classes from c on, of which some may not exist.
+INLINE void read_numbers(const float* from, int c, int slice, float* numbers) {
+    if (ALIGNED) {
 #pragma unroll
-    for (int i = 0; i < LANES; i += 4) {
-        const Words four = *(const Words*)(from + i);
+        for (int i = 0; i < LANES; i += 4) {
+            const Words four = *(const Words*)(from + c + i);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) numbers[i + j] = as_float(four.word[j]);
+            for (int j = 0; j < 4; ++j) numbers[i + j] = as_float(four.word[j]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < LANES; ++i) {
+            const int one = c + i;
+            numbers[i] = one >= 0 && one < slice ? from[place_of(one, slice)] : 1.f;
+        }
     }
+}
+
+// What a block has of a row: elements from `offset` on of its buffer, `head` of them before whole vectors.
+struct Part {
+    int offset, head;
+    unsigned bytes;  // of whole vectors
+};
+
+INLINE Part part_of(const Arguments& a, long long row, int first, int count) {
+    if (ALIGNED) return {0, 0, (unsigned)(count * sizeof(Element))};
+    const unsigned long long begin = (unsigned long long)((const Element*)a.logits + row * a.row_step + first);
+    const int offset = (int)(begin / sizeof(Element) % LANES), before = (LANES - offset) % LANES;
+    const int head = before < count ? before : count;
+    return {offset, head, (unsigned)((count - head) / LANES * LANES * sizeof(Element))};
+}
+
+INLINE void fetch(const Arguments& a, long long row, int first, int count, Element* buffer, unsigned long long* full) {
+    const Part part = part_of(a, row, first, count);
+    const Element* from = (const Element*)a.logits + row * a.row_step + first + part.head;
+    copy_in(buffer + part.offset + part.head, from, part.bytes, full);
 }
 
 // The sum of 2^z, over the values behind several threads, as 2^top * sum.
@@ -206,7 +244,7 @@ KERNEL cluster_ce(const Arguments a) {
     const int thread = thread_index(), warp = thread / 32, lane = thread % 32, rank = cluster_rank();
     const int first = rank * a.slice, left = a.classes - first;
     const int count = left < 0 ? 0 : left < a.slice ? left : a.slice;
-    const unsigned bytes = count * sizeof(Element);
+    const int room = a.slice + ROOM;
     const long long clusters = num_blocks() / CLUSTER;
     const Element* logits = (const Element*)a.logits;
     Element* grad = (Element*)a.grad;
@@ -214,22 +252,25 @@ KERNEL cluster_ce(const Arguments a) {
     if (thread == 0)
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + stage);
     for (int c = thread; c < count; c += THREADS) {
-        if (SCALE) scale[c] = a.scale[first + c] * LOG2_E;
-        if (BIAS) bias[c] = a.bias[first + c] * LOG2_E;
+        if (SCALE) scale[place_of(c, a.slice)] = a.scale[first + c] * LOG2_E;
+        if (BIAS) bias[place_of(c, a.slice)] = a.bias[first + c] * LOG2_E;
     }
     block_sync();
     cluster_sync();
     long long row = block_index() / CLUSTER;
-    if (thread == 0 && bytes)
+    if (thread == 0)
         for (int stage = 0; stage < STAGES - 1; ++stage) {
             const long long ahead = row + stage * clusters;
-            if (ahead < a.rows)
-                copy_in(buffers + stage * a.slice, logits + ahead * a.row_step + first, bytes, full + stage);
+            if (ahead < a.rows) fetch(a, ahead, first, count, buffers + stage * room, full + stage);
         }
     const float per_row = a.factor / (a.denominator ? *a.denominator : 1.f);
     int stage = 0, phase = 0, turn = 0;
     for (; row < a.rows; row += clusters, turn ^= 1) {
-        Element* buffer = buffers + stage * a.slice;
+        Element* buffer = buffers + stage * room;
+        const Part part = part_of(a, row, first, count);
+        const Element* own_logits = logits + row * a.row_step + first;
+        Element* own_grad = grad + row * a.grad_step + first;
+        const int whole = part.head + part.bytes / sizeof(Element);
         const long long label = a.labels[row];
         const bool kept = label != a.ignore_index, valid = kept && label >= 0 && label < a.classes;
         // The label is left out of the sums and comes from memory, so that 1 - p keeps its digits.
@@ -242,23 +283,33 @@ KERNEL cluster_ce(const Arguments a) {
             if (BIAS) label_logit += a.bias[label] * LOG2_E;
             if (a.class_weight) weight = a.class_weight[label];
         }
-        if (bytes) barrier_wait(full + stage, phase);
+        barrier_wait(full + stage, phase);
 
         float value[VECTORS][LANES], top = -INFINITE;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            const int c = (v * THREADS + thread) * LANES;
+            const int c = (v * THREADS + thread) * LANES - part.offset;
             if (c < count) {
-                unpack(*(const Words*)(buffer + c), value[v]);
+                const bool edge = !ALIGNED && (c < part.head || c >= whole);
+                if (!edge) unpack(*(const Words*)(buffer + part.offset + c), value[v]);
+                else
+#pragma unroll
+                    for (int i = 0; i < LANES; ++i)
+                        value[v][i] = c + i >= 0 && c + i < count ? widened(own_logits[c + i]) : -INFINITE;
                 float scales[LANES], biases[LANES];
-                if (SCALE) read_numbers(scale + c, scales);
-                if (BIAS) read_numbers(bias + c, biases);
+                if (SCALE) read_numbers(scale, c, a.slice, scales);
+                if (BIAS) read_numbers(bias, c, a.slice, biases);
 #pragma unroll
                 for (int i = 0; i < LANES; ++i) {
                     if (!PLAIN) value[v][i] *= SCALE ? scales[i] : LOG2_E;
                     if (BIAS) value[v][i] += biases[i];
                 }
-                if ((unsigned)(mine - c) < (unsigned)LANES) {
+                if (edge) {
+#pragma unroll
+                    for (int i = 0; i < LANES; ++i)
+                        if (c + i < 0 || c + i >= count) value[v][i] = -INFINITE;
+                }
+                if (mine >= 0 && (unsigned)(mine - c) < (unsigned)LANES) {
 #pragma unroll
                     for (int i = 0; i < LANES; ++i)
                         if (c + i == mine) value[v][i] = -INFINITE;
@@ -296,18 +347,19 @@ KERNEL cluster_ce(const Arguments a) {
         const float label_top = PLAIN ? label_logit * LOG2_E : label_logit, most = fmaxf(sums.top, label_top);
         const float others = sums.sum * exp2_approx(sums.top - most), below = exponent(label_logit, most);
         const float own = exp2_approx(below);
-        const float total = others + own, part = weight * per_row / total;
+        const float total = others + own, share = weight * per_row / total;
         if (thread == 0 && rank == 0) {
             const float loss = label_top >= sums.top ? log1pf(others / own) : logf(total) - below * LOG_2;
             a.row_loss[row] = kept ? weight * loss : 0.f;
         }
-        const float coefficient = part * exp2_approx(top - most) * (SCALE ? LOG_2 : 1.f);
+        const float label_slope = -share * others * (SCALE ? label_scale * LOG_2 : 1.f);
+        const float coefficient = share * exp2_approx(top - most) * (SCALE ? LOG_2 : 1.f);
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            const int c = (v * THREADS + thread) * LANES;
+            const int c = (v * THREADS + thread) * LANES - part.offset;
             if (c < count) {
                 float scales[LANES];
-                if (SCALE) read_numbers(scale + c, scales);
+                if (SCALE) read_numbers(scale, c, a.slice, scales);
 #pragma unroll
                 for (int i = 0; i < LANES; ++i) {
                     const float slope = value[v][i] * coefficient;
@@ -315,21 +367,29 @@ KERNEL cluster_ce(const Arguments a) {
                 }
                 Words words = pack(value[v]);
                 if (!kept) words = {{0, 0, 0, 0}};
-                *(Words*)(buffer + c) = words;
+                Element* place = buffer + part.offset + c;
+                if (ALIGNED || (c >= part.head && c < whole)) {
+                    *(Words*)place = words;
+                    if (mine >= 0 && (unsigned)(mine - c) < (unsigned)LANES) place[mine - c] = narrowed(label_slope);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < LANES; ++i) {
+                        const float slope = !kept ? 0.f : c + i == mine ? label_slope : value[v][i];
+                        if (c + i >= 0 && c + i < count) own_grad[c + i] = narrowed(slope);
+                    }
+                }
             }
         }
-        if (mine >= 0 && (mine / LANES) % THREADS == thread)
-            buffer[mine] = narrowed(-part * others * (SCALE ? label_scale * LOG_2 : 1.f));
         show_to_copies();
         block_sync();
-        if (thread == 0 && bytes) {
-            copy_out(grad + row * a.grad_step + first, buffer, bytes);
+        if (thread == 0) {
+            copy_out(own_grad + part.head, buffer + part.offset + part.head, part.bytes);
             const long long ahead = row + (STAGES - 1) * clusters;
             if (ahead < a.rows) {
                 // That buffer's row went out a turn before.
                 wait_for_copies_but_one();
                 const int next = (stage + STAGES - 1) % STAGES;
-                copy_in(buffers + next * a.slice, logits + ahead * a.row_step + first, bytes, full + next);
+                fetch(a, ahead, first, count, buffers + next * room, full + next);
             }
         }
         if (++stage == STAGES) {
