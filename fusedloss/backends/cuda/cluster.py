@@ -89,8 +89,8 @@ def plan(num_classes: int, dtype: torch.dtype, scale: bool, bias: bool, aligned:
 def try_softmax_ce(
     inputs: LogitInputs, rows: RowInputs, options: RowOptions, denominator: Tensor | None, mask: SoftmaxMask,
     grad: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """The loss of each row; writes the gradient of the logits over the `denominator`. None where Triton is to do both.
+) -> tuple[Tensor, list[Tensor]] | None:  # fmt: skip
+    """The loss of each row, and `grad` with the gradient over the `denominator`; None where Triton is to do both.
 
     Labels have been checked. Of a gradient in place of the logits nothing can be said: blocks read what others write.
     """
@@ -103,7 +103,7 @@ def try_softmax_ce(
     chosen = plan(logits.shape[1], logits.dtype, inputs.scale is not None, inputs.bias is not None, aligned)
     if chosen is None or driver.unavailable_reason() is not None:
         return None
-    return launch(chosen, inputs, denominator, grad)
+    return launch(chosen, inputs, denominator, grad), [grad]
 
 
 def serves(inputs: LogitInputs, rows: RowInputs, options: RowOptions, mask: SoftmaxMask, grad: Tensor) -> bool:

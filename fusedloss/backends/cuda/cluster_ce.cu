@@ -176,20 +176,22 @@ INLINE Words pack(const float* values) {
 // a run, so that the threads of a warp read from different banks.
 INLINE int place_of(int c, int slice) { return ALIGNED ? c : c % LANES * (slice / LANES) + c / LANES; }
 
-// The numbers of the classes from c on, of which some may not exist.
-INLINE void read_numbers(const float* from, int c, int slice, float* numbers) {
+// The numbers of the classes of a vector, the first of them `offset` before a multiple of LANES; others where one does
+// not exist.
+INLINE void read_numbers(const float* from, int vector, int offset, int slice, float* numbers) {
     if (ALIGNED) {
 #pragma unroll
         for (int i = 0; i < LANES; i += 4) {
-            const Words four = *(const Words*)(from + c + i);
+            const Words four = *(const Words*)(from + vector * LANES + i);
 #pragma unroll
             for (int j = 0; j < 4; ++j) numbers[i + j] = as_float(four.word[j]);
         }
     } else {
 #pragma unroll
         for (int i = 0; i < LANES; ++i) {
-            const int one = c + i;
-            numbers[i] = one >= 0 && one < slice ? from[place_of(one, slice)] : 1.f;
+            // place_of(vector * LANES - offset + i)
+            const int before = i < offset;
+            numbers[i] = from[vector + (i - offset + before * LANES) * (slice / LANES) - before];
         }
     }
 }
@@ -288,7 +290,7 @@ KERNEL cluster_ce(const Arguments a) {
         float value[VECTORS][LANES], top = -INFINITE;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            const int c = (v * THREADS + thread) * LANES - part.offset;
+            const int vector = v * THREADS + thread, c = vector * LANES - part.offset;
             if (c < count) {
                 const bool edge = !ALIGNED && (c < part.head || c >= whole);
                 if (!edge) unpack(*(const Words*)(buffer + part.offset + c), value[v]);
@@ -297,8 +299,8 @@ KERNEL cluster_ce(const Arguments a) {
                     for (int i = 0; i < LANES; ++i)
                         value[v][i] = c + i >= 0 && c + i < count ? widened(own_logits[c + i]) : -INFINITE;
                 float scales[LANES], biases[LANES];
-                if (SCALE) read_numbers(scale, c, a.slice, scales);
-                if (BIAS) read_numbers(bias, c, a.slice, biases);
+                if (SCALE) read_numbers(scale, vector, part.offset, a.slice, scales);
+                if (BIAS) read_numbers(bias, vector, part.offset, a.slice, biases);
 #pragma unroll
                 for (int i = 0; i < LANES; ++i) {
                     if (!PLAIN) value[v][i] *= SCALE ? scales[i] : LOG2_E;
@@ -309,7 +311,7 @@ KERNEL cluster_ce(const Arguments a) {
                     for (int i = 0; i < LANES; ++i)
                         if (c + i < 0 || c + i >= count) value[v][i] = -INFINITE;
                 }
-                if (mine >= 0 && (unsigned)(mine - c) < (unsigned)LANES) {
+                if ((unsigned)(mine - c) < (unsigned)LANES) {
 #pragma unroll
                     for (int i = 0; i < LANES; ++i)
                         if (c + i == mine) value[v][i] = -INFINITE;
@@ -356,10 +358,10 @@ KERNEL cluster_ce(const Arguments a) {
         const float coefficient = share * exp2_approx(top - most) * (SCALE ? LOG_2 : 1.f);
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            const int c = (v * THREADS + thread) * LANES - part.offset;
+            const int vector = v * THREADS + thread, c = vector * LANES - part.offset;
             if (c < count) {
                 float scales[LANES];
-                if (SCALE) read_numbers(scale, c, a.slice, scales);
+                if (SCALE) read_numbers(scale, vector, part.offset, a.slice, scales);
 #pragma unroll
                 for (int i = 0; i < LANES; ++i) {
                     const float slope = value[v][i] * coefficient;
@@ -370,7 +372,7 @@ KERNEL cluster_ce(const Arguments a) {
                 Element* place = buffer + part.offset + c;
                 if (ALIGNED || (c >= part.head && c < whole)) {
                     *(Words*)place = words;
-                    if (mine >= 0 && (unsigned)(mine - c) < (unsigned)LANES) place[mine - c] = narrowed(label_slope);
+                    if ((unsigned)(mine - c) < (unsigned)LANES) place[mine - c] = narrowed(label_slope);
                 } else {
 #pragma unroll
                     for (int i = 0; i < LANES; ++i) {

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fusedloss.backends.cuda import cluster
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.operands import (
     LogitInputs,
@@ -50,12 +51,13 @@ def softmax_ce(
     denominator = call.denominator() if mean else None
     if not mean:
         call.check_labels()
-    row_loss = call.new_rows()
+    served = cluster.try_softmax_ce(inputs, rows, options, denominator, mask, call.grad)
+    row_loss = call.new_rows() if served is None else served[0]
     of_rows = [call.new_rows() if needed else None for needed in mask[2:]]
     call.smooth_loss = needs_smooth_loss(options, rows) or mask.label_smoothing
     call.top = computed_top if needs_hinge(options, rows) else None
     tensors = LossTensors(*launch.contiguous((row_loss, *of_rows, *rows, denominator)))
-    grads = call.run(loss_row, tensors, mask.affine)
+    grads = call.run(loss_row, tensors, mask.affine) if served is None else served[1]
     loss = row_loss.sum() if rows.sample_weight is None else (row_loss * rows.sample_weight).sum()
     if denominator is not None:
         # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
