@@ -346,12 +346,13 @@ def test_no_registers_spill(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "num_classes", "scale"), [(torch.bfloat16, 32768, True), (torch.float32, 32064, False)]
+    ("dtype", "num_classes", "scale"),
+    [(torch.bfloat16, 32768, True), (torch.float32, 32064, False), (torch.bfloat16, 32771, True)],
 )
 def test_through_the_driver(emulated, monkeypatch, dtype, num_classes, scale):
     """From the hook to the launch, which the emulation runs as the driver would."""
     nvrtc()
-    plan = cluster.plan(num_classes, dtype, scale, False)
+    plan = cluster.plan(num_classes, dtype, scale, False, num_classes % 8 == 0)
     library = emulated(plan)
     monkeypatch.setattr(cluster, "ENABLED", True)
     monkeypatch.setattr(driver, "_driver", lambda: library)
