@@ -125,22 +125,17 @@ class ClassStatistics(SettingsRepr):
 
     def _take_rows(self, state: ops.ClassState, features: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         """Moves a state, this one or a part of it, by rows; returns how many were left out."""
-        batch, shift = self._sums(state, features, labels, ignore_index)
-        ops.update_class_stats(state, batch, None if shift is state.mean else shift, self.momentum)
-        return batch.skipped
+        return ops.update_from_rows(state, self._as_wide(features), labels, ignore_index, self.momentum)
 
-    def _sums(
-        self, state: ops.ClassState, features: Tensor, labels: Tensor, ignore_index: int
-    ) -> tuple[ops.ClassTensors, Tensor]:
-        """The sums of rows by class about a shift, and the shift: the mean itself where its type allows."""
-        if state.mean.dtype == torch.float64:
-            features = features.to(torch.float64)
-        shift = state.mean.to(compute_dtype(features.dtype))
-        return ops.class_stats(features, labels, shift, state.count, ignore_index, self.per_feature), shift
+    def _as_wide(self, features: Tensor) -> Tensor:
+        """In float64 where the mean is."""
+        return features.to(torch.float64) if self.mean.dtype == torch.float64 else features
 
     def _update_all(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Takes in the rows of all ranks; returns how many of this rank's were left out."""
-        batch, shift = self._sums(self._state(), features, labels, self.ignore_index)
+        features = self._as_wide(features)
+        shift = self.mean.to(compute_dtype(features.dtype))
+        batch = ops.class_stats(features, labels, shift, self.count, self.ignore_index, self.per_feature)
         rows = batch.count.clamp(min=1)
         deviation = batch.sum.div_(rows.unsqueeze(1)).double()
         square = batch.square.div_(rows.unsqueeze(1) if self.per_feature else rows).double()

@@ -1,6 +1,7 @@
 """Statistics of features, without gradients: those of each class, and those of the rows' norms.
 
 ``class_stats``         count, sum and square of each class; ``update_class_stats`` moves running statistics by them.
+``update_from_rows``    both at once, where the sums are not needed for themselves.
 ``row_magnitudes``      the sum of |x| of each row; ``moments`` count, mean and squared deviation of one number per row.
 """
 
@@ -51,6 +52,13 @@ def update_class_stats(state: ClassState, batch: ClassTensors, shift: Tensor | N
     _call("update_class_stats", (*state, batch.count, shift, batch.sum, batch.square), momentum)
 
 
+def update_from_rows(
+    state: ClassState, features: Tensor, labels: Tensor, ignore_index: int, momentum: float | None
+) -> Tensor:
+    """Moves `state` in place by rows about its mean; returns how many were left out, int64 ``()``."""
+    return _call("update_from_rows", (features, labels, *state), ignore_index, momentum)  # type: ignore[no-any-return]
+
+
 def row_magnitudes(rows: Tensor) -> Tensor:
     """``sum_d |x_id|`` of rows ``(B, D)``: ``(B,)`` in float32, float64 for float64 rows."""
     return _call("row_magnitudes", (rows.detach(),))  # type: ignore[no-any-return]
@@ -97,21 +105,47 @@ def _check_update(
     count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None, rows: Tensor, shift: Tensor | None,
     sums: Tensor, squares: Tensor, momentum: float | None,
 ) -> None:  # fmt: skip
-    _check_floating("mean", mean, 2, "(K, D)")
-    if momentum is not None and not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"momentum must be None or in [0, 1]; got {momentum}")
+    _check_mean(mean, momentum)
     if _is_consistent(count, mean, scatter, variance, rows, shift, sums, squares):
         return
     size, classes = tuple(mean.shape), tuple(mean.shape[:1])
-    check_operand("count", count, classes, torch.int64, mean)
-    check_operand("scatter", scatter, classes, torch.float64, mean)
-    check_operand("variance", variance, size, mean.dtype, mean)
+    _check_state(count, mean, scatter, variance)
     check_operand("rows", rows, classes, torch.int64, mean)
     # Sums of float64 features move a float32 state.
     dtype = mean.dtype if sums.dtype == mean.dtype else torch.float64
     check_operand("sums", sums, size, dtype, mean)
     check_operand("shift", shift, size, dtype, mean)
     check_operand("squares", squares, classes if variance is None else size, dtype, mean)
+
+
+def _check_mean(mean: Tensor, momentum: float | None) -> None:
+    _check_floating("mean", mean, 2, "(K, D)")
+    if momentum is not None and not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must be None or in [0, 1]; got {momentum}")
+
+
+def _check_state(count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None) -> None:
+    size, classes = tuple(mean.shape), tuple(mean.shape[:1])
+    check_operand("count", count, classes, torch.int64, mean)
+    check_operand("scatter", scatter, classes, torch.float64, mean)
+    check_operand("variance", variance, size, mean.dtype, mean)
+
+
+def _check_update_from_rows(
+    features: Tensor, labels: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None,
+    ignore_index: int, momentum: float | None,
+) -> None:  # fmt: skip
+    _check_mean(mean, momentum)
+    _check_floating("features", features, 2, "(B, D)")
+    if mean.dtype == torch.float64 and features.dtype != torch.float64:
+        raise TypeError(f"features must be torch.float64, as mean is; got {features.dtype}")
+    num_rows, width = features.shape
+    if width < 1:
+        raise ValueError(f"features must have at least one column; got shape {tuple(features.shape)}")
+    if not _is_usual(labels, mean, count, (num_rows, width), mean.dtype, features.device):
+        check_operand("labels", labels, (num_rows,), torch.int64, features)
+        check_operand("mean", mean, (mean.shape[0], width), mean.dtype, features)
+    _check_state(count, mean, scatter, variance)
 
 
 def _is_consistent(
@@ -159,6 +193,10 @@ def _fake_class_stats(
     return seen.new_empty(seen.shape), shift.new_empty(shift.shape), square, seen.new_empty(())
 
 
+def _fake_update_from_rows(features: Tensor, labels: Tensor, count: Tensor, *rest: Any) -> Tensor:
+    return count.new_empty(())
+
+
 def _fake_row_magnitudes(rows: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
 
@@ -174,6 +212,7 @@ def _flat(*arguments: Any) -> tuple[Any, ...]:
 _CHECKS: dict[str, Callable[..., None]] = {
     "class_stats": _check_class_stats,
     "update_class_stats": _check_update,
+    "update_from_rows": _check_update_from_rows,
     "row_magnitudes": _check_row_magnitudes,
     "moments": _check_moments,
 }
@@ -202,6 +241,14 @@ define(
     group=_flat,
     check=_check_update,
     fake=lambda *arguments: None,
+)
+define(
+    _STEM,
+    "update_from_rows(Tensor features, Tensor labels, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) scatter,"
+    " Tensor(d!)? variance, int ignore_index, float? momentum) -> Tensor",
+    group=_flat,
+    check=_check_update_from_rows,
+    fake=_fake_update_from_rows,
 )
 define(
     _STEM,

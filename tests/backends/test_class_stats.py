@@ -339,6 +339,41 @@ def test_update_is_the_moments_of_all_rows(name, dtype, momentum, per_feature, w
     assert torch.equal(state.scatter[absent], scatter[absent])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [None, 0.3])
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("mean_dtype", [torch.float32, torch.float64])
+def test_update_from_rows_is_the_two_steps(backend, dtype, momentum, per_feature, mean_dtype):
+    features, labels = random_batch(90, 19, 6, dtype)
+    features[3, 2], labels[5] = float("nan"), -100
+    if mean_dtype == torch.float64:
+        features = features.double()
+
+    def fresh():
+        mean = torch.randn(7, 19, dtype=mean_dtype, generator=torch.Generator().manual_seed(0))
+        count = torch.tensor([0, 3, 0, 5, 1, 0, 2])
+        return ops.ClassState(count, mean, torch.ones(7).double(), mean.square() if per_feature else None)
+
+    one, two = fresh(), fresh()
+    skipped = ops.update_from_rows(one, features, labels, -100, momentum)
+    shift = two.mean.to(ops.compute_dtype(features.dtype))
+    batch = ops.class_stats(features, labels, shift, two.count, -100, per_feature)
+    ops.update_class_stats(two, batch, None if shift is two.mean else shift, momentum)
+    assert skipped == batch.skipped == 1 and skipped.dtype == torch.int64 and skipped.shape == ()
+    assert one.count.sum() == 88 + 11
+    for got, expected in zip(one, two, strict=True):
+        assert (got is None and expected is None) or torch.equal(got, expected)
+
+
+def test_update_from_rows_changes_nothing_at_a_bad_label(backend):
+    features, labels = random_batch(20, 6, 5)
+    labels[11] = 5
+    state = ops.ClassState(torch.zeros(5).long(), torch.zeros(5, 6), torch.zeros(5).double(), None)
+    with pytest.raises(IndexError, match="got label 5 at row 11"):
+        ops.update_from_rows(state, features, labels, -100, None)
+    assert not any(part.any() for part in state[:3])
+
+
 @pytest.mark.parametrize("momentum", [None, 0.3])
 @pytest.mark.parametrize("per_feature", [False, True])
 def test_buffers_of_any_layout(backend, momentum, per_feature):
@@ -496,6 +531,9 @@ def test_the_update_is_well_formed():
                 torch.ops.fusedloss.update_class_stats.default,
                 (*state, variance, batch.count, about, batch.sum, batch.square, 0.3),
             )
+        torch.library.opcheck(
+            torch.ops.fusedloss.update_from_rows.default, (features, labels, *state, variance, -100, 0.3)
+        )
 
 
 BAD = {
@@ -535,6 +573,17 @@ def test_the_other_operations_check_their_arguments(backend):
         torch.ops.fusedloss.update_class_stats(
             count, mean, scatter, None, count.clone(), None, torch.zeros(4, 5), torch.zeros(4), 2.0
         )
+    state, features, labels = (count, mean, scatter, None), torch.zeros(9, 5), torch.zeros(9).long()
+    wider, wide_state = torch.zeros(9, 6), (count, mean.double(), scatter, None)
+    for wrong, message in (
+        ((features, labels[:8], *state, -100, None), r"labels must have shape \(9,\); got \(8,\)"),
+        ((wider, labels, *state, -100, None), r"mean must have shape \(4, 6\); got \(4, 5\)"),
+        ((features, labels, *state[:2], count, None, -100, None), "scatter must be torch.float64"),
+        ((features, labels, *state, -100, -1.0), r"momentum must be None or in \[0, 1\]; got -1"),
+        ((features, labels, *wide_state, -100, None), "features must be torch.float64"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=message):
+            torch.ops.fusedloss.update_from_rows(*wrong)
     with pytest.raises(ValueError, match=r"labels must have shape \(3,\); got \(2,\)"):
         torch.ops.fusedloss.moments(torch.zeros(3), torch.zeros(2).long(), -100)
     with pytest.raises(ValueError, match=r"rows must have shape \(B, D\); got \(3,\)"):

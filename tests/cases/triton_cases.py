@@ -17,6 +17,7 @@ from triton_checks import (
     Check,
     bad_labels,
     class_statistics,
+    class_updates,
     cross_entropy,
     empty,
     flat_rows,
@@ -29,6 +30,8 @@ from triton_main import main
 from triton_truth import Penalty
 
 CASES: dict[str, Check] = {}
+# Of features: rows of a step that a thread takes one after another; several blocks of columns.
+_UNROLLED, _WIDE_ROWS = (8, 64, 8, 1), (4, 16, 4, 2)
 LABEL = "logits affine target_override"
 EVERYTHING = {
     "cap": 2.5, "margin": True, "penalty": Penalty(strength=None, mix=True), "per_row": True, "focal_gamma": 2.0,
@@ -48,7 +51,7 @@ def mutants(device: str) -> list[str]:
 
     from fusedloss.backends.triton import (
         blocks,
-        class_stats,
+        class_kernels,
         grad_logits,
         softmax_ce,
         softmax_kernels,
@@ -76,7 +79,15 @@ def mutants(device: str) -> list[str]:
         (softmax_rows, "best_class", wrong.best_class, stats_backward(margin=True)),
         (blocks, "tanh", wrong.tanh, cross_entropy(cap=2.5)),
         (grad_logits, "is_label", wrong.is_label, cross_entropy(margin=True)),
-        (class_stats, "add_chunks", wrong.add_chunks, class_statistics()),
+        (class_kernels, "add_parts", wrong.add_parts, class_statistics()),
+        (class_kernels, "first_place", wrong.first_place, class_updates(kind="new head nan")),
+        (
+            class_kernels,
+            "is_usable",
+            wrong.is_usable,
+            class_statistics(kind="last column", tile=_WIDE_ROWS, classes=25),
+        ),
+        (class_kernels, "larger", wrong.larger, class_statistics(kind="nan")),
     ]
     passed = []
     for module, name, function, check in changes:
@@ -187,6 +198,22 @@ for _per_feature in (False, True):
     case(class_statistics(per_feature=_per_feature, kind="strided"), f"classes strided {_per_feature}")
     case(class_statistics(per_feature=_per_feature, kind="nan"), f"classes nan {_per_feature}")
 case(class_statistics(rows=4, classes=40, per_feature=True), "classes mostly absent")
+case(class_statistics(rows=0), "classes without rows")
+case(class_statistics(kind="last column", tile=_WIDE_ROWS, classes=25), "classes of one segment, blocks")
+for _kind in ("", "nan", "new head", "new head nan", "last column"):
+    case(class_statistics(per_feature=True, kind=_kind, tile=_WIDE_ROWS), f"classes blocks {_kind}")
+    case(class_updates(kind=_kind, tile=_WIDE_ROWS), f"classes moved in two steps {_kind}")
+    case(class_updates(kind=_kind, tile=_UNROLLED, momentum=None), f"classes moved unrolled {_kind}")
+    for _per_feature in (False, True):
+        case(class_updates(per_feature=_per_feature, kind=_kind, rows=90), f"classes moved {_kind} {_per_feature}")
+for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    _word = str(_dtype).split(".")[1]
+    case(class_updates(dtype=_dtype, tile=None, per_feature=True), f"classes moved own tiles {_word}")
+    case(class_updates(dtype=_dtype, momentum=0.0), f"classes moved by nothing {_word}")
+case(class_updates(dtype=torch.float64, mean_dtype=torch.float32), "classes moved, narrow mean")
+case(class_updates(kind="strided", momentum=1.0), "classes moved strided")
+case(class_updates(rows=0), "classes moved without rows")
+case(class_updates(rows=5, classes=33000), "classes moved, wide keys")
 for _dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     _word = str(_dtype).split(".")[1]
     for _tile, _size in ((STEPS, "steps"), (CHUNKS, "chunks"), (ONE_BLOCK, "one block")):

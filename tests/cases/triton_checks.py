@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -212,22 +212,9 @@ def class_statistics(
         from fusedloss.backends.triton import launch
         from fusedloss.backends.triton.class_stats import class_stats
 
-        generator = torch.Generator().manual_seed(0)
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        features = torch.randn(rows, width, generator=generator).add(1000.0 if compute == dtype else 4.0).to(dtype)
-        labels = torch.randint(classes, (rows,), generator=generator)
-        labels[: int(0.7 * rows)] = 1
-        labels[labels == 4] = 0  # class 4 is absent
-        labels[-2:] = -100
-        if kind == "strided":
-            features, labels = features.t().contiguous().t(), labels.repeat_interleave(2)[::2]
-        if kind == "nan":
-            features[5, 3], features[-3] = math.nan, -math.inf
-            features[-1], features[0] = math.nan, 2.0**52  # an ignored row, and the first of its class
-        shift = torch.randn(classes, width, generator=generator).add(1000.0).to(compute)
-        seen = torch.arange(classes) % 3
-        before, given, old = shift.clone(), shift.to(device), on_device(features, device)
-        moved, present = labels.to(device), seen.to(device)
+        made = _labelled_features(dtype, rows, width, classes, kind)
+        before, given, old = made.mean.clone(), made.mean.to(device), on_device(made.features, device)
+        moved, present = made.labels.to(device), made.seen.to(device)
         with launch.forced(features=tile and launch.FeatureTile(*tile)):
             count, total, square, skipped = repeated(
                 device, lambda: class_stats(old, moved, given, present, -100, per_feature)
@@ -235,21 +222,113 @@ def class_statistics(
         wrong: list[str] = []
         truth = [torch.zeros(classes), torch.zeros(classes, width), torch.zeros(classes, width)]
         truth = [value.double() for value in truth]
-        for c in range(classes):
-            mine = features[labels == c].double()
-            mine = mine[(mine.abs() <= 2.0**50).all(1)]
-            if len(mine) and seen[c] == 0:
-                before[c] = mine[0].to(compute)
+        for c, mine in enumerate(made.usable()):
+            if len(mine) and made.seen[c] == 0:
+                before[c] = mine[0].to(before.dtype)
             deviation = mine - before[c].double()
             truth[0][c], truth[1][c], truth[2][c] = len(mine), deviation.sum(0), deviation.square().sum(0)
         if not torch.equal(given.cpu().nan_to_num(), before.nan_to_num()):
             wrong.append("shift of the new classes")
         wrong += difference("count", count, truth[0]) + difference("sum", total, truth[1])
-        if skipped != (3 if kind == "nan" else 0):
-            wrong.append(f"{int(skipped)} rows left out")
+        if skipped != made.skipped:
+            wrong.append(f"{int(skipped)} rows left out, not {made.skipped}")
         return wrong + difference("square", square, truth[2] if per_feature else truth[2].sum(1))
 
     return run
+
+
+def class_updates(
+    *, dtype: torch.dtype = torch.float32, rows: int = 50, width: int = 37, classes: int = 6,
+    per_feature: bool = False, tile: tuple[int, ...] | None = (2, 64, 8, 4), kind: str = "",
+    momentum: float | None = 0.3, mean_dtype: torch.dtype | None = None,
+) -> Callable[[str], list[str]]:  # fmt: skip
+    """update_from_rows against the moments of all rows by class, in one pass and by two steps."""
+
+    def run(device: str) -> list[str]:
+        from fusedloss.backends.triton import launch
+        from fusedloss.backends.triton.class_stats import update_from_rows
+
+        made = _labelled_features(dtype, rows, width, classes, kind)
+        mean = made.mean.to(mean_dtype or made.mean.dtype)
+        variance = torch.rand(classes, width, dtype=mean.dtype)
+        start = (made.seen, mean, variance.double().sum(1), variance if per_feature else None)
+        features, labels = on_device(made.features, device), made.labels.to(device)
+
+        def step() -> tuple[Tensor, ...]:
+            state = [None if part is None else part.to(device, copy=True) for part in start]
+            with launch.forced(features=tile and launch.FeatureTile(*tile)):
+                skipped = update_from_rows(features, labels, *state, -100, momentum)
+            return (skipped, *(part for part in state if part is not None))
+
+        skipped, *found = repeated(device, step)
+        wrong = [] if skipped == made.skipped else [f"{int(skipped)} rows left out, not {made.skipped}"]
+        truth = [made.seen.double(), mean.double(), start[2].clone(), variance.double()]
+        for c, mine in enumerate(made.usable()):
+            if not len(mine):
+                continue
+            before = int(made.seen[c])
+            share = len(mine) / (before + len(mine)) if momentum is None else momentum if before else 1.0
+            center = mine.mean(0)
+            distance = (center - truth[1][c]).square() if before else torch.zeros_like(center)
+            spread = (mine - center).square().mean(0)
+            truth[3][c] += share * (spread + (1 - share) * distance - truth[3][c])
+            truth[2][c] += share * (spread.sum() + (1 - share) * distance.sum() - truth[2][c])
+            truth[1][c] = truth[1][c] + share * (center - truth[1][c]) if before else center
+            truth[0][c] += len(mine)
+        for name, got, right in zip(("count", "mean", "scatter", "variance"), found, truth, strict=False):
+            if mean.dtype == torch.float64 and name != "count":
+                # The truth is no better: features lie far from zero.
+                exact = torch.allclose(got.cpu(), right, rtol=1e-12, atol=1e-12)
+                wrong += [] if exact else [f"{name}: {got}, not {right}"]
+            else:
+                wrong += difference(name, got.float() if name == "scatter" else got, right)
+        absent = [c for c, mine in enumerate(made.usable()) if not len(mine)]
+        if any(not torch.equal(part.cpu()[absent], old[absent]) for part, old in zip(found, start, strict=False)):
+            wrong.append("an absent class moved")
+        return wrong
+
+    return run
+
+
+class _LabelledFeatures(NamedTuple):
+    features: Tensor
+    labels: Tensor
+    mean: Tensor
+    seen: Tensor
+    skipped: int
+
+    def usable(self) -> list[Tensor]:
+        """The rows of each class that count, in float64."""
+        of_class = (self.features[self.labels == c].double() for c in range(len(self.seen)))
+        return [rows[(rows.abs() <= 2.0**50).all(1)] for rows in of_class]
+
+
+def _labelled_features(dtype: torch.dtype, rows: int, width: int, classes: int, kind: str) -> _LabelledFeatures:
+    """Most rows in class 1; class 4 is absent; classes 0 and 3 are new."""
+    generator = torch.Generator().manual_seed(0)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    features = torch.randn(rows, width, generator=generator).add(1000.0 if compute == dtype else 4.0).to(dtype)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    head = 3 if kind.startswith("new head") else 1
+    labels[: int(0.7 * rows)] = head
+    labels[labels == 4] = 0
+    labels[-2:] = -100
+    if kind == "strided":
+        features, labels = features.t().contiguous().t(), labels.repeat_interleave(2)[::2]
+    if kind == "nan":
+        features[5, 3], features[-3] = math.nan, -math.inf
+        features[-1], features[0] = math.nan, 2.0**52  # an ignored row, and the first of its class
+    if kind == "new head nan":
+        # The first row of a class that is new and has many segments, a whole segment and more, and one in its middle.
+        labels[:15] = head
+        features[:15, -1] = torch.tensor([2.0**52, -math.inf, math.nan], dtype=torch.float64).repeat(5).to(dtype)
+        features[20, 0] = math.nan
+    if kind == "last column":
+        features[labels == 0, -1] = math.nan  # the whole of a new class, for one block of columns to see
+        features[(labels == 2).nonzero()[0, 0], -1] = math.inf
+    shift = torch.randn(classes, width, generator=generator).add(1000.0).to(compute)
+    wrong = ~(features.double().abs() <= 2.0**50).all(1) & (labels >= 0)
+    return _LabelledFeatures(features, labels, shift, torch.arange(classes) % 3, int(wrong.sum()))
 
 
 def scaling(device: str) -> list[str]:

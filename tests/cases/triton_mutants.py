@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedloss.backends.triton import blocks, class_stats, grad_logits, row_loss, softmax_rows, statistics
+from fusedloss.backends.triton import blocks, class_kernels, grad_logits, row_loss, softmax_rows, statistics
 from fusedloss.backends.triton.row_loss import GradCoefficients, RowLoss
 from fusedloss.backends.triton.statistics import RowSums
 
@@ -11,7 +11,8 @@ _loss_row, _statistics_row = softmax_rows.loss_row, softmax_rows.statistics_row
 _row_loss, _grad_coefficients, _hinge_at_label = row_loss.row_loss, row_loss.grad_coefficients, row_loss.hinge_at_label
 _add_block, _add_hinge = statistics.add_block, statistics.add_hinge
 _with_label, _best_class = statistics.with_label, statistics.best_class
-_add_columns, _tanh, _add_chunks = grad_logits.add_columns, blocks.tanh, class_stats.add_chunks
+_add_columns, _tanh = grad_logits.add_columns, blocks.tanh
+_add_parts, _first_place = class_kernels.add_parts, class_kernels.first_place
 
 
 @triton.jit
@@ -116,5 +117,24 @@ def is_label(classes, label):
 
 
 @triton.jit
-def add_chunks(parts, first, last, width, columns, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    return _add_chunks(parts, first + 1, last, width, columns, CHUNKS, BLOCK)
+def add_parts(parts, start, stop, step, width, columns, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
+    # The first of several segments is forgotten.
+    return _add_parts(parts, tl.where(stop - start > 1, start + 1, start), stop, step, width, columns, LANES, UNROLL,
+                      BLOCK)  # fmt: skip
+
+
+@triton.jit
+def first_place(rows, faults, index, first):
+    # A new class starts with its first row, usable or not.
+    return first
+
+
+@triton.jit
+def is_usable(features, row, T: tl.constexpr, BLOCK: tl.constexpr):
+    return row >= 0
+
+
+@triton.jit
+def larger(a, b):
+    # Without NaN.
+    return tl.maximum(a, b)

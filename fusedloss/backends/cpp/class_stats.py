@@ -68,6 +68,14 @@ def update_class_stats(
     )
 
 
+def update_from_rows(
+    features: Tensor, labels: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None,
+    ignore_index: int, momentum: float | None,
+) -> Tensor:  # fmt: skip
+    arguments = (features, labels, count, mean, scatter, variance, ignore_index, momentum)
+    return reference.update_by_sums(class_stats, update_class_stats, *arguments)
+
+
 def row_magnitudes(rows: Tensor) -> Tensor:
     rows = contiguous_rows(rows)
     magnitudes = rows.new_empty(len(rows), dtype=compute_dtype(rows.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -119,6 +120,31 @@ def update_class_stats(
     else:
         mean.copy_(torch.addcmul(shift, deviation, column))
     count.copy_(total)
+
+
+def update_from_rows(
+    features: Tensor, labels: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None,
+    ignore_index: int, momentum: float | None,
+) -> Tensor:  # fmt: skip
+    """Moves running statistics, in place, by the rows of a batch, about the mean; returns how many were left out.
+
+    This is ``class_stats`` and ``update_class_stats`` of the same arguments, and what a backend may do in one pass.
+    """
+    arguments = (features, labels, count, mean, scatter, variance, ignore_index, momentum)
+    return update_by_sums(class_stats, update_class_stats, *arguments)
+
+
+def update_by_sums(
+    class_stats: Callable[..., tuple[Tensor, ...]], update_class_stats: Callable[..., None], features: Tensor,
+    labels: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None, ignore_index: int,
+    momentum: float | None,
+) -> Tensor:  # fmt: skip
+    """``update_from_rows`` by a backend's two steps."""
+    shift = mean.to(compute_dtype(features.dtype))
+    rows, sums, squares, skipped = class_stats(features, labels, shift, count, ignore_index, variance is not None)
+    about = None if shift is mean else shift
+    update_class_stats(count, mean, scatter, variance, rows, about, sums, squares, momentum)
+    return skipped
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:

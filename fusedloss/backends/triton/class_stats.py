@@ -1,13 +1,13 @@
-"""Sums and squares of features by class on a GPU: one pass over the features, without atomics.
+"""Sums and squares of features by class on a GPU: one pass over the features, without float atomics.
 
-A stable sort of the labels brings the rows of a class together. Each class is cut into chunks of so many
-rows, a program sums one chunk, and another adds a class's chunks in order: no program sees two classes, so
-that one class with most of the rows, or rows that come sorted, cost what even ones do. The number of chunks
-is bounded without asking the device. What follows (``update_class_stats``, ``moments``) is small, and PyTorch's.
+A stable sort of the labels brings the rows of a class together, and programs take segments of equally many of them: one
+class with most of the rows, or rows that come sorted, cost what even ones do. The running statistics move in the same
+pass where a program holds whole rows. ``class_kernels`` says how; nothing waits for the device.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,125 +15,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedloss.backends.reference import class_stats as reference
 from fusedloss.backends.reference.class_stats import moments as moments
-from fusedloss.backends.reference.class_stats import update_class_stats as update_class_stats
-from fusedloss.backends.reference.class_stats import usable_rows
 from fusedloss.core.checks import check_labels
 from fusedloss.core.dtypes import compute_dtype
 
+from . import class_kernels as kernels
 from . import launch
 
-
-class Features(NamedTuple):
-    """Features (row, column) at pointer + row * row_step + column * column_step; `width` columns."""
-
-    pointer: Any
-    row_step: int
-    column_step: int
-    width: int
-
-
-class Chunks(NamedTuple):
-    """Rows by class: `order` lists them, first_row[c]..first_row[c + 1] are class c's; so with chunks."""
-
-    order: Any
-    first_row: Any
-    first_chunk: Any
-    class_of: Any  # (chunks,): at least the number of classes where there is no such chunk
+# Steps under way where few programs wait for memory: more registers than that spill.
+_FEW_STEPS = 2
+_ALIGNED = 16  # the one multiple that Triton looks for
+# Fewer segments than this are added one by one.
+_FEW_SEGMENTS = 16
+_LABELS_AT_ONCE, _CLASSES_AT_ONCE = 1024, 128
+_KEY_WARPS = 4
+_WIDEST_KEY = torch.iinfo(torch.int16).max
 
 
-class Centers(NamedTuple):
-    """What is subtracted: shift (K, D), or a new class's first row, which is then written there."""
+class _Pass(NamedTuple):
+    """The launches of one call: what all of them read, and their tile."""
 
-    shift: Any
-    seen: Any
+    features: kernels.Features
+    rows: kernels.Rows
+    faults: kernels.Faults
+    segments: int
+    tile: launch.FeatureTile
+    device: torch.device
+    item_size: int
 
+    def start(self, kernel: Any, programs: int, arguments: tuple[Any, ...], **constants: Any) -> None:
+        tile = self.tile
+        blocks = 1 if kernel is kernels.check_kernel else self.features.blocks
+        launch.start(
+            kernel, (programs, blocks), arguments, self.device, tile.warps, tile.stages, BLOCK=tile.block, **constants
+        )
 
-@triton.jit
-def read_features(features, rows, columns, mask, T: tl.constexpr):
-    place = rows.to(tl.int64)[:, None] * features.row_step + (columns.to(tl.int64) * features.column_step)[None, :]
-    return tl.load(features.pointer + place, mask=mask, other=0.0).to(T)
-
-
-@triton.jit
-def center_of(features, chunks, centers, class_index, first_row, before, columns, T: tl.constexpr):
-    """The class's shift; the first chunk of a new class writes it, and no chunk reads what is written."""
-    inside = columns < features.width
-    seen = tl.load(centers.seen + class_index)
-    new = tl.where(inside, seen, 1) == 0
-    place = centers.shift + class_index * features.width + columns
-    known = tl.load(place, mask=tl.where(inside, seen, 0) != 0, other=0.0)
-    first = tl.load(chunks.order + first_row + tl.zeros([1], tl.int64))
-    row = tl.sum(read_features(features, first, columns, new[None, :], T), 0)
-    tl.store(place, row, mask=tl.where(new, before, 1) == 0)
-    return tl.where(new, row, known)
-
-
-@triton.jit
-def chunk_kernel(features, chunks, centers, sums, squares, num_classes, blocks, PER_FEATURE: tl.constexpr,
-                 T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Sum and square of f - center over the rows of one chunk, for one block of columns."""
-    chunk = tl.program_id(0).to(tl.int64)
-    class_index = tl.load(chunks.class_of + chunk)
-    if class_index < num_classes:
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < features.width
-        first_row = tl.load(chunks.first_row + class_index)
-        before = chunk - tl.load(chunks.first_chunk + class_index)
-        center = center_of(features, chunks, centers, class_index, first_row, before, columns, T)
-        begin = first_row + before * CHUNK
-        end = tl.minimum(begin + CHUNK, tl.load(chunks.first_row + class_index + 1))
-        total = tl.zeros([ROWS, BLOCK], T)
-        square = tl.zeros([ROWS, BLOCK], T)
-        for step in range(0, CHUNK, ROWS):
-            places = begin + step + tl.arange(0, ROWS)
-            live = places < end
-            rows = tl.load(chunks.order + places, mask=live, other=0)
-            mask = live[:, None] & inside[None, :]
-            deviation = tl.where(mask, read_features(features, rows, columns, mask, T) - center[None, :], 0.0)
-            total += deviation
-            square += deviation * deviation
-        tl.store(sums + chunk * features.width + columns, tl.sum(total, 0), mask=inside)
-        if PER_FEATURE:
-            tl.store(squares + chunk * features.width + columns, tl.sum(square, 0), mask=inside)
-        else:
-            tl.store(squares + chunk * blocks + tl.program_id(1), tl.sum(tl.sum(square, 0), 0))
-
-
-@triton.jit
-def add_chunks(parts, first, last, width, columns, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    # In float64: the error of a sum doesn't grow with the number of rows.
-    total = tl.zeros([CHUNKS, BLOCK], tl.float64)
-    for start in range(first, last, CHUNKS):
-        chunk = start + tl.arange(0, CHUNKS)
-        mask = (chunk < last)[:, None] & (columns < width)[None, :]
-        place = chunk.to(tl.int64)[:, None] * width + columns[None, :]
-        total += tl.load(parts + place, mask=mask, other=0.0).to(tl.float64)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def class_kernel(
-    chunks, sums, squares, total, square, width, blocks, PER_FEATURE: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds the chunks of one class, for one block of columns, in order."""
-    class_index = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    first = tl.load(chunks.first_chunk + class_index)
-    last = tl.load(chunks.first_chunk + class_index + 1)
-    place = class_index * width + columns
-    class_sum = add_chunks(sums, first, last, width, columns, CHUNKS, BLOCK)
-    tl.store(total + place, class_sum.to(total.dtype.element_ty), mask=inside)
-    if PER_FEATURE:
-        class_square = add_chunks(squares, first, last, width, columns, CHUNKS, BLOCK)
-        tl.store(square + place, class_square.to(square.dtype.element_ty), mask=inside)
-    else:
-        if tl.program_id(1) == 0:
-            # One number for each chunk and block of columns: the class's lie in one run.
-            one = add_chunks(squares, first * blocks, last * blocks, 1, tl.arange(0, 1), BLOCK, 1)
-            tl.store(square + class_index, tl.sum(one, 0).to(square.dtype.element_ty))
+    @property
+    def lanes(self) -> int:
+        """Rows that the threads of a program read at once, 16 bytes each."""
+        together = 32 * self.tile.warps * 16 // self.item_size
+        return max(1, min(self.tile.rows, together // self.tile.block))
 
 
 def class_stats(
@@ -141,48 +63,122 @@ def class_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row count, sum and square of each class's features about its shift; the contract is the reference's."""
     num_classes, width = shift.shape
-    if labels.device.type == "cpu":
-        check_labels(labels, num_classes, ignore_index)
-    tile = launch.feature_tile(width, features.dtype, features.device)
-    labelled, usable = labels != ignore_index, usable_rows(features)
-    count, chunks = _chunks(torch.where(labelled & usable, labels, num_classes), num_classes, tile.chunk)
     own_shift = shift.contiguous()
-    blocks = triton.cdiv(width, tile.block)
-    total = shift.new_empty(shift.shape)
-    square = shift.new_empty(shift.shape if per_feature else num_classes)
-    most = len(chunks.class_of)
-    sums = shift.new_empty(most, width)
-    squares = shift.new_empty(most, width if per_feature else blocks)
-    view = Features(features, features.stride(0), features.stride(1), width)
-    launch.start(
-        chunk_kernel, (most, blocks),
-        (view, chunks, Centers(own_shift, seen.contiguous()), sums, squares, num_classes, blocks),
-        shift.device, tile.warps, tile.stages,
-        PER_FEATURE=per_feature, T=launch.triton_dtype(shift.dtype), ROWS=tile.rows, BLOCK=tile.block,
-        CHUNK=tile.chunk,
-    )  # fmt: skip
-    launch.start(
-        class_kernel, (num_classes, blocks), (chunks, sums, squares, total, square, width, blocks),
-        shift.device, tile.warps, tile.stages, PER_FEATURE=per_feature, CHUNKS=tile.rows, BLOCK=tile.block,
-    )  # fmt: skip
+    call = _prepare(features, labels, num_classes, ignore_index)
+    blocks = call.features.blocks
+    count, total = seen.new_zeros(num_classes), shift.new_zeros(num_classes, width)
+    square = shift.new_zeros(num_classes, width if per_feature else blocks)
+    _sum(call, kernels.State(own_shift, seen.contiguous(), total, square, count), per_feature, shift)
     if own_shift is not shift:
         shift.copy_(own_shift)
-    return count, total, square, (labelled & ~usable).sum()
+    if not per_feature:
+        square = square[:, 0] if blocks == 1 else square.sum(1, dtype=torch.float64).to(shift.dtype)
+    return count, total, square, call.faults.skipped
 
 
-def _chunks(labels: Tensor, num_classes: int, chunk: int) -> tuple[Tensor, Chunks]:
-    """Row count of each class, and its rows in the order of the batch, cut into chunks of at most `chunk`."""
-    by_class, order = torch.where(labels < 0, num_classes, labels).clamp(max=num_classes).sort(stable=True)
-    bounds = torch.arange(num_classes + 1, device=labels.device)
-    first_row = torch.searchsorted(by_class, bounds)
-    count = first_row.diff()
-    last_chunk = ((count + chunk - 1) // chunk).cumsum(0)
-    first_chunk = torch.cat([last_chunk.new_zeros(1), last_chunk])
-    most = min(len(labels), num_classes) + len(labels) // chunk
-    class_of = torch.searchsorted(last_chunk, torch.arange(most, device=labels.device), right=True)
-    return count, Chunks(order, first_row, first_chunk, class_of)
+def update_class_stats(
+    count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None, rows: Tensor, shift: Tensor | None,
+    sums: Tensor, squares: Tensor, momentum: float | None,
+) -> None:  # fmt: skip
+    """Moves running statistics by the sums of a batch; the contract is the reference's."""
+    about = mean if shift is None else shift
+    if not _fit(count, mean, scatter, variance, rows, about, sums, squares) or about.dtype != mean.dtype:
+        reference.update_class_stats(count, mean, scatter, variance, rows, shift, sums, squares, momentum)
+        return
+    num_classes, width = mean.shape
+    tile = launch.feature_tile(width, len(rows), mean.dtype, mean.device)
+    state = kernels.State(mean, count, sums, squares, rows, scatter, variance, _bits(momentum))
+    launch.start(
+        kernels.update_kernel, (num_classes,), (state, about, width), mean.device, tile.warps,
+        PER_FEATURE=variance is not None, T=launch.triton_dtype(mean.dtype), BLOCK=tile.block,
+    )  # fmt: skip
+
+
+def update_from_rows(
+    features: Tensor, labels: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, variance: Tensor | None,
+    ignore_index: int, momentum: float | None,
+) -> Tensor:  # fmt: skip
+    """Moves running statistics by the rows of a batch; the contract is the reference's."""
+    num_classes, width = mean.shape
+    tile = launch.feature_tile(width, len(features), features.dtype, features.device)
+    if tile.block < width or mean.dtype != compute_dtype(features.dtype) or not _fit(count, mean, scatter, variance):
+        arguments = (features, labels, count, mean, scatter, variance, ignore_index, momentum)
+        return reference.update_by_sums(class_stats, update_class_stats, *arguments)
+    call = _prepare(features, labels, num_classes, ignore_index)
+    state = kernels.State(mean, count, scatter=scatter, variance=variance, momentum=_bits(momentum))
+    _sum(call, state, variance is not None, mean)
+    return call.faults.skipped  # type: ignore[no-any-return]
 
 
 def row_magnitudes(rows: Tensor) -> Tensor:
     magnitudes: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=compute_dtype(rows.dtype))
     return magnitudes
+
+
+def _fit(*parts: Tensor | None) -> bool:
+    return all(part is None or part.is_contiguous() for part in parts)
+
+
+def _bits(momentum: float | None) -> int | None:
+    return None if momentum is None else launch.float64_bits(momentum)
+
+
+def _prepare(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> _Pass:
+    """The rows sorted by class, and room to say which are left out."""
+    if labels.device.type == "cpu":
+        check_labels(labels, num_classes, ignore_index)
+    num_rows, width = features.shape
+    device = features.device
+    tile = launch.feature_tile(width, num_rows, features.dtype, device)
+    keys = labels.new_empty(num_rows, dtype=torch.int16 if num_classes <= _WIDEST_KEY else torch.int32)
+    launch.start(
+        kernels.key_kernel, (triton.cdiv(num_rows, _LABELS_AT_ONCE),),
+        (labels, labels.stride(0), keys, num_rows, num_classes, ignore_index), device, _KEY_WARPS,
+        BLOCK=_LABELS_AT_ONCE,
+    )  # fmt: skip
+    keys, order = keys.sort(stable=True)
+    first_row = labels.new_empty(num_classes + 1)
+    launch.start(
+        kernels.bounds_kernel, (triton.cdiv(num_classes + 1, _CLASSES_AT_ONCE),),
+        (keys, first_row, num_rows, num_classes, num_rows.bit_length()), device, _KEY_WARPS, BLOCK=_CLASSES_AT_ONCE,
+    )  # fmt: skip
+    segments = triton.cdiv(num_rows, tile.chunk)
+    dropped, from_end, faulty, skipped = labels.new_zeros(2 * num_classes + segments + 1).split(
+        (num_classes, num_classes, segments, 1)
+    )
+    blocks = triton.cdiv(width, tile.block)
+    align = math.gcd(width, features.stride(0), _ALIGNED)
+    view = kernels.Features(
+        features, features.stride(0) // align, features.stride(1), width // align, blocks, tl.constexpr(align)
+    )
+    return _Pass(
+        view,
+        kernels.Rows(order, keys, first_row, num_rows, num_classes, tile.chunk),
+        kernels.Faults(faulty, keys.new_empty(num_rows, dtype=torch.int8), dropped, from_end, skipped[0]),
+        segments, tile, device, features.element_size(),
+    )  # fmt: skip
+
+
+def _sum(call: _Pass, state: kernels.State, per_feature: bool, like: Tensor) -> None:
+    """Goes through the rows, again through segments with rows that are left out, and adds what spans segments."""
+    features, rows, faults, segments, tile, *_ = call
+    width = like.shape[1]
+    square_width = width if per_feature else features.blocks
+    grouped = segments >= _FEW_SEGMENTS
+    group = triton.next_power_of_2(math.isqrt(segments)) if grouped else segments + 1
+    groups = segments // group
+    parts = kernels.Parts(
+        like.new_empty(2 * segments, width), like.new_empty(2 * segments, square_width),
+        like.new_empty(groups, width, dtype=torch.float64),
+        like.new_empty(groups, square_width, dtype=torch.float64), group,
+    )  # fmt: skip
+    compute, lanes = launch.triton_dtype(like.dtype), call.lanes
+    steps = tile.rows // lanes
+    sizes = {"PER_FEATURE": per_feature, "LANES": lanes, "UNROLL": steps}
+    arguments = (features, rows, faults, parts, state)
+    call.start(kernels.sum_kernel, segments, arguments, REPAIR=False, T=compute, **sizes)
+    call.start(kernels.check_kernel, segments, (features, rows, faults), T=compute, LANES=lanes)
+    call.start(kernels.sum_kernel, segments, arguments, REPAIR=True, T=compute, **sizes)
+    sizes["UNROLL"] = min(_FEW_STEPS, steps)
+    call.start(kernels.group_kernel, groups, (features, rows, parts), **sizes)
+    call.start(kernels.class_kernel, max(0, segments - 1), arguments, T=compute, **sizes)

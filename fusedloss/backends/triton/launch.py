@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 
 class FeatureTile(NamedTuple):
-    """`rows` x `block` features at a time, over `chunk` rows of one class."""
+    """`rows` x `block` features at a time, over `chunk` rows in the order of their classes."""
 
     rows: int
     block: int
@@ -51,7 +51,9 @@ class ProductTile(NamedTuple):
 _WIDEST = {torch.float32: 32768, torch.float64: 4096}
 _WIDEST_COLUMNS = {torch.float32: 4096, torch.float64: 2048}
 _SMALLEST_BLOCK = 16
-_WIDEST_FEATURES = {torch.float32: 512, torch.float64: 256}
+_WIDEST_FEATURES = {torch.float32: 2048, torch.float64: 1024}
+# Of features; fewer rows than would give each so many take shorter chunks.
+_CHUNKS = 1024
 _WIDEST_PRODUCTS = 512
 _MOST_HELD_WIDE = 40
 LABELS = (1024, 4)  # rows and warps of the label kernel
@@ -128,13 +130,15 @@ def _widest_columns(dtype: torch.dtype, extras: bool) -> int:
     return _WIDEST_COLUMNS[compute_dtype(dtype)] // (2 if extras else 1)
 
 
-def feature_tile(width: int, dtype: torch.dtype, device: torch.device) -> FeatureTile:
-    """Tile for features of `width` columns."""
+def feature_tile(width: int, rows: int, dtype: torch.dtype, device: torch.device) -> FeatureTile:
+    """Tile for so many rows of `width` features."""
     if _forced_features is not None:
         return _forced_features
     block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
     shape_class = str(min(block, _WIDEST_FEATURES[compute_dtype(dtype)]))
-    return FeatureTile(*tuning.entry(device, "class_stats", dtype, shape_class))
+    tile = FeatureTile(*tuning.entry(device, "class_stats", dtype, shape_class))
+    enough = max(tile.rows, triton.next_power_of_2(triton.cdiv(rows, _CHUNKS)))
+    return tile._replace(chunk=min(tile.chunk, enough))
 
 
 def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> ProductTile:

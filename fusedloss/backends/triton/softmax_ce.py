@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fusedloss.backends.cuda import cluster
 from fusedloss.core.dtypes import compute_dtype
 from fusedloss.core.operands import (
     LogitInputs,
@@ -55,6 +56,13 @@ def softmax_ce(
     parts = call.new(PARTS.value + call.programs(tile, mask.affine))
     finished, loss = call.new(dtype=torch.int32), call.new()
     call.check_labels(parts, finished)
+    if cluster.ENABLED:
+        denominator = parts[: PARTS.value].sum() if mean else None
+        served = cluster.try_softmax_ce(inputs, rows, options, denominator, mask, call.grad)
+        if served is not None:
+            row_loss, grads = served
+            total = row_loss.sum() if rows.sample_weight is None else (row_loss * rows.sample_weight).sum()
+            return total if denominator is None else total / denominator, row_loss, grads
     row_loss = call.new_rows()
     of_rows = [call.new_rows() if needed else None for needed in mask[2:]]
     tensors = LossTensors(*launch.contiguous((row_loss, *of_rows, *rows, parts, finished, loss)))
