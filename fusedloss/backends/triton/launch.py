@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from fusedloss.core.dtypes import compute_dtype
 
-from . import tuning
-
-
-class Tile(NamedTuple):
-    """What one program holds in registers: `rows` x `block` values; both are powers of two."""
-
-    rows: int
-    block: int
-    warps: int
-    stages: int = 1
-
-
-class FeatureTile(NamedTuple):
-    """`rows` x `block` features at a time, over `chunk` rows of one class."""
-
-    rows: int
-    block: int
-    chunk: int
-    warps: int
-    stages: int = 1
-
-
-class ProductTile(NamedTuple):
-    """`rows` x `columns` products, `step` features at a time; gradients of `block` features. None below 16."""
-
-    rows: int
-    columns: int
-    step: int
-    block: int
-    warps: int
-    stages: int = 1
+from . import capture, plans, tuning
+from .tiles import FeatureTile as FeatureTile
+from .tiles import ProductTile as ProductTile
+from .tiles import Tile as Tile
+from .tiles import name_tile, tile_of
 
 
 # Widest tile of a row: wider ones spill. Column sums and all that can change a row each take half of it.
@@ -92,12 +69,12 @@ def row_tile(
         return _forced_tile
     width = max(_SMALLEST_BLOCK, triton.next_power_of_2(num_classes))
     if not contiguous:
-        tile = Tile(*tuning.entry(device, "softmax_ce", dtype, "strided"))
+        tile = tile_of(Tile, device, "softmax_ce", dtype, "strided")
         return tile._replace(block=min(tile.block, width))
     if width > _WIDEST[compute_dtype(dtype)] // (2 if extras else 1):
-        return Tile(*tuning.entry(device, "softmax_ce", dtype, "loop extras" if extras else "loop"))
+        return tile_of(Tile, device, "softmax_ce", dtype, "loop extras" if extras else "loop")
     together = columns and width <= _widest_columns(dtype, extras)
-    return Tile(*tuning.entry(device, "softmax_ce", dtype, f"{width} columns" if together else str(width)))
+    return tile_of(Tile, device, "softmax_ce", dtype, f"{width} columns" if together else str(width))
 
 
 def column_tile(
@@ -106,7 +83,7 @@ def column_tile(
     """Tile for column sums in programs of their own; None where they fit beside the rows of `tile`."""
     if tile.block >= num_classes and (_forced_tile or tile.block <= _widest_columns(dtype, extras)):
         return None
-    return _forced_tile or Tile(*tuning.entry(device, "softmax_ce", dtype, "columns" if contiguous else "strided"))
+    return _forced_tile or tile_of(Tile, device, "softmax_ce", dtype, "columns" if contiguous else "strided")
 
 
 def _widest_columns(dtype: torch.dtype, extras: bool) -> int:
@@ -119,7 +96,7 @@ def feature_tile(width: int, dtype: torch.dtype, device: torch.device) -> Featur
         return _forced_features
     block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
     shape_class = str(min(block, _WIDEST_FEATURES[compute_dtype(dtype)]))
-    return FeatureTile(*tuning.entry(device, "class_stats", dtype, shape_class))
+    return tile_of(FeatureTile, device, "class_stats", dtype, shape_class)
 
 
 def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
@@ -127,7 +104,7 @@ def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype, device:
     if _forced_products is not None:
         return _forced_products
     block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
-    return ProductTile(*tuning.entry(device, stem, dtype, f"{kernel} {min(block, _WIDEST_PRODUCTS)}"))
+    return tile_of(ProductTile, device, stem, dtype, f"{kernel} {min(block, _WIDEST_PRODUCTS)}")
 
 
 def widest_tiled(dtype: torch.dtype, device: torch.device) -> int:
@@ -140,10 +117,17 @@ def programs_for(tiles: int, device: torch.device) -> int:
     if _forced_programs is not None:
         most = _forced_programs
     elif device.type == "cuda":
-        most = _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        most = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
     else:
         most = _PROGRAMS_WITHOUT_GPU
     return max(1, min(tiles, most))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has, a ROCm device's compute units."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def options(warps: int, stages: int = 1) -> dict[str, Any]:
@@ -155,6 +139,26 @@ def options(warps: int, stages: int = 1) -> dict[str, Any]:
     chosen: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if warps >= 16:
         chosen["maxnreg"] = most_registers(warps)
+    return chosen
+
+
+def on_rocm() -> bool:
+    """Whether devices of type ``"cuda"`` are AMD's: Triton has neither ``maxnreg`` nor ``"tf32x3"`` there."""
+    return torch.version.hip is not None
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The precision of products of float32 on tensor cores that keeps float32's digits; ``"ieee"`` has no tensor cores."""
+    return "tf32x3" if dtype == torch.float32 and not on_rocm() else "ieee"
+
+
+def compile_options(warps: int, stages: int, constants: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a launch: compile options that this Triton takes, and the kernel's constants."""
+    chosen = {**options(warps, stages), **constants}
+    if on_rocm():
+        chosen.pop("maxnreg", None)
+        # A wavefront has 64 threads, a program at most 1024.
+        chosen["num_warps"] = min(warps, 16)
     return chosen
 
 
@@ -183,11 +187,31 @@ def start(
     stages: int = 1,
     **constants: Any,
 ) -> None:
-    """Launches `kernel` on `device`; an empty grid launches nothing."""
+    """Launches `kernel` on `device`; an empty grid launches nothing.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: the device hasn't what the kernel needs; see ``tiles.fitted``.
+        RuntimeError: the kernel can't be loaded while a CUDA graph is captured.
+    """
     if 0 in grid:
         return
+    key = None
+    if plans.usual(kernel):
+        active = driver.active
+        present: int = active.get_current_device()
+        index = present if device.index is None else device.index
+        key = plans.key_of(kernel, arguments, constants, index, warps, stages)
+        if key is not None and index == present and plans.launched(key, active, grid, arguments, constants, index):
+            return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[tuple(grid)](*arguments, **{**options(warps, stages), **constants})
+        try:
+            with capture.loading(kernel, device):
+                compiled = kernel[tuple(grid)](*arguments, **compile_options(warps, stages, constants))
+        except OutOfResources as error:
+            name_tile(error, arguments, constants, warps)
+            raise
+    if key is not None:
+        plans.keep(key, kernel, compiled, arguments, constants)
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
