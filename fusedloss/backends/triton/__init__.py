@@ -24,9 +24,7 @@ def unavailable_reason(device_type: str) -> str | None:
     if device_type == "cpu":
         return "Triton takes CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before starting Python"
     if device_type != "cuda":
-        return (
-            f"no kernels for '{device_type}' tensors: they are for 'cuda', which is NVIDIA's GPUs and, in ROCm, AMD's"
-        )
+        return f"no kernels for '{device_type}' tensors: they are for 'cuda', NVIDIA's GPUs and (under ROCm) AMD's"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     return None

@@ -29,8 +29,9 @@ def loading(kernel: Any, device: torch.device) -> Iterator[None]:
             yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"{kernel.__name__} must have been launched once before a CUDA graph is captured: call the loss, and its backward, "
-            f"with tensors of these shapes and types outside of torch.cuda.graph first; got its first launch inside a capture"
+            f"{kernel.__name__} must have been launched once before a CUDA graph is captured: call the loss and its "
+            "backward once with tensors of these shapes and types outside of torch.cuda.graph; got its first launch "
+            "inside a capture"
         ) from error
 
 

@@ -22,7 +22,6 @@ from .tiles import ProductTile as ProductTile
 from .tiles import Tile as Tile
 from .tiles import name_tile, tile_of
 
-
 # Widest tile of a row: wider ones spill. Column sums and all that can change a row each take half of it.
 _WIDEST = {torch.float32: 8192, torch.float64: 4096}
 _SMALLEST_BLOCK = 16
@@ -148,7 +147,7 @@ def on_rocm() -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The precision of products of float32 on tensor cores that keeps float32's digits; ``"ieee"`` has no tensor cores."""
+    """The precision of products that keeps float32's digits, on tensor cores where there is one for them."""
     return "tf32x3" if dtype == torch.float32 and not on_rocm() else "ieee"
 
 

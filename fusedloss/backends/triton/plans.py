@@ -125,7 +125,8 @@ def key_of(
     tensors = layout.tensors(flat)
     facts = (
         id(kernel), outer, tuple(constants), index, warps, stages, *marks, *layout.values(flat),
-        *map(_dtype, tensors), *[not address % 16 for address in map(_address, tensors)], *map(_constant, layout.constants(flat)),
+        *map(_dtype, tensors), *[not address % 16 for address in map(_address, tensors)],
+        *map(_constant, layout.constants(flat)),
     )  # fmt: skip
     return Key(facts, layout)
 
@@ -218,8 +219,7 @@ _signatures: dict[type, tuple[str, ...]] = {}
 def _launch_of(compiled: Any) -> Callable[..., Any] | None:
     """A function of the grid, the stream and all arguments; None where this Triton's launchers aren't known.
 
-    Their C functions are called without the launcher around them, which costs a third of a launch, where there is nothing
-    for it to do.
+    Their C functions are called without the launcher around them, a third of a launch, where it has nothing to do.
     """
     run = getattr(compiled, "_run", None)
     if run is None or compiled.module is None:

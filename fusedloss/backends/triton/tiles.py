@@ -67,18 +67,18 @@ def tile_of(kind: type[AnyTile], device: torch.device, stem: str, dtype: torch.d
 
 
 def name_tile(error: OutOfResources, arguments: Sequence[Any], constants: Mapping[str, Any], warps: int) -> None:
-    """Notes with the error of a launch which entry its tile came from, the last one whose sizes are among its constants."""
+    """Notes with a launch's error which entry its tile came from: the last one whose sizes are among its constants."""
     leaves = [leaf for argument in arguments for leaf in (argument if isinstance(argument, tuple) else (argument,))]
     values = [leaf.value if isinstance(leaf, tl.constexpr) else leaf for leaf in (*leaves, *constants.values())]
     sizes = {value for value in values if type(value) is int}
     for entry, tile in getattr(_last, "tiles", ()):
         if tile.warps == warps and tile.rows in sizes and (tile.block in sizes or getattr(tile, "columns", 0) in sizes):
-            error.entry, error.tile = entry, tile  # type: ignore[attr-defined]
+            error.entry, error.tile = entry, tile
             return
 
 
 def smaller(tile: AnyTile) -> AnyTile | None:
-    """The next smaller tile: fewer stages, then half as long a step or half as many values; None where there is none."""
+    """The next smaller tile: fewer stages, then half the step or half the values; None where there is none."""
     if tile.stages > 1:
         return tile._replace(stages=tile.stages - 1)
     if isinstance(tile, ProductTile):
@@ -98,8 +98,8 @@ def smaller(tile: AnyTile) -> AnyTile | None:
 def fitted(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which is called again with a smaller tile when a launch in it needs more than the device has.
 
-    The smaller one is kept for the device. A kernel that didn't fit did nothing, and those before it in the function give
-    the same again.
+    The smaller one is kept for the device. A kernel that didn't fit did nothing, and those before it in the function
+    give the same again.
     """
 
     @functools.wraps(function)
@@ -123,9 +123,9 @@ def _shrunk(error: OutOfResources) -> bool:
     if entry not in _smaller:
         device, stem, dtype, shape_class = entry
         warn_user(
-            f"fusedloss: a Triton kernel of {stem} ({dtype}, '{shape_class}') needs {error.required} of {error.name} in "
-            f"{tile}, and '{device}' has {error.limit}; smaller tiles are used. "
-            f"python -m bench.tune {stem} finds the fastest that fit.",
+            f"fusedloss: a Triton kernel of {stem} ({dtype}, '{shape_class}') takes {error.required} of {error.name} "
+            f"in {tile}, where '{device}' has {error.limit}; smaller tiles are used. "
+            f"`python -m bench.tune {stem}` finds the fastest that fit.",
             RuntimeWarning,
         )
     _smaller[entry] = less
