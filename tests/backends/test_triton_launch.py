@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def last_is_a_number(pair, number):
 class Launcher:
     """In the place of a driver's: notes what it was called with."""
 
-    launches: list[tuple[Any, ...]] = []
+    launches: ClassVar[list[tuple[Any, ...]]] = []
 
     def __call__(self, gridX, gridY, gridZ, stream, function, kernel_metadata, launch_metadata, launch_enter_hook,
                  launch_exit_hook, *args):  # fmt: skip
@@ -417,7 +417,7 @@ def test_a_smaller_tile_is_used_and_kept_and_the_warning_comes_once():
     used = []
     call = operation(too_large(512), used)
     with pytest.warns(
-        RuntimeWarning, match="takes 2048 of shared memory in Tile.*'cpu' has 512; .*bench.tune softmax_ce"
+        RuntimeWarning, match=r"takes 2048 of shared memory in Tile.*'cpu' has 512; .*bench.tune softmax_ce"
     ):
         assert call() == launch.Tile(1, 512, 8, 1)
     assert used[-1] == call()
@@ -544,11 +544,9 @@ def test_kernels_are_loaded_in_a_relaxed_mode_during_a_capture(capturing):
 
 
 def test_a_load_that_fails_during_a_capture_says_what_to_do(capturing):
-    with pytest.raises(
-        RuntimeError, match="any_kernel must have been launched once before.*got its first launch inside"
-    ):
-        with capture.loading(any_kernel, GPU):
-            raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+    message = r"any_kernel must have been launched once before.*got its first launch inside"
+    with pytest.raises(RuntimeError, match=message), capture.loading(any_kernel, GPU):
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
     assert capturing.mode == 0
     with pytest.raises(OutOfResources), capture.loading(any_kernel, GPU):
         raise OutOfResources(2, 1, "shared memory")
@@ -564,6 +562,6 @@ def test_without_the_drivers_function_the_mode_stays(capturing, monkeypatch, exc
 
 def test_outside_of_a_capture_nothing_is_exchanged(capturing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with pytest.raises(RuntimeError, match="^as it is$"), capture.loading(any_kernel, GPU):
+    with pytest.raises(RuntimeError, match=r"^as it is$"), capture.loading(any_kernel, GPU):
         raise RuntimeError("as it is")
     assert capturing.seen == []

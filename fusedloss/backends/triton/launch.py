@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
@@ -66,7 +65,7 @@ def row_tile(
     """
     if _forced_tile is not None:
         return _forced_tile
-    width = max(_SMALLEST_BLOCK, triton.next_power_of_2(num_classes))
+    width = max(_SMALLEST_BLOCK, next_power_of_2(num_classes))
     if not contiguous:
         tile = tile_of(Tile, device, "softmax_ce", dtype, "strided")
         return tile._replace(block=min(tile.block, width))
@@ -93,7 +92,7 @@ def feature_tile(width: int, dtype: torch.dtype, device: torch.device) -> Featur
     """Tile for features of `width` columns."""
     if _forced_features is not None:
         return _forced_features
-    block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
+    block = max(_SMALLEST_BLOCK, next_power_of_2(width))
     shape_class = str(min(block, _WIDEST_FEATURES[compute_dtype(dtype)]))
     return tile_of(FeatureTile, device, "class_stats", dtype, shape_class)
 
@@ -102,13 +101,23 @@ def product_tile(stem: str, kernel: str, width: int, dtype: torch.dtype, device:
     """Tile for products of rows of `width` features in a `kernel` of linear_ce or supcon."""
     if _forced_products is not None:
         return _forced_products
-    block = max(_SMALLEST_BLOCK, triton.next_power_of_2(width))
+    block = max(_SMALLEST_BLOCK, next_power_of_2(width))
     return tile_of(ProductTile, device, stem, dtype, f"{kernel} {min(block, _WIDEST_PRODUCTS)}")
 
 
 def widest_tiled(dtype: torch.dtype, device: torch.device) -> int:
     """Most features of a linear head of 16 bits whose logits are formed in tiles again and again, never written."""
     return tuning.entry(device, "linear_ce", dtype, "widest tiled")[0]
+
+
+def cdiv(count: int, size: int) -> int:
+    """``triton.cdiv`` of integers, which takes a tenth of its time."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """``triton.next_power_of_2`` of a positive integer, which takes a tenth of its time."""
+    return 1 << (count - 1).bit_length()
 
 
 def programs_for(tiles: int, device: torch.device) -> int:
