@@ -565,3 +565,65 @@ def test_outside_of_a_capture_nothing_is_exchanged(capturing, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^as it is$"), capture.loading(any_kernel, GPU):
         raise RuntimeError("as it is")
     assert capturing.seen == []
+
+
+# ---- on a GPU
+
+
+def on_gpu(code):
+    """Runs in a process of its own, where no kernel is loaded."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.gpu
+def test_a_first_launch_inside_a_capture_works_or_says_what_to_do():
+    result = on_gpu(
+        "import torch, fusedloss\n"
+        "x = torch.randn(40, 77, device='cuda', requires_grad=True)\n"
+        "y = torch.randint(77, (40,), device='cuda')\n"
+        "truth = torch.nn.functional.cross_entropy(x, y)\n"
+        "graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()\n"
+        "try:\n"
+        "    with torch.cuda.graph(graph, stream=side):\n"
+        "        loss = fusedloss.cross_entropy(x, y)\n"
+        "except RuntimeError as error:\n"
+        "    print('refused:', error)\n"
+        "else:\n"
+        "    graph.replay()\n"
+        "    torch.testing.assert_close(loss, truth)\n"
+        "    print('captured')\n"
+    )
+    assert "captured" in result.stdout or "must have been launched once" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.gpu
+def test_a_tile_that_is_too_large_for_the_gpu_is_replaced():
+    result = on_gpu(
+        "import torch, fusedloss\n"
+        "from fusedloss.backends.triton import tuning\n"
+        "for table in tuning.DEVICES.values():\n"
+        "    for name in table['tiles'].get('supcon', {}).get('float32', {}):\n"
+        "        if name.startswith('sums'):\n"
+        "            table['tiles']['supcon']['float32'][name] = [128, 128, 64, 64, 8, 6]\n"
+        "x = torch.nn.functional.normalize(torch.randn(300, 128, device='cuda'))\n"
+        "y = torch.randint(9, (300,), device='cuda')\n"
+        "loss = fusedloss.supcon(x, y, temperature=0.1)\n"
+        "with fusedloss.backend('reference'):\n"
+        "    truth = fusedloss.supcon(x.double(), y, temperature=0.1)\n"
+        "torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-5)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "smaller tiles are used" in result.stderr
+
+
+@pytest.mark.gpu
+def test_plans_launch_on_the_stream_and_device_of_the_call():
+    x, y = torch.randn(64, 100, device="cuda"), torch.randint(100, (64,), device="cuda")
+    expected = fusedloss.cross_entropy(x, y)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = [fusedloss.cross_entropy(x, y) for _ in range(4)]
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(each, expected) for each in found)
+    assert any(layout.plans for layout in plans._layouts.values())
