@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch import Tensor
 from bench.cases import Mismatch
 
 Call = Callable[[], Any]
+# Contestants of other packages, in the versions that happen to be installed: their errors are no reason to stop.
+PEERS = ("liger", "quack", "cce", "pml")
 
 
 class Contest(NamedTuple):
@@ -64,16 +67,28 @@ def installed(package: str) -> bool:
 
 
 def values_of(calls: Mapping[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
-    """What each contestant computes, of those that find memory for it."""
+    """What each contestant computes, of those that can; ``"fused"`` has to."""
     found = {}
     for name, call in calls.items():
-        try:
-            found[name] = call()
-        except torch.OutOfMemoryError:
-            if name == "fused":
-                raise
-            torch.cuda.empty_cache()
+        failed = attempt(name, lambda call=call, name=name: found.__setitem__(name, call()))  # type: ignore[misc]
+        if failed and name == "fused":
+            raise torch.OutOfMemoryError("fused")
     return found
+
+
+def attempt(name: str, call: Call) -> str:
+    """Why a contestant can't make a call: ``"out of memory"``, ``"failed"`` (a peer; it is printed why), or ``""``."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "out of memory"
+    except Exception as error:
+        if name not in PEERS:
+            raise
+        print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return "failed"
+    return ""
 
 
 def agree(found: Mapping[str, tuple[Tensor, ...]], truth: tuple[Tensor, ...], tolerance: float) -> list[str]:

@@ -26,7 +26,7 @@ import triton
 
 import fusedloss
 from bench.cases import Mismatch
-from bench.gpu import Case, cases_of, parts_of, stems
+from bench.gpu import Case, attempt, cases_of, parts_of, stems
 from bench.measure import commit
 
 ROUNDS, SECONDS = 20, 10.0  # of one case: no more of either, but three rounds
@@ -73,8 +73,9 @@ def limits(device: torch.device, small: bool) -> dict[str, float]:
 def measured(case: Case, device: torch.device, limit: float, most_rounds: int) -> list[dict[str, Any]]:
     """One line for each contestant of a case."""
     contest = case.prepare(device)
-    wrong = contest.check()
-    calls = {name: call for name, call in contest.calls.items() if name not in wrong and _fits(call)}
+    outcome = dict.fromkeys(contest.check(), "wrong")
+    outcome |= {name: attempt(name, call) for name, call in contest.calls.items() if name not in outcome}
+    calls = {name: call for name, call in contest.calls.items() if not outcome[name]}
     rounds = 1
     if most_rounds > 1:
         a_round = sum(seconds_in_turn(calls, device, 1).values())
@@ -85,7 +86,7 @@ def measured(case: Case, device: torch.device, limit: float, most_rounds: int) -
             "stem": case.stem,
             "case": case.label,
             "contestant": name,
-            "ratio": "wrong" if name in wrong else "out of memory",
+            "ratio": outcome[name],
         }
         for name in contest.calls
         if name not in calls
@@ -100,15 +101,6 @@ def measured(case: Case, device: torch.device, limit: float, most_rounds: int) -
             "limit_rate": f"{limit:.5g}", "rounds": rounds, "peak_mb": _peak_mb(contest.calls[name], device),
         })  # fmt: skip
     return lines
-
-
-def _fits(call: Callable[[], Any]) -> bool:
-    try:
-        call()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
-    return True
 
 
 def _peak_mb(call: Callable[[], Any], device: torch.device) -> str:
@@ -146,6 +138,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--part", default="", help="of the one stem that is named; 768 of linear_ce is its width")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no case is begun")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if unknown := set(options.stems) - set(stems()):
@@ -158,6 +151,7 @@ def _options() -> argparse.Namespace:
 
 def main() -> int:
     """Measures and writes; 1 if any values were wrong."""
+    began = time.monotonic()
     options = _options()
     device = torch.device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -167,11 +161,15 @@ def main() -> int:
         "torch": torch.__version__, "triton": triton.__version__, "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
     }  # fmt: skip
-    wrong = []
+    wrong, left_out = [], []
     for stem in options.stems or stems():
         lines: list[dict[str, Any]] = []
+        name = "_".join(filter(None, (stem, options.part)))
         for case in cases_of(stem, options.small, options.part):
-            print(f"{stem}: {case.label}", file=sys.stderr, flush=True)
+            if time.monotonic() - began > options.limit:
+                left_out.append(f"{stem}: {case.label}")
+                continue
+            print(f"{time.monotonic() - began:.0f} s: {stem}: {case.label}", file=sys.stderr, flush=True)
             try:
                 with fusedloss.backend("triton"):
                     rounds = 1 if options.small else ROUNDS
@@ -179,8 +177,13 @@ def main() -> int:
             except (Mismatch, torch.OutOfMemoryError) as error:
                 wrong.append(f"{stem}: {case.label}: {error}")
             gc.collect()
+            if lines:
+                # After each case: a run that is ended early leaves what it has.
+                _write(options.out, name, lines)
         if lines:
-            _write(options.out, "_".join(filter(None, (stem, options.part))), lines)
+            print(markdown(name, lines))
+    for line in left_out:
+        print(f"left out after {options.limit:g} s: {line}", file=sys.stderr)
     for line in wrong:
         print(f"no time shown: {line}", file=sys.stderr)
     return 1 if wrong else 0
@@ -191,9 +194,7 @@ def _write(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    table = markdown(name, lines)
-    (folder / f"gpu_{name}.md").write_text(table)
-    print(table)
+    (folder / f"gpu_{name}.md").write_text(markdown(name, lines))
 
 
 if __name__ == "__main__":

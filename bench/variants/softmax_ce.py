@@ -235,7 +235,7 @@ def _held_tiles(width: int, itemsize: int) -> list[tuple[int, ...]]:
 
 def _one_block_tiles(width: int) -> list[tuple[int, ...]]:
     """One row or several side by side; 2 to 32 values a thread."""
-    sizes = product((1, 2, 4, 8, 16, 32, 64, 128, 256), (2, 4, 8, 16))
+    sizes = product((1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16))
     return [
         (rows, width, warps, 1)
         for rows, warps in sizes
@@ -244,5 +244,6 @@ def _one_block_tiles(width: int) -> list[tuple[int, ...]]:
 
 
 def _loop_tiles() -> list[tuple[int, ...]]:
-    sizes = product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32), (1, 2, 3))
-    return [(1, block, warps, stages) for block, warps, stages in sizes if 4 <= block // (32 * warps) <= 16]
+    # More stages change nothing: no load of these loops is asynchronous.
+    sizes = product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32))
+    return [(1, block, warps, 1) for block, warps in sizes if 4 <= block // (32 * warps) <= 16]

@@ -82,8 +82,10 @@ def kernel(stem: str, function: str, device_type: str) -> Callable[..., Any]:
     key = (stem, function, device_type, forced())
     found = _kernels.get(key)
     if found is None:
-        module = importlib.import_module(f"fusedloss.backends.{resolve_backend(device_type)}.{stem}")
-        found = _kernels[key] = getattr(module, function)
+        name = resolve_backend(device_type)
+        found = getattr(importlib.import_module(f"fusedloss.backends.{name}.{stem}"), function)
+        guard = getattr(_module(name), "guarded", None)
+        found = _kernels[key] = found if guard is None else guard(found)
     return found
 
 

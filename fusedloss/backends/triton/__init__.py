@@ -1,9 +1,15 @@
-"""GPU kernels in Triton; with ``TRITON_INTERPRET=1`` its interpreter runs them on CPU tensors too."""
+"""GPU kernels in Triton; with ``TRITON_INTERPRET=1`` its interpreter runs them on CPU tensors too.
+
+A kernel is compiled and loaded at its first launch: call a loss and its backward once before a CUDA graph of them is
+captured.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,7 +24,14 @@ def unavailable_reason(device_type: str) -> str | None:
     if device_type == "cpu":
         return "Triton takes CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before starting Python"
     if device_type != "cuda":
-        return f"no kernels for '{device_type}' tensors; they take 'cuda'"
+        return f"no kernels for '{device_type}' tensors: they are for 'cuda', NVIDIA's GPUs and (under ROCm) AMD's"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     return None
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of this backend that goes on with smaller tiles where a device hasn't the resources of a kernel."""
+    from .tiles import fitted
+
+    return fitted(function)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fusedloss.backends.cuda import cluster
@@ -118,7 +117,7 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
         return grad.mul_(factor)
     block, warps = launch.SCALE
     dtype = launch.triton_dtype(compute_dtype(grad.dtype))
-    grid = (launch.programs_at_once(triton.cdiv(grad.numel(), block), warps, grad.device),)
+    grid = (launch.programs_at_once(launch.cdiv(grad.numel(), block), warps, grad.device),)
     launch.start(scale_kernel, grid, (run, factor, grad.numel()), grad.device, warps, T=dtype, BLOCK=block)
     return grad
 
@@ -193,7 +192,7 @@ class _Call:
         # Programs that own classes follow, from the coefficients that each row leaves.
         saved = self._new_saved()
         self._run_rows(row, row_tensors, tile, _NO_OUTPUTS, programs, saved)
-        blocks, sizes = triton.cdiv(self.layout.num_classes, separate.block), self._sizes(separate.rows)
+        blocks, sizes = launch.cdiv(self.layout.num_classes, separate.block), self._sizes(separate.rows)
         programs = max(1, launch.programs_for(sizes.tiles, self.logits.device) // blocks)
         parts, outputs = self._new_column_sums(programs)
         arguments = (self.inputs, outputs, saved, self.row_view, sizes, self._spec(None, separate))
@@ -232,7 +231,7 @@ class _Call:
 
     def _spec(self, row: Any, tile: launch.Tile) -> Spec:
         layout, override = self.layout, self.inputs.target_override is not None
-        chunks = 0 if tile.loop else triton.cdiv(layout.num_classes, tile.block)
+        chunks = 0 if tile.loop else launch.cdiv(layout.num_classes, tile.block)
         return spec_of(
             row=row,
             top=self.top,
@@ -254,7 +253,7 @@ class _Call:
 
     def _sizes(self, rows: int) -> Sizes:
         layout = self.layout
-        inner_tiles = triton.cdiv(layout.inner, rows)
+        inner_tiles = launch.cdiv(layout.inner, rows)
         units = layout.num_classes // layout.align
         return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles)
 
