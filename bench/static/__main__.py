@@ -1,0 +1,65 @@
+"""Judges what calls launch on a GPU from the machine code of their kernels: see the package's docstring.
+
+python -m bench.static                              # every case for sm_90; writes bench/results/static.csv
+python -m bench.static supcon --match 8192          # those of one stem whose name holds this
+python -m bench.static --quick                      # a few; writes nothing
+python -m bench.static --target sm_100 --target gfx942 --csv build/others.csv
+python -m bench.static --markdown                   # also the table that docs/performance.md holds
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.static import cases, report
+from bench.static.judge import verdicts
+from bench.static.model import PROCESSORS
+
+RESULTS = Path(__file__).parents[1] / "results" / "static.csv"
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stems", nargs="*", choices=[*cases.STEMS, []], metavar="stem", help=", ".join(cases.STEMS))
+    parser.add_argument("--match", default="", help="only cases whose name holds this text, or a part of A|B|C")
+    parser.add_argument("--target", action="append", choices=list(PROCESSORS), help="default: sm_90")
+    parser.add_argument("--quick", action="store_true", help="a few cases, in under a minute")
+    parser.add_argument(
+        "--csv", type=Path, help="file to write (default: bench/results/static.csv if nothing is left out)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table for the documentation too")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="cases at a time")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the verdicts and writes the file; 1 where a kernel spills."""
+    options = _options(arguments)
+    chosen = cases.every(options.stems, options.match, options.quick)
+    if not chosen:
+        print(f"--match: no case's name holds {options.match!r}", file=sys.stderr)
+        return 2
+    found = []
+    for verdict in verdicts(chosen, options.target or ("sm_90",), options.processes):
+        print(report.text(verdict), flush=True)
+        found.append(verdict)
+    if options.markdown:
+        print(report.markdown(found))
+    whole = not (options.stems or options.match or options.quick or options.target)
+    path = options.csv or (RESULTS if whole else None)
+    if path is not None:
+        report.write_csv(path, report.rows(found))
+        print(f"written: {path}")
+    spilled = sum(row.spilled > 0 for verdict in found for _, row in verdict.kernels)
+    print(f"{len(found)} calls, {spilled} kernels with spills")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
