@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.static import cases, report
+from bench.static import budgets, cases, report
 from bench.static.judge import verdicts
 from bench.static.model import PROCESSORS
 
@@ -34,12 +34,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--csv", type=Path, help="file to write (default: bench/results/static.csv if nothing is left out)"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table for the documentation too")
+    parser.add_argument("--check", action="store_true", help="compare with the budgets")
+    parser.add_argument("--write-budgets", action="store_true", help="make today's figures and 5%% the budgets")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="cases at a time")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the verdicts and writes the file; 1 where a kernel spills."""
+    """Prints the verdicts and writes the file; 1 where a kernel spills or a budget is exceeded."""
     options = _options(arguments)
     chosen = cases.every(options.stems, options.match, options.quick)
     if not chosen:
@@ -56,9 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is not None:
         report.write_csv(path, report.rows(found))
         print(f"written: {path}")
+    if options.write_budgets:
+        budgets.write(found)
+        print(f"written: {budgets.PATH}")
+    over = [line for verdict in found for line in budgets.exceeded(verdict, budgets.read())] if options.check else []
+    print("".join(f"over budget: {line}\n" for line in over), end="", file=sys.stderr)
     spilled = sum(row.spilled > 0 for verdict in found for _, row in verdict.kernels)
     print(f"{len(found)} calls, {spilled} kernels with spills")
-    return 1 if spilled else 0
+    return 1 if spilled or over else 0
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _add(operands: Operands) -> Step:
     """IADD3 and IADD: up to three numbers, a carry into X, and carries out."""
     wide = "64" in operands.parts
     reads = operands.reads((0, 1, 2) if wide else ())[:3]
-    to, out = operands.to, operands.to_predicates[:1]
+    to, out = operands.to, operands.to_predicates
     carries = operands.tests if "X" in operands.parts else []
     bits = 64 if wide else 32
 
@@ -96,8 +96,9 @@ def _add(operands: Operands) -> Step:
         known = values is not None and None not in carried
         total = sum(values or ()) + sum(map(bool, carried))
         (state.set64 if wide else state.set)(to, total if known else None)
-        for name in out:
-            state.set_predicate(name, total >> bits != 0 if known else None)
+        for place, name in enumerate(out):
+            # Three numbers may carry twice.
+            state.set_predicate(name, total >> bits > place if known else None)
 
     return step
 

@@ -240,6 +240,10 @@ def _product_dtype(args: tuple[Any, ...]) -> torch.dtype:
     return tensors[-1].dtype if tensors else torch.float32
 
 
+# Compiled kernels are kept by device: each target has a number.
+_NUMBERS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
 class _Driver:
     """What Triton asks a driver for where kernels are only compiled."""
 
@@ -250,7 +254,6 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        # Compiled kernels are kept by device: one number for each target.
         return self.number
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -284,7 +287,9 @@ def _recorder(record: Record) -> Callable[..., Any]:
         try:
             compiled = compile_and_run(self, *args, grid=(1,), warmup=True, **kwargs)
         except Exception as failure:  # whatever a backend's compiler raises
-            error = f"{type(failure).__name__}: {failure}".strip().splitlines()[0]
+            cause = failure.__cause__ or failure
+            lines = [line for line in f"{cause}".splitlines() if line.strip(" ^")]
+            error = f"{type(failure).__name__}: {lines[-1].strip() if lines else ''}"
         if warmup:
             return compiled
         values = {parameter.name: value for parameter, value in zip(self.params, args, strict=False)} | kwargs
@@ -307,12 +312,15 @@ class _NoDevice(contextlib.nullcontext[None]):
         super().__init__()
 
 
-def _patches(record: Record, processors: int, capability: tuple[int, int]) -> list[Any]:
+def _patches(record: Record, processors: int, target: str) -> list[Any]:
     from triton.runtime.jit import JITFunction
+
+    is_hip = not target.startswith("sm_")
+    capability = (9, 4) if is_hip else (int(target[3:-1]), int(target[-1]))
 
     properties = types.SimpleNamespace(
         name="stand-in", major=capability[0], minor=capability[1], multi_processor_count=processors, warp_size=32,
-        total_memory=80 << 30, L2_cache_size=50 << 20, regs_per_multiprocessor=65536, gcnArchName="",
+        total_memory=80 << 30, L2_cache_size=50 << 20, regs_per_multiprocessor=65536, gcnArchName=target if is_hip else "",
         max_threads_per_multi_processor=2048, shared_memory_per_block_optin=232448,
         shared_memory_per_multiprocessor=233472,
     )  # fmt: skip
@@ -335,6 +343,8 @@ def _patches(record: Record, processors: int, capability: tuple[int, int]) -> li
     patches = [
         mock.patch.object(torch.cuda, name, value) for name, value in of_cuda.items() if hasattr(torch.cuda, name)
     ]
+    if is_hip:
+        patches.append(mock.patch.object(torch.version, "hip", "6.0"))
     patches.append(mock.patch.object(JITFunction, "run", _recorder(record)))
     # What plain tensors take, without the dispatcher, is what users run.
     for name, module in list(sys.modules.items()):
@@ -355,10 +365,9 @@ def recording(target: str, processors: int) -> Iterator[Record]:
     for stem in fusedloss.backends.OPERATIONS:
         __import__(f"fusedloss.ops.{stem}")
         __import__(f"fusedloss.backends.triton.{stem}")
-    digits = target[3:] if target.startswith("sm_") else "00"
-    driver.set_active(_Driver(target_of(target), int(digits) or 942))
+    driver.set_active(_Driver(target_of(target), _NUMBERS.index(target)))
     with contextlib.ExitStack() as stack:
-        for patch in _patches(record, processors, (int(digits[:-1]), int(digits[-1]))):
+        for patch in _patches(record, processors, target):
             stack.enter_context(patch)
         stack.enter_context(fusedloss.backend("triton"))
         stack.enter_context(_Mode(record))

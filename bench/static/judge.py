@@ -153,7 +153,11 @@ def _job(job: tuple[str, str]) -> Verdict:
 
 
 def verdicts(chosen: Sequence[Case], targets: Sequence[str], processes: int) -> Iterator[Verdict]:
-    """Judges each case for each target, in order, in processes of their own."""
+    """Judges each case for each target, in order; in this process if there is to be one."""
+    if processes == 1:
+        for target in targets:
+            yield from (judge(case, target) for case in chosen)
+        return
     jobs = [(case.name, target) for target in targets for case in chosen]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_job, jobs)
