@@ -1,10 +1,14 @@
 """Judges what calls launch on a GPU from the machine code of their kernels: see the package's docstring.
 
-python -m bench.static                              # every case for sm_90; writes bench/results/static.csv
-python -m bench.static supcon --match 8192          # those of one stem whose name holds this
-python -m bench.static --quick                      # a few; writes nothing
-python -m bench.static --target sm_100 --target gfx942 --csv build/others.csv
-python -m bench.static --markdown                   # also the table that docs/performance.md holds
+    python -m bench.static                              # every case for sm_90; writes bench/results/static.csv
+    python -m bench.static supcon --match 8192          # those of one stem whose name holds this
+    python -m bench.static --quick                      # a few; writes nothing
+    python -m bench.static --quick --check              # 1 where a budget of bench/static/budgets.json is exceeded
+    python -m bench.static --write-budgets              # today's figures and 5% as budgets of the cases that are run
+    python -m bench.static --markdown                   # also the table that docs/performance.md holds
+    python -m bench.static --target sm_100 --target gfx942 --csv build/others.csv
+
+Needs Triton and no GPU.
 """
 
 from __future__ import annotations

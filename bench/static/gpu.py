@@ -320,7 +320,8 @@ def _patches(record: Record, processors: int, target: str) -> list[Any]:
 
     properties = types.SimpleNamespace(
         name="stand-in", major=capability[0], minor=capability[1], multi_processor_count=processors, warp_size=32,
-        total_memory=80 << 30, L2_cache_size=50 << 20, regs_per_multiprocessor=65536, gcnArchName=target if is_hip else "",
+        total_memory=80 << 30, L2_cache_size=50 << 20, regs_per_multiprocessor=65536,
+        gcnArchName=target if is_hip else "",
         max_threads_per_multi_processor=2048, shared_memory_per_block_optin=232448,
         shared_memory_per_multiprocessor=233472,
     )  # fmt: skip
