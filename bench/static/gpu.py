@@ -127,6 +127,11 @@ def storage_bytes(tensor: Tensor) -> int:
     return math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
 
 
+def starts_a_kernel(func: Any) -> bool:
+    """Whether one of PyTorch's operations would on a GPU: it neither returns a view nor only allocates."""
+    return not func.is_view and func.overloadpacket.__name__ not in _NO_LAUNCH
+
+
 class _Mode(TorchDispatchMode):
     """Runs operations on shapes, on values too where all are known, and notes those that would launch."""
 
@@ -154,7 +159,7 @@ class _Mode(TorchDispatchMode):
         if name == "_to_copy" and _changes_nothing(args[0], kwargs):
             return args[0]
         result = self._run(func, leaves, stand_ins, args, kwargs)
-        if not (func.is_view or name in _NO_LAUNCH):
+        if starts_a_kernel(func):
             self._note(name, leaves, result, args)
         return result
 
@@ -347,11 +352,18 @@ def _patches(record: Record, processors: int, target: str) -> list[Any]:
     if is_hip:
         patches.append(mock.patch.object(torch.version, "hip", "6.0"))
     patches.append(mock.patch.object(JITFunction, "run", _recorder(record)))
-    # What plain tensors take, without the dispatcher, is what users run.
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fusedloss.") and callable(getattr(module, "is_direct", None)):
-            patches.append(mock.patch.object(module, "is_direct", lambda *_: True))
-    return patches
+    return [*patches, *without_dispatcher()]
+
+
+def without_dispatcher() -> list[Any]:
+    """Patches by which a mode sees the way that plain tensors take, around the dispatcher: what users run."""
+    return patched_everywhere("is_direct", lambda *_: True)
+
+
+def patched_everywhere(name: str, function: Callable[..., Any]) -> list[Any]:
+    """Patches of a function in each module of the package that has it."""
+    modules = [module for path, module in list(sys.modules.items()) if path.startswith("fusedloss.")]
+    return [mock.patch.object(module, name, function) for module in modules if callable(getattr(module, name, None))]
 
 
 @contextlib.contextmanager
