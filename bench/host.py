@@ -15,7 +15,7 @@ are; so whether a small step that is not captured in a CUDA graph waits for the 
 What it doesn't: the driver's own time for a launch, some 2 us each on both sides, and torch.cuda's for finding device
 and stream. Eager's operations run for real here, as ours do: on some rows of a few classes that is little more than
 what the dispatcher takes, but not nothing. Paths that ask whether a tensor is on a GPU take the CPU's side, except that
-values are not looked at: results of kernels are whatever was in memory.
+values are not looked at and a backward scales on the device: results of kernels are whatever was in memory.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from bench.static.gpu import patched_everywhere, starts_a_kernel, without_dispat
 SOURCE = Path(__file__).with_name("stand_in") / "libcuda.c"
 _ROWS, _CLASSES, _WIDTH = 8, 16, 64
 _SCALE, _MARGIN, _TEMPERATURE = 64.0, 0.5, 0.1
+_WARM = 20  # calls before a round is timed
 _LIBRARY = "libcuda.so.1"
 COLUMNS = ("case", "fused_us", "eager_us", "ratio", "triton_launches", "operations", "eager_operations", "rounds")
 
@@ -177,10 +178,18 @@ def _served_by_triton() -> Iterator[None]:
     driver.set_active(active)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(fusedloss.backends._reasons, {("triton", "cpu"): None}))
-        for patch in patched_everywhere("readable", _readable):
+        scaling = patched_everywhere("scale_in_place", _scale_in_place, "fusedloss.ops.")
+        for patch in (*patched_everywhere("readable", _readable), *scaling):
             stack.enter_context(patch)
         stack.enter_context(fusedloss.backend("triton"))
         yield
+
+
+def _scale_in_place(grads: list[Tensor], upstream: Tensor, written: float = 1.0) -> None:
+    """A backward on a GPU launches the kernel that finds the upstream gradient to be 1; on the CPU the host looks."""
+    scale = fusedloss.backends.kernel("softmax_ce", "scale_in_place", "cpu")
+    for grad in grads:
+        scale(grad, upstream)
 
 
 def _readable(value: object) -> bool:
@@ -199,7 +208,7 @@ def measure(names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
         for name in names:
             contest = CASES[name]()
             calls = {"fused": contest.fused, "eager": contest.eager}
-            for call in calls.values():
+            for call in list(calls.values()) * _WARM:
                 call()
             before = launches.value
             contest.fused()

@@ -23,5 +23,5 @@ Predictions, good to about 30%: nothing here was timed. Use them to compare, and
 
 Not seen: latency (a program's chain of loads and barriers when few programs are resident), conflicts in shared memory,
 instructions of another rate than one a lane and cycle (MUFU at a quarter), the other threads of a program with warps of
-several kinds, uneven programs beyond the 15 that are walked through.
+several kinds, uneven programs beyond the 3, or where those differ 15, that are walked through.
 """

@@ -5,7 +5,7 @@
     python -m bench.static --quick                      # a few; writes nothing
     python -m bench.static --quick --check              # 1 where a budget of bench/static/budgets.json is exceeded
     python -m bench.static --write-budgets              # today's figures and 5% as budgets of the cases that are run
-    python -m bench.static --markdown                   # also the table that docs/performance.md holds
+    python -m bench.static --docs                       # only writes the table in docs/performance.md from that file
     python -m bench.static --target sm_100 --target gfx942 --csv build/others.csv
 
 Needs Triton and no GPU.
@@ -24,6 +24,7 @@ from bench.static.judge import verdicts
 from bench.static.model import PROCESSORS
 
 RESULTS = Path(__file__).parents[1] / "results" / "static.csv"
+DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,7 +38,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--csv", type=Path, help="file to write (default: bench/results/static.csv if nothing is left out)"
     )
-    parser.add_argument("--markdown", action="store_true", help="print the table for the documentation too")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the documentation too")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the table of docs/performance.md from the CSV file, and end"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the budgets")
     parser.add_argument("--write-budgets", action="store_true", help="make today's figures and 5%% the budgets")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="cases at a time")
@@ -47,6 +51,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the verdicts and writes the file; 1 where a kernel spills or a budget is exceeded."""
     options = _options(arguments)
+    if options.docs:
+        lines = [line for line in report.read_csv(options.csv or RESULTS) if line["case"] in cases.documented()]
+        report.replace_table(DOCS, report.markdown(lines))
+        print(f"written: {DOCS}")
+        return 0
     chosen = cases.every(options.stems, options.match, options.quick)
     if not chosen:
         print(f"--match: no case's name holds {options.match!r}", file=sys.stderr)
@@ -56,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report.text(verdict), flush=True)
         found.append(verdict)
     if options.markdown:
-        print(report.markdown(found))
+        print(report.markdown(report.rows(found)))
     whole = not (options.stems or options.match or options.quick or options.target)
     path = options.csv or (RESULTS if whole else None)
     if path is not None:

@@ -360,9 +360,9 @@ def without_dispatcher() -> list[Any]:
     return patched_everywhere("is_direct", lambda *_: True)
 
 
-def patched_everywhere(name: str, function: Callable[..., Any]) -> list[Any]:
-    """Patches of a function in each module of the package that has it."""
-    modules = [module for path, module in list(sys.modules.items()) if path.startswith("fusedloss.")]
+def patched_everywhere(name: str, function: Callable[..., Any], within: str = "fusedloss.") -> list[Any]:
+    """Patches of a function in each module of the package, or of a part of it, that has it."""
+    modules = [module for path, module in list(sys.modules.items()) if path.startswith(within)]
     return [mock.patch.object(module, name, function) for module in modules if callable(getattr(module, name, None))]
 
 

@@ -22,6 +22,7 @@ LEAST_SECONDS = 1.5e-6  # of a launch in a captured graph
 START_SECONDS = 75e-9  # between the starts of two programs on one multiprocessor
 # Programs that are walked through, spread over the grid; more where these differ.
 _FEW, _MANY = 3, 15
+_LONG = 200_000  # instructions of a thread beyond which a few programs have to do
 _LEGACY_PRODUCTS = 0.6  # of the GEMM rate, for products that a warp issues alone (mma.sync)
 _FP64 = re.compile(r"^(DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.\w+64H|[FI]2[FI]\.(\w+\.)*F64|F2[FI]\S*\.F64)")
 _PRODUCT = re.compile(r"^(HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(\d+))\.F(?:32|16)(\.TF32|\.BF16)?")
@@ -188,7 +189,7 @@ def _count(found: Kernel, walker: Walker, threads: int) -> None:
     if found.count > _FEW:
         # The first class is often the largest.
         issued.append(walk(0).issued)
-        if max(issued) > 1.01 * min(issued):
+        if max(issued) > 1.01 * min(issued) and max(issued) < _LONG:
             walks = [walk(place) for place in _spread(found.count, _MANY)]
             issued += [walk(found.count - 1).issued, *(each.issued for each in walks)]
     found.longest = float(threads * max(issued))

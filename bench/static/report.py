@@ -113,22 +113,55 @@ _HEAD = (
     " warps an SM | KB in flight an SM | bound by | predicted share, H100 | H200 |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
+START, END = "<!-- table of bench.static -->", "<!-- end of the table -->"
 
 
-def markdown(verdicts: Sequence[Verdict]) -> str:
-    """A table for the documentation: a line for each call that has predictions."""
-    lines = [_HEAD]
-    for verdict in verdicts:
-        if not verdict.seconds or not verdict.kernels:
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """A table for the documentation: a line for each call that has predictions, from the lines of the CSV file."""
+    table = [_HEAD]
+    by_call: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["target"] == "sm_90":
+            by_call.setdefault(line["case"], []).append(line)
+    for call, (whole, *parts) in by_call.items():
+        kernels = [part for part in parts if part["kernel"] != OPERATIONS]
+        if not whole.get("h100_us") or not kernels:
             continue
-        count, row = max(verdict.kernels, key=lambda each: each[0] * each[1].seconds[GPUS[0].name])
-        eager = "" if verdict.eager is None else f"{verdict.eager[0]} + {verdict.eager[1]}"
-        in_kernels = count * row.seconds[GPUS[0].name] >= verdict.operation_seconds.get(GPUS[0].name, 0.0)
-        bound = row.bound if in_kernels else "PyTorch's operations"
-        shares = " | ".join(f"{100 * verdict.share[gpu.name]:.0f}%" for gpu in GPUS)
-        lines.append(
-            f"| {verdict.case} | {verdict.launches[0]} + {verdict.launches[1]} | {eager} | {row.kernel}:"
-            f" {count * row.instructions:.3g} | {row.registers} | {row.programs * row.warps} |"
-            f" {row.in_flight / 1024:.0f} | {bound} | {shares} |"
+        heaviest = max(kernels, key=_whole_time)
+        operations = sum(float(part["h100_us"] or 0) for part in parts if part["kernel"] == OPERATIONS)
+        bound = heaviest["bound"] if _whole_time(heaviest) >= operations else "PyTorch's operations"
+        eager = f"{whole['eager_forward']} + {whole['eager_backward']}" if whole["eager_forward"] != "" else ""
+        issued = int(heaviest["count"]) * float(heaviest["instructions_per_element"])
+        table.append(
+            f"| {call} | {whole['launches_forward']} + {whole['launches_backward']} | {eager} | {heaviest['kernel']}:"
+            f" {issued:.3g} | {heaviest['registers']} | {heaviest['warps_per_sm']} | {heaviest['kb_in_flight']} |"
+            f" {bound} | {_percent(whole['h100_share'])} | {_percent(whole['h200_share'])} |"
         )
-    return "\n".join(lines)
+    return "\n".join(table)
+
+
+def _whole_time(line: dict[str, Any]) -> float:
+    return int(line["count"]) * float(line["h100_us"] or 0)
+
+
+def _percent(share: Any) -> str:
+    return f"{100 * float(share):.0f}%"
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def replace_table(path: Path, table: str) -> None:
+    """Puts the table between its two marks in a file.
+
+    Raises:
+        ValueError: the file hasn't these marks.
+    """
+    text = path.read_text()
+    before, found, rest = text.partition(START)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ValueError(f"{path} must hold {START} and {END}; got neither or one")
+    path.write_text(f"{before}{START}\n{table}\n{END}{after}")
