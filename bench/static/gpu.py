@@ -169,7 +169,10 @@ class _Mode(TorchDispatchMode):
         values = None
         if all(leaf.known is not None if isinstance(leaf, StandIn) else leaf.numel() <= 1 for leaf in leaves):
             cpu = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
-            if leaves or kwargs.get("dtype") in _INTEGERS or func.overloadpacket.__name__ == "arange":
+            name = func.overloadpacket.__name__
+            # What a kernel is to write isn't known: loops over it run once, and are reported.
+            made = leaves or kwargs.get("dtype") in _INTEGERS or name == "arange"
+            if made and not (name in _NO_LAUNCH and "empty" in name):
                 with contextlib.suppress(RuntimeError, IndexError, NotImplementedError):
                     values = func(*tree_map(_known, args), **tree_map(_known, cpu))
         elif func._schema.is_mutable:
@@ -178,8 +181,8 @@ class _Mode(TorchDispatchMode):
         meta = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
         shapes = func(*tree_map(_meta, args), **tree_map(_meta, meta))
         by_meta = {id(each.meta): each for each in stand_ins}
-        made, spec = tree_flatten(shapes)
-        known = tree_flatten(values)[0] if values is not None else [None] * len(made)
+        results, spec = tree_flatten(shapes)
+        known = tree_flatten(values)[0] if values is not None else [None] * len(results)
 
         def wrapped(each: Any, value: Any) -> Any:
             if not isinstance(each, Tensor):
@@ -187,7 +190,7 @@ class _Mode(TorchDispatchMode):
             written = by_meta.get(id(each))
             return StandIn(each, _kept(each, value)) if written is None else written
 
-        return tree_unflatten([wrapped(each, value) for each, value in zip(made, known, strict=True)], spec)
+        return tree_unflatten([wrapped(each, value) for each, value in zip(results, known, strict=True)], spec)
 
     def _note(self, name: str, leaves: Sequence[Tensor], result: Any, args: tuple[Any, ...]) -> None:
         results = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
