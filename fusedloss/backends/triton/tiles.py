@@ -59,7 +59,7 @@ _last = threading.local()  # .tiles: what this thread asked for last, an entry a
 def tile_of(kind: type[AnyTile], device: torch.device, stem: str, dtype: torch.dtype, shape_class: str) -> AnyTile:
     """The tile of one entry of the tuning table, or the smaller one that took its place."""
     entry = (device, stem, dtype, shape_class)
-    tile: AnyTile = _smaller[entry] if entry in _smaller else kind(*tuning.entry(*entry))
+    tile: AnyTile = _smaller[entry] if entry in _smaller else kind(*tuning.entry(*entry))  # type: ignore[arg-type]
     try:
         _last.tiles.appendleft((entry, tile))
     except AttributeError:
