@@ -184,9 +184,13 @@ def _count(found: Kernel, walker: Walker, threads: int) -> None:
     def walk(place: int) -> Walked:
         return walker.walk(Arguments(constants, _program(launch.grid, place), launch.grid, threads, content, streamed))
 
-    walks = [walk(place) for place in _spread(found.count, _FEW)]
+    walks: list[Walked] = []
+    for place in _spread(found.count, _FEW):
+        walks.append(walk(place))
+        if walks[-1].truncated:
+            break
     issued = [each.issued for each in walks]
-    if found.count > _FEW:
+    if found.count > _FEW and not walks[-1].truncated:
         # The first class is often the largest.
         issued.append(walk(0).issued)
         if max(issued) > 1.01 * min(issued) and max(issued) < _LONG:

@@ -32,7 +32,7 @@ _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 _LOADS = ("LDG", "LD", "LDGSTS")
 _STORES = ("STG", "ST", "RED", "ATOMG", "ATOM")
 _SLOW_PATH = 24  # instructions that a branch around a call leaps over at most
-MOST_STEPS = 30_000_000
+MOST_STEPS = 8_000_000
 
 # (argument, offset, bytes) -> what lies there, None where it isn't known
 Memory = Callable[[int, int, int], bytes | None]
