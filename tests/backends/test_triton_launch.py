@@ -402,7 +402,7 @@ def too_large(limit, number="shared memory"):
     return Kernel()
 
 
-def operation(kernel, used, shape_class="1024", dtype=torch.float32):
+def operation(kernel, used, shape_class="1024 columns", dtype=torch.float32):
     @tiles.fitted
     def call():
         tile = tiles.tile_of(launch.Tile, CPU, "softmax_ce", dtype, shape_class)
@@ -424,7 +424,7 @@ def test_a_smaller_tile_is_used_and_kept_and_the_warning_comes_once():
     assert [tile[:2] for tile in used] == [(2, 1024), (1, 1024), (1, 512), (1, 512)]
     # Other types, and other shape classes, keep theirs.
     assert operation(too_large(2**20), used, dtype=torch.bfloat16)() == launch.Tile(2, 1024, 8, 1)
-    assert operation(too_large(2**20), used, "loop")() == launch.Tile(1, 8192, 16, 1)
+    assert operation(too_large(2**20), used, "loop")() == launch.Tile(1, 4096, 16, 1)
 
 
 def test_what_fits_in_no_tile_is_an_error():
@@ -435,7 +435,7 @@ def test_what_fits_in_no_tile_is_an_error():
 def test_a_tile_that_was_asked_for_is_not_replaced():
     with launch.forced(launch.Tile(2, 1024, 4)), pytest.raises(OutOfResources):
         call = operation(too_large(512), [])
-        tile = launch.row_tile(1000, torch.float32, True, False, False, CPU)
+        tile = launch.row_tile(1000, torch.float32, True, 8, False, False, CPU)
         launch.start(too_large(512), (1,), (), CPU, tile.warps, 1, ROWS=tile.rows, BLOCK=tile.block)
         call()
     assert not tiles._smaller
