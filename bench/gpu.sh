@@ -25,7 +25,7 @@ export PYTHONPATH="$PWD:$PWD/tests/cases:$PWD/tests/oracles${PYTHONPATH:+:$PYTHO
 declare -A MODES_OF=(
     [a]="build=90 checks=260 bench:softmax_ce=210"
     [b]="bench:class_stats=90 bench:supcon:128=110 bench:linear_ce:768=180 bench:linear_ce:1024=180"
-    [c]="tune:softmax_ce:bfloat16=130 tune:softmax_ce:float32=130 tune:supcon=150 tune:class_stats=80 tune:linear_ce=70"
+    [c]="tune:softmax_ce:bfloat16=130 tune:softmax_ce:float32=130 tune:supcon=180 tune:class_stats=120"
     [d]="bench:training=180 bench:supcon:256=120 bench:linear_ce:384=120 bench:linear_ce:4096=120 report=10"
 )
 

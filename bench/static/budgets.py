@@ -27,12 +27,13 @@ def measured(verdict: Verdict) -> Figures:
     found: Figures = {
         "launches_forward": verdict.launches[0],
         "launches_backward": verdict.launches[1],
-        "instructions": sum(count * row.instructions for count, row in kernels),
-        "fp64": sum(count * row.fp64 for count, row in kernels),
         "registers": max((row.registers for _, row in kernels), default=0),
         "spilled": sum(row.spilled for _, row in kernels),
         "not_compiled": sum(bool(row.error) for _, row in kernels),
     }
+    if verdict.counted:
+        found["instructions"] = sum(count * row.instructions for count, row in kernels)
+        found["fp64"] = sum(count * row.fp64 for count, row in kernels)
     if "H100" in verdict.seconds:
         found["h100_us"] = verdict.seconds["H100"] * 1e6
     return found
@@ -48,6 +49,8 @@ def exceeded(verdict: Verdict, budgets: dict[str, dict[str, Figures]]) -> list[s
     """The figures of a case that are over their budgets, in words; of a case without budgets none."""
     allowed = budgets.get(verdict.target, {}).get(verdict.case, {})
     found = measured(verdict)
+    if "instructions" in allowed and not verdict.counted:
+        return [f"{verdict.case} [{verdict.target}]: not walked to its end, budget {allowed['instructions']:.4g}"]
     return [
         f"{verdict.case} [{verdict.target}]: {name} {found[name]:.4g}, budget {most:.4g}"
         for name, most in allowed.items()

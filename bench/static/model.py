@@ -28,6 +28,7 @@ _FP64 = re.compile(r"^(DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.\w+64H|[FI]2[FI]\.(\w+\.
 _PRODUCT = re.compile(r"^(HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(\d+))\.F(?:32|16)(\.TF32|\.BF16)?")
 _SHORT = {"1688": 16 * 8 * 8, "16816": 16 * 8 * 16, "1684": 16 * 8 * 4}
 _PARAMETERS_AT = {"sm_8": 0x160, "sm_9": 0x210, "sm_1": 0x380}
+_SIZES_AT = {"sm_8": (0x0, 0xC), "sm_9": (0x0, 0xC), "sm_1": (0x360, 0x370)}  # of a program, and of the grid
 _SIZES = {"i64": 8, "u64": 8, "fp64": 8, "i16": 2, "u16": 2, "fp16": 2, "bf16": 2, "i8": 1, "u8": 1, "i1": 1, "u1": 1}
 
 
@@ -259,7 +260,10 @@ def _constants(launch: Launch, target: str) -> tuple[bytes, list[Any]]:
         else:
             number = int(value) if isinstance(value, int) else 0
         bank += (number & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    # The grid, where the code asks the bank for it, isn't needed: kernels get their counts as arguments.
+    # Where the code asks the bank for the size of a program and of the grid.
+    threads_at, grid_at = _SIZES_AT[target[:4]]
+    for place, sizes in ((threads_at, (32 * launch.warps, 1, 1)), (grid_at, launch.grid)):
+        bank[place : place + 12] = b"".join(size.to_bytes(4, "little") for size in sizes)
     return bytes(bank) + bytes(64), tensors
 
 

@@ -52,7 +52,8 @@ def _kernel(count: int, row: KernelRow) -> dict[str, Any]:
         "kernel": row.kernel, "phase": row.phase, "count": count, "grid": row.grid, "warps": row.warps,
         "registers": row.registers, "shared": row.shared, "spilled": row.spilled, "programs_per_sm": row.programs,
         "warps_per_sm": row.programs * row.warps, "kb_in_flight": round(row.in_flight / 1024, 1),
-        "load_bits": row.loads, "store_bits": row.stores, "instructions_per_element": float(f"{row.instructions:.4g}"),
+        "load_bits": row.loads, "store_bits": row.stores,
+        "instructions_per_element": "" if row.truncated else float(f"{row.instructions:.4g}"),
         "fp64_per_element": float(f"{row.fp64:.3g}"), "mb": round(row.megabytes, 1), "bound": row.bound,
         "unknown": row.unknown or "", "error": row.error or "walked in part" * row.truncated,
     }  # fmt: skip

@@ -182,11 +182,13 @@ def test_few_warps_issue_less():
     assert shares == sorted(shares) and shares[2] == 0.45 and shares[-1] == shares[-2] == 0.65
 
 
-def verdict(instructions: float = 30.0, spilled: int = 0, launches: tuple[int, int] = (2, 1)) -> Verdict:
+def verdict(
+    instructions: float = 30.0, spilled: int = 0, launches: tuple[int, int] = (2, 1), counted: bool = True
+) -> Verdict:
     row = KernelRow(
         "kernel", "forward", "132", 8, 40, 1024, spilled, 6, 0.0, "", "", instructions, 0.0, 1.0, {}, "", 0, False, ""
     )
-    return Verdict("case", "softmax_ce", "sm_90", launches, kernels=[(1, row)])
+    return Verdict("case", "softmax_ce", "sm_90", launches, kernels=[(1, row)], counted=counted)
 
 
 def test_budgets(tmp_path):
@@ -200,6 +202,8 @@ def test_budgets(tmp_path):
     (line,) = budgets.exceeded(verdict(launches=(3, 1)), held)
     assert "launches_forward 3, budget 2" in line
     assert budgets.exceeded(verdict(spilled=8), held)
+    (line,) = budgets.exceeded(verdict(counted=False), held)
+    assert "not walked to its end" in line
     budgets.write([verdict(launches=(1, 1))], path)
     assert budgets.read(path)["sm_90"]["case"]["launches_forward"] == 1
 

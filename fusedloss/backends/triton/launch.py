@@ -24,6 +24,7 @@ from .tiles import name_tile, tile_of
 # Widest rows that registers hold, and beside column sums: wider ones spill. All that can change a row takes half.
 _WIDEST = {torch.float32: 32768, torch.float64: 4096}
 _WIDEST_COLUMNS = {torch.float32: 4096, torch.float64: 2048}
+WIDEST_WITH_MORE = 16384
 _SMALLEST_BLOCK = 16
 _WIDEST_FEATURES = {torch.float32: 2048, torch.float64: 1024}
 # Of features; fewer rows than would give each so many take shorter chunks.

@@ -205,10 +205,19 @@ class _Call:
 
     def row_tile(self, needs_columns: bool) -> launch.Tile:
         """The tile of the row kernel."""
+        # The longest rows leave no registers for more than their sums and a scale.
+        more = self.inputs.bias is not None or self.inputs.target_override is not None
+        more = more or self.soft or self.smooth_loss or self.prediction
+        extras = self.extras or (more and self.layout.num_classes > launch.WIDEST_WITH_MORE)
         return launch.row_tile(
             self.layout.num_classes, self.logits.dtype, self.contiguous_rows, self.layout.align, needs_columns,
-            self.extras, self.logits.device,
+            extras, self.logits.device,
         )  # fmt: skip
+
+    @property
+    def class_tensors(self) -> int:
+        """How many of scale, bias and class weights there are."""
+        return sum(values is not None for values in (self.inputs.scale, self.inputs.bias, self.inputs.class_weight))
 
     def _column_tile(self, tile: launch.Tile) -> launch.Tile | None:
         return launch.column_tile(
@@ -260,10 +269,15 @@ class _Call:
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any
     ) -> None:
-        if self.extras or self.inputs.target_override is not None or self.dtype == torch.float64:
+        override = self.inputs.target_override is not None
+        extras = (self.top is not None) + (self.inputs.soft_cap is not None) + override
+        if kernel is row_kernel and self.dtype == torch.float32 and tile.warps <= 8 and not tile.loop:
+            # 16 warps to a multiprocessor, where nothing spills for it.
+            if (extras == 1 and self.class_tensors == 0) or (
+                tile.warps == 8 and extras == 0 and self.class_tensors < 2
+            ):
+                constants["maxnreg"] = launch.most_registers(16)
+        if "maxnreg" not in constants and (extras or self.dtype == torch.float64):
             # The assembler would spill a few values to fit in more programs.
             constants["maxnreg"] = launch.most_registers(tile.warps)
-        elif tile.warps == 8 and sum(values is not None for values in self.inputs[11:14]) < 2:
-            # Two programs to a multiprocessor, where nothing spills for it.
-            constants["maxnreg"] = launch.most_registers(2 * tile.warps)
         launch.start(kernel, grid, arguments, self.logits.device, tile.warps, tile.stages, **constants)
