@@ -123,8 +123,16 @@ def check(found, expected, dtype):
     torch.testing.assert_close(grad.double(), expected[1], rtol=rtol, atol=atol, equal_nan=True)
 
 
+SCALES = [
+    (False, False),
+    pytest.param(True, False, marks=pytest.mark.slow),
+    pytest.param(False, True, marks=pytest.mark.slow),
+    (True, True),
+]
+
+
 @pytest.mark.parametrize(("dtype", "clusters"), list(zip(DTYPES, (2, 4, 8), strict=True)))
-@pytest.mark.parametrize(("scale", "bias"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("scale", "bias"), SCALES)
 def test_loss_and_gradient(emulated, dtype, scale, bias, clusters):
     for num_classes in (clusters * 128, clusters * 192 - 8, (clusters - 1) * 64 + 8):
         plan = small_plan(num_classes, dtype, scale, bias, clusters)
@@ -143,7 +151,7 @@ def displaced(rows, step, offset, fill):
 
 
 @pytest.mark.parametrize(("dtype", "clusters"), list(zip(DTYPES, (4, 2, 2), strict=True)))
-@pytest.mark.parametrize(("scale", "bias"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("scale", "bias"), [*SCALES[:2], SCALES[3]])
 def test_rows_that_begin_anywhere(emulated, dtype, scale, bias, clusters):
     for num_classes in (clusters * 128 - 1, (clusters - 1) * 64 + 1, (clusters - 1) * 64 + 13):
         plan = small_plan(num_classes, dtype, scale, bias, clusters, aligned=False)

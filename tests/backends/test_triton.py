@@ -38,11 +38,14 @@ def kernels_of_the_backend():
     return {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
 
 
-CHUNKS = 4  # processes, for workers to share: each takes seconds to start
-INTERPRETED = [*triton_cases.CASES, *triton_cases.INTERPRETED]
+CHUNKS, ALWAYS = 20, 3  # processes, for workers to share: each takes seconds to start; the others' are slow tests
+# Neighbours are alike: each process gets some of every kind.
+INTERPRETED = [*triton_cases.INTERPRETED, *triton_cases.CASES]
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(chunk, marks=[] if chunk < ALWAYS else pytest.mark.slow) for chunk in range(CHUNKS)]
+)
 def test_interpreted(chunk):
     # NumPy, which interprets, warns of the infinities that the cases are about.
     options = {"allowed": (0, 1), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -63,9 +66,10 @@ def test_compiled_without_spills():
     assert max(shared) <= tuning.SHARED
 
 
-def test_every_case_compiles():
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_cases_compile(every):
     """The interpreter accepts what the compiler refuses: each launch goes through its front end."""
-    assert int(run("tests/cases/triton_front_end.py")) > 100
+    assert int(run("tests/cases/triton_front_end.py", *list(triton_cases.CASES)[::every])) > 100 // every
 
 
 def test_labels_are_asserted_on_the_device():

@@ -1,4 +1,4 @@
-"""Takes every launch of every case through Triton's front end and prints how many different ones there were.
+"""Takes every launch of the cases named, or of all, through Triton's front end and prints how many there were.
 
 The front end is where a kernel is refused that the interpreter accepts. Nothing runs here: the functions
 answer with uninitialised tensors, so what the cases find wrong in them doesn't count.
@@ -43,8 +43,8 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # the same filling everywhere: two answers are alike
     triton.compiler.compile = front_end
     with compiling(90):
-        for check in triton_cases.CASES.values():
-            triton_main.outcome(check, "cpu")
+        for name in sys.argv[1:] or triton_cases.CASES:
+            triton_main.outcome(triton_cases.CASES[name], "cpu")
     sys.stderr.write("\n".join(refused))
     print(len(done))
     sys.exit(1 if refused else 0)

@@ -73,6 +73,7 @@ def test_on_every_level(level):
         print(f"\n{found.stdout}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("not installed" in (triton.unavailable_reason("cpu") or ""), reason="no Triton")
 def test_interpreted_by_triton():
     found = in_a_process("--backend", "triton", usual=4, TRITON_INTERPRET="1")

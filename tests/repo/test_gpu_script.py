@@ -185,6 +185,7 @@ def test_unknown_mode_is_refused(tmp_path):
     assert "got 'tune'; allowed are: list, all, wheels, a, b, c, d, build" in result.stderr
 
 
+@pytest.mark.slow
 def test_dry_run_tunes_and_writes_tables(tmp_path):
     before = tuning.PATH.read_text()
     result = script("--dry-run", "tune:softmax_ce:bfloat16", "bench:softmax_ce", "report", OUT=str(tmp_path))

@@ -258,9 +258,9 @@ def test_a_kernel_with_a_loop_of_known_length(tmp_path, target):
 
 
 def test_the_quick_cases_keep_their_budgets():
-    ended = subprocess_of("-m", "bench.static", "--quick", "--check", "--processes", "1")
+    ended = subprocess_of("-m", "bench.static", "softmax_ce", "linear_ce", "--quick", "--check", "--processes", "1")
     assert ended.returncode == 0, ended.stderr
-    assert "softmax_ce bfloat16" in ended.stdout and "class_stats float32" in ended.stdout
+    assert "softmax_ce bfloat16" in ended.stdout
 
 
 @pytest.mark.slow
