@@ -1,11 +1,20 @@
 /* Stands in for libcuda.so.1 where there is no GPU: whatever Triton's driver asks for is granted, a launch only counts.
-   It says it is one GPU of compute capability 9.0 with 132 multiprocessors. bench/host.py compiles and loads it. */
+   It says it is one GPU of compute capability 9.0 with 132 multiprocessors. Compiled and loaded by bench/host.py and by
+   the tests of launches: for these `noted` takes the grid, the block and the eight bytes at each of `count` parameters. */
+#include <string.h>
 #include <stddef.h>
 
 typedef int CUresult;
 typedef unsigned long long CUdeviceptr;
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    void *stream, *attributes;
+    unsigned num_attributes;
+} Config;
 
 long launches = 0;
+int count = 0;
+unsigned long long noted[4 + 128];
 
 CUresult cuInit(unsigned flags) { return 0; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
@@ -32,9 +41,10 @@ CUresult cuCtxSetLimit(int limit, size_t value) { return 0; }
 CUresult cuCtxGetLimit(size_t *value, int limit) { *value = 1 << 20; return 0; }
 CUresult cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)8; return 0; }
 
-CUresult cuModuleLoadData(void **module, const void *image) { *module = (void *)16; return 0; }
+static long modules = 0;
+CUresult cuModuleLoadData(void **module, const void *image) { *module = (void *)(16 * ++modules); return 0; }
 CUresult cuModuleUnload(void *module) { return 0; }
-CUresult cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)32; return 0; }
+CUresult cuModuleGetFunction(void **function, void *module, const char *name) { *function = module; return 0; }
 CUresult cuLibraryLoadData(void **library, ...) { *library = (void *)16; return 0; }
 /* 0: the most threads of a block; the others are sizes in bytes and registers. */
 CUresult cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute ? 0 : 1024; return 0; }
@@ -54,7 +64,10 @@ CUresult cuPointerGetAttributes(unsigned count, int *attributes, void **values, 
 }
 
 CUresult cuLaunchKernel(void *function, ...) { launches++; return 0; }
-CUresult cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) {
+CUresult cuLaunchKernelEx(const Config *config, void *function, void **parameters, void **extra) {
     launches++;
+    for (int axis = 0; axis < 3; axis++) noted[axis] = config->grid[axis];
+    noted[3] = (unsigned long long)function << 32 | config->block[0];
+    for (int at = 0; at < count; at++) memcpy(&noted[4 + at], parameters[at], 8);
     return 0;
 }

@@ -359,7 +359,7 @@ def test_the_launchers_of_this_triton_are_known():
 def test_the_driver_gets_the_same_from_a_plan_and_from_the_jit(tmp_path):
     """Real kernels, Triton's real launcher and a libcuda.so.1 that notes grid, block and parameters of a launch."""
     library = tmp_path / "libcuda.so.1"
-    source = ROOT / "tests" / "cases" / "no_libcuda.c"
+    source = ROOT / "bench" / "stand_in" / "libcuda.c"
     subprocess.run(
         ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True, capture_output=True
     )

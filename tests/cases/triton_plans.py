@@ -1,4 +1,4 @@
-"""Launches kernels of the Triton backend through the JIT and through plans, over ``no_libcuda.c``, and compares them.
+"""Launches kernels of the Triton backend through the JIT and through plans, over a stand-in driver, and compares them.
 
 Prints a JSON object: the kernels, how many launches went through plans, and in which the driver got something else.
 """
