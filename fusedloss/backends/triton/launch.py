@@ -52,7 +52,7 @@ def forced(
     features: FeatureTile | None = None,
     products: ProductTile | None = None,
 ) -> Iterator[None]:
-    """Inside the block these tiles are used, and at most `programs` programs share column sums."""
+    """Inside the block these tiles are used, and at most `programs` programs share the rows."""
     global _forced_tile, _forced_programs, _forced_features, _forced_products
     before = _forced_tile, _forced_programs, _forced_features, _forced_products
     _forced_tile, _forced_programs, _forced_features, _forced_products = tile, programs, features, products

@@ -52,7 +52,8 @@ def softmax_ce(
     call.reduced, call.mean = True, mean
     tile = call.row_tile(mask.affine)
     # One sum of weights from each program of the first kernel, one of losses from each of the second.
-    parts = call.new(PARTS.value + call.programs(tile, mask.affine))
+    programs = call.programs(tile, mask.affine)
+    parts = call.new(PARTS.value + programs)
     finished, loss = call.new(dtype=torch.int32), call.new()
     call.check_labels(parts, finished)
     if cluster.ENABLED:
@@ -65,7 +66,7 @@ def softmax_ce(
     row_loss = call.new_rows()
     of_rows = [call.new_rows() if needed else None for needed in mask[2:]]
     tensors = LossTensors(*launch.contiguous((row_loss, *of_rows, *rows, parts, finished, loss)))
-    grads = call.run(loss_row, tensors, tile, mask.affine)
+    grads = call.run(loss_row, tensors, tile, programs, mask.affine)
     grads += [grad for grad in of_rows if grad is not None]
     if grad_scale != 1:
         for grad in grads:
@@ -83,7 +84,8 @@ def softmax_stats(inputs: LogitInputs, options: StatisticsOptions) -> SoftmaxSta
     rows = {name: call.new_rows(dtype) if needed.get(name, True) else None for name, dtype in dtypes.items()}
     call.smooth_loss, call.prediction = options.smooth_loss, options.prediction
     call.top = computed_top if options.hinge else None
-    call.run(statistics_row, SoftmaxStatistics(**rows), call.row_tile(False))  # type: ignore[arg-type]
+    tile = call.row_tile(False)
+    call.run(statistics_row, SoftmaxStatistics(**rows), tile, call.programs(tile, False))  # type: ignore[arg-type]
     empty = {name: call.new(0, dtype=dtypes[name]) for name, values in rows.items() if values is None}
     return SoftmaxStatistics(**{**rows, **empty})  # type: ignore[arg-type]
 
@@ -106,7 +108,8 @@ def softmax_stats_backward(
     weight_sum = class_weight.sum() if call.smooth_loss and class_weight is not None else None
     grad_override = call.new_rows() if mask.target_override else None
     tensors = BackwardTensors(*launch.contiguous((*saved, *grads, weight_sum, grad_override)))
-    grads_of_logits = call.run(stats_backward_row, tensors, call.row_tile(mask.affine), mask.affine)
+    tile = call.row_tile(mask.affine)
+    grads_of_logits = call.run(stats_backward_row, tensors, tile, call.programs(tile, mask.affine), mask.affine)
     return grads_of_logits + ([] if grad_override is None else [grad_override])
 
 
@@ -177,10 +180,11 @@ class _Call:
             return launch.programs_for(tiles, device)
         return launch.programs_at_once(tiles, tile.warps, device)
 
-    def run(self, row: Any, row_tensors: Any, tile: launch.Tile, needs_columns: bool = False) -> list[Tensor]:
+    def run(
+        self, row: Any, row_tensors: Any, tile: launch.Tile, programs: int, needs_columns: bool = False
+    ) -> list[Tensor]:
         """Runs a row function over all rows; returns the needed ones of the logits' gradient and column sums."""
         grads = [] if self.grad is None else [self.grad]
-        programs = self.programs(tile, needs_columns)
         if not needs_columns:
             self._run_rows(row, row_tensors, tile, self.outputs, programs)
             return grads
