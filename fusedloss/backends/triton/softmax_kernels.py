@@ -23,7 +23,15 @@ from .blocks import (
     read_label,
     rows_of_tile,
 )
-from .grad_logits import add_columns, grad_of_block, load_coefficients, store_coefficients, write_columns, write_grad
+from .grad_logits import (
+    add_columns,
+    exp_of_block,
+    grad_of_block,
+    load_coefficients,
+    store_coefficients,
+    write_columns,
+    write_grad,
+)
 from .statistics import (
     NO_CLASS,
     HingeSums,
@@ -54,6 +62,13 @@ class Bounds(NamedTuple):
 
     num_classes: int
     ignore_index: int
+
+
+class HeldSums(NamedTuple):
+    """RowSums of rows held in registers; exp(z - shift) of every block, 0 at labels, or () where it isn't kept."""
+
+    sums: Any
+    exps: Any
 
 
 class Written(NamedTuple):
@@ -117,7 +132,20 @@ def held_block(i: tl.constexpr, held, inputs, label, num_classes, ready, spec):
 
 
 @triton.jit
-def sums_of_held(held, inputs, label, num_classes, spec):
+def sum_of_weights(inputs, num_classes, spec):
+    """The sum of the class weights w, for rows held in registers."""
+    if inputs.class_weight is None:
+        return tl.zeros([1], spec.dtype) + num_classes
+    else:
+        weight = tl.zeros([spec.block], spec.dtype)
+        for i in tl.static_range(spec.chunks):
+            classes = i * spec.block + tl.arange(0, spec.block)
+            weight += tl.load(inputs.class_weight + classes, mask=classes < num_classes, other=0.0)
+        return tl.zeros([1], spec.dtype) + tl.sum(weight, 0)
+
+
+@triton.jit
+def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
     """The rows' sums: added up class by class over the blocks, and over threads once."""
     top = tl.full([spec.rows, spec.block], float("-inf"), spec.dtype)
     for i in tl.static_range(spec.chunks):
@@ -125,9 +153,13 @@ def sums_of_held(held, inputs, label, num_classes, spec):
         block = held_block(i, held, inputs, label, num_classes, None, spec)
         top = tl.maximum(top, without_label(block, label, classes, spec))
     row_top = tl.max(top, 1)
+    if spec.override and not spec.prediction:
+        # The sums are about the maximum of all classes, as the gradient is.
+        row_top = tl.maximum(row_top, label.logit)
     shift = shift_of(row_top)
+    exps = ()
     others = tl.zeros([spec.rows, spec.block], spec.dtype)
-    weight, smooth, soft_weight, soft = others, others, others, others
+    smooth, soft_weight, soft = others, others, others
     first_top = tl.full([spec.rows, spec.block], NO_CLASS, tl.int32)
     first_nan = first_top
     for i in tl.static_range(spec.chunks):
@@ -136,8 +168,9 @@ def sums_of_held(held, inputs, label, num_classes, spec):
         z = without_label(block, label, classes, spec)
         added = block_sums(block, z, shift, label, classes, spec)
         others += added.others
+        if spec.reduced:
+            exps = exps + (added.others,)  # type: ignore[assignment]
         if spec.smooth_loss:
-            weight += added.weight
             smooth += added.smooth
         if spec.soft:
             soft_weight += added.soft_weight
@@ -148,34 +181,38 @@ def sums_of_held(held, inputs, label, num_classes, spec):
     none = tl.zeros([spec.rows], spec.dtype)
     of_weight, of_smooth, of_soft_weight, of_soft = none, none, none, none
     if spec.smooth_loss:
-        of_weight, of_smooth = tl.sum(weight, 1), tl.sum(smooth, 1)
+        of_weight, of_smooth = none + weight_sum, tl.sum(smooth, 1)
     if spec.soft:
         of_soft_weight, of_soft = tl.sum(soft_weight, 1), tl.sum(soft, 1)
     of_first_top, of_first_nan = none.to(tl.int32), none.to(tl.int32)
     if spec.prediction:
         of_first_top, of_first_nan = tl.min(first_top, 1), tl.min(first_nan, 1)
-    return RowSums(row_top, tl.sum(others, 1), of_weight, of_smooth, of_soft_weight, of_soft, of_first_top,
+    sums = RowSums(row_top, tl.sum(others, 1), of_weight, of_smooth, of_soft_weight, of_soft, of_first_top,
                    of_first_nan)  # fmt: skip
+    return HeldSums(sums, exps)
 
 
 @triton.jit
 def hinge_of_held(hinge, held, inputs, label, num_classes, spec):
     total = tl.zeros([spec.rows, spec.block], spec.dtype)
-    violations = total
-    first = tl.full([spec.rows, spec.block], NO_CLASS, tl.int32)
-    for i in tl.static_range(spec.chunks):
+    violations = tl.zeros([spec.rows, spec.block], tl.int32)
+    first = violations + spec.chunks
+    # From the last block on, so that the first at the maximum stays.
+    for i in tl.static_range(spec.chunks - 1, -1, -1):
         classes = i * spec.block + tl.arange(0, spec.block)
         block = held_block(i, held, inputs, label, num_classes, hinge.top == hinge.top, spec)
-        added = hinge_sums(hinge, block, classes, num_classes, spec.dtype, i < spec.chunks - 1)
+        added = hinge_sums(hinge, block, classes, num_classes, i < spec.chunks - 1)
         total += added.total
-        violations += added.violations
-        first = tl.minimum(first, added.first)
-    return HingeSums(hinge.top, hinge.threshold, tl.sum(total, 1), tl.sum(violations, 1), tl.min(first, 1))
+        violations += added.violated.to(tl.int32)
+        first = tl.where(added.at_top, i, first)
+    first = tl.where(first < spec.chunks, first * spec.block + tl.arange(0, spec.block)[None, :], NO_CLASS)
+    return HingeSums(hinge.top, hinge.threshold, tl.sum(total, 1), tl.sum(violations, 1).to(spec.dtype),
+                     tl.min(first, 1))  # fmt: skip
 
 
 @triton.jit
 def tile_in_registers(
-    tile, inputs, outputs, saved, row_tensors, denominator, row_view, sizes, options, spec
+    tile, inputs, outputs, saved, row_tensors, denominator, weight_sum, row_view, sizes, options, spec
 ):  # fmt: skip
     """Rows that are read once: sums, hinge, row function and gradient from what registers hold."""
     num_classes = sizes.class_units * spec.align
@@ -184,8 +221,10 @@ def tile_in_registers(
     label = read_label(inputs, rows, num_classes, spec)
     held = held_of(stored, inputs, label, num_classes, spec)
     sums = no_sums(rows, spec.dtype)
+    exps = ()
     if spec.sums:
-        sums = sums_of_held(held, inputs, label, num_classes, spec)
+        found = sums_of_held(held, inputs, label, num_classes, weight_sum, spec)
+        sums, exps = found.sums, found.exps
     hinge = None
     if spec.top is not None:
         hinge = no_hinge(spec.top(rows, sums, label, row_tensors, spec), rows, options.penalty_margin, spec.dtype)
@@ -198,15 +237,18 @@ def tile_in_registers(
         for i in tl.static_range(spec.chunks):
             classes = i * spec.block + tl.arange(0, spec.block)
             block = held_block(i, held, inputs, label, num_classes, ready, spec)
-            grad = grad_of_block(coefficients, block, label, classes, spec)
+            # The loss's own coefficients are about the shift of its sums.
+            e = exps[i] if spec.reduced else exp_of_block(coefficients, block, spec)
+            grad = grad_of_block(coefficients, block, e, label, classes, spec)
             write_grad(
                 inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec, i < spec.chunks - 1
             )  # fmt: skip
     if outputs.grad_scale is not None:
         # Beside column sums, rows are one block.
         block = held_block(0, held, inputs, label, num_classes, None, spec)
-        grad = grad_of_block(coefficients, block, label, tl.arange(0, spec.block), spec)
-        return Written(grad, block.x, coefficients.loss)
+        e = exps[0] if spec.reduced else exp_of_block(coefficients, block, spec)
+        grad = grad_of_block(coefficients, block, e, label, tl.arange(0, spec.block), spec)
+        return Written(tl.where(coefficients.kept[:, None], grad, 0.0), block.x, coefficients.loss)
     else:
         return Written(coefficients.loss, coefficients.loss, coefficients.loss)
 
@@ -239,7 +281,8 @@ def tile_in_steps(
         for start in range(0, num_classes, spec.block):
             classes = start + tl.arange(0, spec.block)
             block = read_block(inputs, rows, label, classes, num_classes, spec)
-            grad = grad_of_block(coefficients, block, label, classes, spec)
+            e = exp_of_block(coefficients, block, spec)
+            grad = grad_of_block(coefficients, block, e, label, classes, spec)
             write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
     return coefficients.loss
 
@@ -272,12 +315,15 @@ def row_kernel(inputs, outputs, saved, row_tensors, row_view, sizes, row_options
     denominator = 1.0
     if spec.mean:
         denominator = tl.sum(tl.load(row_tensors.parts + tl.arange(0, PARTS)), 0)
+    weight_sum = tl.zeros([1], spec.dtype)
+    if spec.chunks > 0 and spec.smooth_loss:
+        weight_sum = sum_of_weights(inputs, sizes.class_units * spec.align, spec)
     scale_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
     bias_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
     for tile in range(tl.program_id(0), sizes.tiles, tl.num_programs(0)):
         if spec.chunks > 0:
             written = tile_in_registers(
-                tile, inputs, outputs, saved, row_tensors, denominator, row_view, sizes, row_options, spec
+                tile, inputs, outputs, saved, row_tensors, denominator, weight_sum, row_view, sizes, row_options, spec
             )  # fmt: skip
             total += written.loss
             if outputs.grad_scale is not None:
@@ -305,8 +351,9 @@ def column_kernel(inputs, outputs, saved, row_view, sizes, spec):
         label = read_label(inputs, rows, num_classes, spec)
         coefficients = load_coefficients(saved, rows, sizes.rows)
         block = read_block(inputs, rows, label, classes, num_classes, spec)
-        grad = grad_of_block(coefficients, block, label, classes, spec)
-        scale_sum, bias_sum = add_columns(scale_sum, bias_sum, grad, block.x)
+        grad = grad_of_block(coefficients, block, exp_of_block(coefficients, block, spec), label, classes, spec)
+        kept_grad = tl.where(coefficients.kept[:, None], grad, 0.0)
+        scale_sum, bias_sum = add_columns(scale_sum, bias_sum, kept_grad, block.x)
         if outputs.grad_logits is not None:
             write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
     write_columns(outputs, scale_sum, bias_sum, tl.program_id(0), classes, num_classes)

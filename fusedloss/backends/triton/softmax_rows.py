@@ -67,7 +67,7 @@ def loss_row(rows, sums, hinge, label, num_classes, denominator, options, row_te
         scale = weight / denominator
     store_rows(row_tensors.grad_label_smoothing, scale * loss.label_smoothing, rows, label.kept)
     store_rows(row_tensors.grad_penalty_strength, scale * loss.penalty_strength, rows, label.kept)
-    partials = scaled_partials(loss, scale)
+    partials = scaled_partials(loss, scale, options, spec)
     counted = tl.where(label.kept, loss.value * weight, 0.0)
     coefficients = grad_coefficients(partials, statistics, hinge, label, label.kept, spec, counted)
     store_rows(row_tensors.grad_target_override, coefficients.target, rows, label.kept)

@@ -46,6 +46,14 @@ class HingeSums(NamedTuple):
     first: Any  # first j with z_j = top
 
 
+class BlockHinge(NamedTuple):
+    """relu(threshold - z_j) of each class, whether that is positive, and whether z_j is the maximum."""
+
+    total: Any
+    violated: Any
+    at_top: Any
+
+
 class Statistics(NamedTuple):
     """The fields of ``core.row_loss.Statistics``, and what the coefficients of the gradient need besides."""
 
@@ -236,22 +244,23 @@ def no_hinge(top, rows, penalty_margin, T: tl.constexpr):
 
 
 @triton.jit
-def hinge_sums(hinge, block, classes, num_classes, T: tl.constexpr, WHOLE: tl.constexpr):
-    """What each class adds to the hinge's sums: `total`, `violations`, and its number where it is the maximum."""
+def hinge_sums(hinge, block, classes, num_classes, WHOLE: tl.constexpr):
     threshold = hinge.threshold[:, None]
     violated = block.z < threshold
+    # NaN is no maximum of two.
+    total = tl.maximum(threshold - block.z, 0.0)
     if not WHOLE:
-        violated = violated & (classes < num_classes)[None, :]
-    total = tl.where(violated, threshold - block.z, 0.0)
-    violations = violated.to(T)
-    first = tl.where(block.z == hinge.top[:, None], classes[None, :], NO_CLASS)
-    return HingeSums(hinge.top, hinge.threshold, total, violations, first)
+        inside = (classes < num_classes)[None, :]
+        violated = violated & inside
+        total = tl.where(inside, total, 0.0)
+    return BlockHinge(total, violated, block.z == hinge.top[:, None])
 
 
 @triton.jit
 def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
     """The hinge's sums after one more block."""
-    added = hinge_sums(hinge, block, classes, num_classes, T, False)
+    added = hinge_sums(hinge, block, classes, num_classes, False)
     total = hinge.total + tl.sum(added.total, 1)
-    violations = hinge.violations + tl.sum(added.violations, 1)
-    return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, tl.min(added.first, 1)))
+    violations = hinge.violations + tl.sum(added.violated.to(tl.int32), 1).to(T)
+    first = tl.min(tl.where(added.at_top, classes[None, :], NO_CLASS), 1)
+    return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, first))
