@@ -163,40 +163,32 @@ def tanh_cap(x, soft_cap, T: tl.constexpr):
 
 
 @triton.jit
-def load_some(place, mask, other, WHOLE: tl.constexpr):
-    """WHOLE: all of it, without a mask."""
+def load_some(place, mask, other, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
+    """WHOLE: all of it, without a mask. Loads of one PASS over a row may share what they load, others not."""
+    # Held from one pass to the next, values of classes would take all registers. Near loads of the same are hits.
+    modifier: tl.constexpr = ".ca" if PASS == 1 else ""
+    eviction: tl.constexpr = "evict_last" if PASS > 1 else ""
     if WHOLE:
-        return tl.load(place)
+        return tl.load(place, cache_modifier=modifier, eviction_policy=eviction)
     else:
-        return tl.load(place, mask=mask, other=other)
+        return tl.load(place, mask=mask, other=other, cache_modifier=modifier, eviction_policy=eviction)
 
 
 @triton.jit
-def masked(inside, ready, WHOLE: tl.constexpr):
-    """The mask of values of classes: `ready` is True but for rows of NaN, and known only when they may be loaded."""
-    if ready is None:
-        return inside
-    elif WHOLE:
-        return tl.broadcast_to(ready[:, None], inside.shape)
-    else:
-        return inside & ready[:, None]
-
-
-@triton.jit
-def affine(x, scale, bias, places, mask, WHOLE: tl.constexpr):
+def affine(x, scale, bias, places, mask, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
     """scale x + bias, of the classes at these places."""
     # One rounding: the label's logit, read on its own, must equal the one in its block to the last bit.
     z = x
     if scale is not None:
-        a = load_some(scale + places, mask, 1.0, WHOLE)
+        a = load_some(scale + places, mask, 1.0, WHOLE, PASS)
         if bias is not None:
-            b = load_some(bias + places, mask, 0.0, WHOLE)
+            b = load_some(bias + places, mask, 0.0, WHOLE, PASS)
             z = tl.fma(x, tl.broadcast_to(a, x.shape), tl.broadcast_to(b, x.shape))
         else:
             z = x * a
     else:
         if bias is not None:
-            z = x + load_some(bias + places, mask, 0.0, WHOLE)
+            z = x + load_some(bias + places, mask, 0.0, WHOLE, PASS)
     return z
 
 
@@ -238,12 +230,12 @@ def load_probabilities(inputs, rows, classes, num_classes, spec, WHOLE: tl.const
 
 
 @triton.jit
-def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.constexpr):
+def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
     places = class_places(classes, spec)
     inside = places < num_classes
     weight = inside.to(spec.dtype)
     if inputs.class_weight is not None:
-        weight = load_some(inputs.class_weight + places, inside, 0.0, WHOLE)
+        weight = load_some(inputs.class_weight + places, inside, 0.0, WHOLE, PASS)
     soft = weight
     if spec.soft:
         soft = probabilities.to(spec.dtype) * weight
@@ -251,19 +243,21 @@ def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.c
 
 
 @triton.jit
-def block_of(logits, probabilities, inputs, label, classes, num_classes, ready, spec, WHOLE: tl.constexpr):
+def block_of(
+    logits, probabilities, inputs, label, classes, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0
+):  # fmt: skip
     """The block of stored values; WHOLE says that all its classes exist, and only spec.soft reads probabilities."""
     x = logits.to(spec.dtype)
     if inputs.soft_cap is not None:
         x = tanh_cap(x, inputs.soft_cap, spec.dtype)
     places = class_places(classes, spec)
     inside = places < num_classes
-    z = affine(x, inputs.scale, inputs.bias, places, masked(inside, ready, WHOLE), WHOLE and ready is None)
+    z = affine(x, inputs.scale, inputs.bias, places, inside, WHOLE, PASS)
     if not WHOLE:
         z = tl.where(inside, z, float("-inf"))
     if inputs.target_override is not None:
         z = tl.where(is_label(classes, label), label.logit[:, None], z)
-    weights = class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE)
+    weights = class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE, PASS)
     return Block(x, z, weights.weight, weights.soft)
 
 
@@ -274,7 +268,7 @@ def read_block(inputs, rows, label, classes, num_classes, spec):
     probabilities = logits
     if spec.soft:
         probabilities = load_probabilities(inputs, rows, classes, num_classes, spec, False)
-    return block_of(logits, probabilities, inputs, label, classes, num_classes, None, spec, False)
+    return block_of(logits, probabilities, inputs, label, classes, num_classes, spec, False)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import addresses, class_places, is_label, load_some, masked, number
+from .blocks import addresses, class_places, is_label, load_some, number
 from .row_loss import GradCoefficients
 from .statistics import exp
 
@@ -107,12 +107,7 @@ def write_grad(
         grad = grad * tl.fma(-ratio, ratio, 1.0)
     if inputs.scale is not None:
         places = class_places(classes, spec)
-        inside = places < num_classes
-        if spec.chunks > 0:
-            ready = coefficients.softmax == coefficients.softmax
-            grad = grad * load_some(inputs.scale + places, masked(inside, ready, WHOLE), 0.0, False)
-        else:
-            grad = grad * load_some(inputs.scale + places, inside, 0.0, False)
+        grad = grad * load_some(inputs.scale + places, places < num_classes, 0.0, WHOLE, 3)
     if inputs.target_override_grad is not None:
         grad = tl.where(is_label(classes, label), (coefficients.target * label.override_grad)[:, None], grad)
     place = addresses(

@@ -109,7 +109,7 @@ def held_of(stored, inputs, label, num_classes, spec):
         for i in tl.static_range(spec.chunks):
             classes = i * spec.block + tl.arange(0, spec.block)
             block = block_of(
-                stored[i], stored[i], inputs, label, classes, num_classes, None, spec, i < spec.chunks - 1
+                stored[i], stored[i], inputs, label, classes, num_classes, spec, i < spec.chunks - 1
             )  # fmt: skip
             xs, zs = xs + (block.x,), zs + (block.z,)  # type: ignore[assignment]
             if spec.soft:
@@ -119,16 +119,16 @@ def held_of(stored, inputs, label, num_classes, spec):
 
 
 @triton.jit
-def held_block(i: tl.constexpr, held, inputs, label, num_classes, ready, spec):
-    """Block i of rows that are held in registers; see ``masked`` for `ready`."""
+def held_block(i: tl.constexpr, held, inputs, label, num_classes, spec, PASS: tl.constexpr):
+    """Block i of rows that are held in registers; see ``load_some`` for PASS."""
     classes = i * spec.block + tl.arange(0, spec.block)
     whole: tl.constexpr = i < spec.chunks - 1
     at: tl.constexpr = spec.chunks + (spec.chunks if spec.wide else 0) + i if spec.soft else i
     if spec.wide:
-        weights = class_weights(inputs, held[at], classes, num_classes, spec, whole)
+        weights = class_weights(inputs, held[at], classes, num_classes, spec, whole, PASS)
         return Block(held[i], held[spec.chunks + i], weights.weight, weights.soft)
     else:
-        return block_of(held[i], held[at], inputs, label, classes, num_classes, ready, spec, whole)
+        return block_of(held[i], held[at], inputs, label, classes, num_classes, spec, whole, PASS)
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
     top = tl.full([spec.rows, spec.block], float("-inf"), spec.dtype)
     for i in tl.static_range(spec.chunks):
         classes = i * spec.block + tl.arange(0, spec.block)
-        block = held_block(i, held, inputs, label, num_classes, None, spec)
+        block = held_block(i, held, inputs, label, num_classes, spec, 0)
         top = tl.maximum(top, without_label(block, label, classes, spec))
     row_top = tl.max(top, 1)
     if spec.override and not spec.prediction:
@@ -164,7 +164,7 @@ def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
     first_nan = first_top
     for i in tl.static_range(spec.chunks):
         classes = i * spec.block + tl.arange(0, spec.block)
-        block = held_block(i, held, inputs, label, num_classes, shift == shift, spec)
+        block = held_block(i, held, inputs, label, num_classes, spec, 1)
         z = without_label(block, label, classes, spec)
         added = block_sums(block, z, shift, label, classes, spec)
         others += added.others
@@ -200,7 +200,7 @@ def hinge_of_held(hinge, held, inputs, label, num_classes, spec):
     # From the last block on, so that the first at the maximum stays.
     for i in tl.static_range(spec.chunks - 1, -1, -1):
         classes = i * spec.block + tl.arange(0, spec.block)
-        block = held_block(i, held, inputs, label, num_classes, hinge.top == hinge.top, spec)
+        block = held_block(i, held, inputs, label, num_classes, spec, 2)
         added = hinge_sums(hinge, block, classes, num_classes, i < spec.chunks - 1)
         total += added.total
         violations += added.violated.to(tl.int32)
@@ -233,10 +233,9 @@ def tile_in_registers(
     if saved.coefficients is not None:
         store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
     if outputs.grad_logits is not None:
-        ready = coefficients.softmax == coefficients.softmax
         for i in tl.static_range(spec.chunks):
             classes = i * spec.block + tl.arange(0, spec.block)
-            block = held_block(i, held, inputs, label, num_classes, ready, spec)
+            block = held_block(i, held, inputs, label, num_classes, spec, 3)
             # The loss's own coefficients are about the shift of its sums.
             e = exps[i] if spec.reduced else exp_of_block(coefficients, block, spec)
             grad = grad_of_block(coefficients, block, e, label, classes, spec)
@@ -245,7 +244,7 @@ def tile_in_registers(
             )  # fmt: skip
     if outputs.grad_scale is not None:
         # Beside column sums, rows are one block.
-        block = held_block(0, held, inputs, label, num_classes, None, spec)
+        block = held_block(0, held, inputs, label, num_classes, spec, 3)
         e = exps[0] if spec.reduced else exp_of_block(coefficients, block, spec)
         grad = grad_of_block(coefficients, block, e, label, tl.arange(0, spec.block), spec)
         return Written(tl.where(coefficients.kept[:, None], grad, 0.0), block.x, coefficients.loss)
