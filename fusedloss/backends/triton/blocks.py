@@ -193,8 +193,15 @@ def affine(x, scale, bias, places, mask, WHOLE: tl.constexpr, PASS: tl.constexpr
 
 
 @triton.jit
-def class_places(classes, spec):
+def classes_of(start, spec):
+    """The classes of the block that begins at class `start`."""
+    return start + tl.arange(0, spec.block)
+
+
+@triton.jit
+def class_places(start, spec):
     """Where the values of a block's classes lie, (1, block); by rows too where a row is held in registers."""
+    classes = classes_of(start, spec)
     if spec.chunks > 0:
         # In the layout of the logits: values of classes need no exchange between threads.
         return tl.broadcast_to(classes[None, :], [spec.rows, spec.block])
@@ -203,35 +210,45 @@ def class_places(classes, spec):
 
 
 @triton.jit
-def is_label(classes, label):
-    return classes[None, :] == label.index[:, None]
+def is_class(index, start, spec):
+    """Where a block has the rows' classes `index`."""
+    # Of all blocks one difference for each thread, where `start` is known and the class would be one of many numbers.
+    return index[:, None] - tl.arange(0, spec.block)[None, :] == start
 
 
 @triton.jit
-def load_rows(place, rows, classes, num_classes, WHOLE: tl.constexpr):
+def is_label(start, label, spec):
+    return is_class(label.index, start, spec)
+
+
+@triton.jit
+def load_rows(place, rows, start, num_classes, spec, WHOLE: tl.constexpr):
     """What is stored at a block of a tile, 0 beyond its rows and classes."""
     if WHOLE:
         return tl.load(place, mask=rows.valid[:, None], other=0.0)
     else:
-        return tl.load(place, mask=rows.valid[:, None] & (classes < num_classes)[None, :], other=0.0)
+        inside = classes_of(start, spec) < num_classes
+        return tl.load(place, mask=rows.valid[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
-def load_logits(inputs, rows, classes, num_classes, spec, WHOLE: tl.constexpr):
+def load_logits(inputs, rows, start, num_classes, spec, WHOLE: tl.constexpr):
+    classes = classes_of(start, spec)
     place = addresses(inputs.logits, inputs.outer_step, inputs.inner_step, inputs.class_step, rows, classes, spec.align)
-    return load_rows(place, rows, classes, num_classes, WHOLE)
+    return load_rows(place, rows, start, num_classes, spec, WHOLE)
 
 
 @triton.jit
-def load_probabilities(inputs, rows, classes, num_classes, spec, WHOLE: tl.constexpr):
+def load_probabilities(inputs, rows, start, num_classes, spec, WHOLE: tl.constexpr):
+    classes = classes_of(start, spec)
     place = addresses(inputs.probabilities, inputs.soft_outer_step, inputs.soft_inner_step,
                       inputs.soft_class_step, rows, classes, spec.align)  # fmt: skip
-    return load_rows(place, rows, classes, num_classes, WHOLE)
+    return load_rows(place, rows, start, num_classes, spec, WHOLE)
 
 
 @triton.jit
-def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
-    places = class_places(classes, spec)
+def class_weights(inputs, probabilities, start, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
+    places = class_places(start, spec)
     inside = places < num_classes
     weight = inside.to(spec.dtype)
     if inputs.class_weight is not None:
@@ -244,31 +261,31 @@ def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.c
 
 @triton.jit
 def block_of(
-    logits, probabilities, inputs, label, classes, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0
+    logits, probabilities, inputs, label, start, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0
 ):  # fmt: skip
     """The block of stored values; WHOLE says that all its classes exist, and only spec.soft reads probabilities."""
     x = logits.to(spec.dtype)
     if inputs.soft_cap is not None:
         x = tanh_cap(x, inputs.soft_cap, spec.dtype)
-    places = class_places(classes, spec)
+    places = class_places(start, spec)
     inside = places < num_classes
     z = affine(x, inputs.scale, inputs.bias, places, inside, WHOLE, PASS)
     if not WHOLE:
         z = tl.where(inside, z, float("-inf"))
     if inputs.target_override is not None:
-        z = tl.where(is_label(classes, label), label.logit[:, None], z)
-    weights = class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE, PASS)
+        z = tl.where(is_label(start, label, spec), label.logit[:, None], z)
+    weights = class_weights(inputs, probabilities, start, num_classes, spec, WHOLE, PASS)
     return Block(x, z, weights.weight, weights.soft)
 
 
 @triton.jit
-def read_block(inputs, rows, label, classes, num_classes, spec):
+def read_block(inputs, rows, label, start, num_classes, spec):
     """A block that may be the last of its rows."""
-    logits = load_logits(inputs, rows, classes, num_classes, spec, False)
+    logits = load_logits(inputs, rows, start, num_classes, spec, False)
     probabilities = logits
     if spec.soft:
-        probabilities = load_probabilities(inputs, rows, classes, num_classes, spec, False)
-    return block_of(logits, probabilities, inputs, label, classes, num_classes, spec, False)
+        probabilities = load_probabilities(inputs, rows, start, num_classes, spec, False)
+    return block_of(logits, probabilities, inputs, label, start, num_classes, spec, False)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import addresses, class_places, is_label, load_some, number
+from .blocks import addresses, class_places, classes_of, is_class, is_label, load_some, number
 from .row_loss import GradCoefficients
 from .statistics import exp
 
@@ -77,28 +77,28 @@ def exp_of_block(coefficients, block, spec):
 
 
 @triton.jit
-def grad_of_block(coefficients, block, e, label, classes, spec):
+def grad_of_block(coefficients, block, e, label, start, spec):
     """dL/dz of rows that are kept, from e = exp(z - shift), which may be anything at labels."""
     grad = e * coefficients.softmax[:, None]
     if spec.smooth_loss:
         grad -= block.weight * coefficients.smooth_loss[:, None]
     if spec.top is not None:
-        at_top = classes[None, :] == coefficients.first_top[:, None]
+        at_top = is_class(coefficients.first_top, start, spec)
         grad = tl.where(at_top, grad + coefficients.at_top[:, None], grad)
         violated = block.z < coefficients.threshold[:, None]
         grad = tl.where(violated, grad - coefficients.hinge[:, None], grad)
     if spec.soft:
         grad -= block.soft * coefficients.target[:, None]
     elif spec.override:
-        grad = tl.where(is_label(classes, label), 0.0, grad)
+        grad = tl.where(is_label(start, label, spec), 0.0, grad)
     else:
-        grad = tl.where(is_label(classes, label), coefficients.target[:, None], grad)
+        grad = tl.where(is_label(start, label, spec), coefficients.target[:, None], grad)
     return grad
 
 
 @triton.jit
 def write_grad(
-    inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec, WHOLE: tl.constexpr = False
+    inputs, outputs, grad, block, label, coefficients, rows, start, num_classes, spec, WHOLE: tl.constexpr = False
 ):  # fmt: skip
     """dL/dx from dL/dz, and at a label with a target_override from the gradient of that."""
     if inputs.soft_cap is not None:
@@ -106,10 +106,11 @@ def write_grad(
         # One rounding: 1 - ratio^2 keeps its digits near 0.
         grad = grad * tl.fma(-ratio, ratio, 1.0)
     if inputs.scale is not None:
-        places = class_places(classes, spec)
+        places = class_places(start, spec)
         grad = grad * load_some(inputs.scale + places, places < num_classes, 0.0, WHOLE, 3)
     if inputs.target_override_grad is not None:
-        grad = tl.where(is_label(classes, label), (coefficients.target * label.override_grad)[:, None], grad)
+        grad = tl.where(is_label(start, label, spec), (coefficients.target * label.override_grad)[:, None], grad)
+    classes = classes_of(start, spec)
     place = addresses(
         outputs.grad_logits, outputs.outer_step, outputs.inner_step, outputs.class_step, rows, classes, spec.align
     )  # fmt: skip

@@ -17,6 +17,7 @@ from .blocks import (
     Block,
     block_of,
     class_weights,
+    classes_of,
     load_logits,
     load_probabilities,
     read_block,
@@ -89,13 +90,13 @@ def load_held(inputs, rows, num_classes, spec):
     """What is stored of the rows: the logits of all blocks, then the probabilities."""
     stored = ()
     for i in tl.static_range(spec.chunks):
-        classes = i * spec.block + tl.arange(0, spec.block)
-        block = load_logits(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1)
+        start = i * spec.block
+        block = load_logits(inputs, rows, start, num_classes, spec, i < spec.chunks - 1)
         stored = stored + (block,)  # type: ignore[assignment]
     if spec.soft:
         for i in tl.static_range(spec.chunks):
-            classes = i * spec.block + tl.arange(0, spec.block)
-            block = load_probabilities(inputs, rows, classes, num_classes, spec, i < spec.chunks - 1)
+            start = i * spec.block
+            block = load_probabilities(inputs, rows, start, num_classes, spec, i < spec.chunks - 1)
             stored = stored + (block,)  # type: ignore[assignment]
     return stored
 
@@ -107,9 +108,9 @@ def held_of(stored, inputs, label, num_classes, spec):
     if spec.wide:
         xs, zs, probabilities = (), (), ()
         for i in tl.static_range(spec.chunks):
-            classes = i * spec.block + tl.arange(0, spec.block)
+            start = i * spec.block
             block = block_of(
-                stored[i], stored[i], inputs, label, classes, num_classes, spec, i < spec.chunks - 1
+                stored[i], stored[i], inputs, label, start, num_classes, spec, i < spec.chunks - 1
             )  # fmt: skip
             xs, zs = xs + (block.x,), zs + (block.z,)  # type: ignore[assignment]
             if spec.soft:
@@ -121,14 +122,14 @@ def held_of(stored, inputs, label, num_classes, spec):
 @triton.jit
 def held_block(i: tl.constexpr, held, inputs, label, num_classes, spec, PASS: tl.constexpr):
     """Block i of rows that are held in registers; see ``load_some`` for PASS."""
-    classes = i * spec.block + tl.arange(0, spec.block)
+    start = i * spec.block
     whole: tl.constexpr = i < spec.chunks - 1
     at: tl.constexpr = spec.chunks + (spec.chunks if spec.wide else 0) + i if spec.soft else i
     if spec.wide:
-        weights = class_weights(inputs, held[at], classes, num_classes, spec, whole, PASS)
+        weights = class_weights(inputs, held[at], start, num_classes, spec, whole, PASS)
         return Block(held[i], held[spec.chunks + i], weights.weight, weights.soft)
     else:
-        return block_of(held[i], held[at], inputs, label, classes, num_classes, spec, whole, PASS)
+        return block_of(held[i], held[at], inputs, label, start, num_classes, spec, whole, PASS)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def sum_of_weights(inputs, num_classes, spec):
     else:
         weight = tl.zeros([spec.block], spec.dtype)
         for i in tl.static_range(spec.chunks):
-            classes = i * spec.block + tl.arange(0, spec.block)
+            classes = classes_of(i * spec.block, spec)
             weight += tl.load(inputs.class_weight + classes, mask=classes < num_classes, other=0.0)
         return tl.zeros([1], spec.dtype) + tl.sum(weight, 0)
 
@@ -149,9 +150,9 @@ def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
     """The rows' sums: added up class by class over the blocks, and over threads once."""
     top = tl.full([spec.rows, spec.block], float("-inf"), spec.dtype)
     for i in tl.static_range(spec.chunks):
-        classes = i * spec.block + tl.arange(0, spec.block)
+        start = i * spec.block
         block = held_block(i, held, inputs, label, num_classes, spec, 0)
-        top = tl.maximum(top, without_label(block, label, classes, spec))
+        top = tl.maximum(top, without_label(block, label, start, spec))
     row_top = tl.max(top, 1)
     if spec.override and not spec.prediction:
         # The sums are about the maximum of all classes, as the gradient is.
@@ -163,10 +164,10 @@ def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
     first_top = tl.full([spec.rows, spec.block], NO_CLASS, tl.int32)
     first_nan = first_top
     for i in tl.static_range(spec.chunks):
-        classes = i * spec.block + tl.arange(0, spec.block)
+        start = i * spec.block
         block = held_block(i, held, inputs, label, num_classes, spec, 1)
-        z = without_label(block, label, classes, spec)
-        added = block_sums(block, z, shift, label, classes, spec)
+        z = without_label(block, label, start, spec)
+        added = block_sums(block, z, shift, label, start, spec)
         others += added.others
         if spec.reduced:
             exps = exps + (added.others,)  # type: ignore[assignment]
@@ -176,6 +177,7 @@ def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
             soft_weight += added.soft_weight
             soft += added.soft
         if spec.prediction:
+            classes = classes_of(start, spec)
             first_top = tl.minimum(first_top, tl.where(z == row_top[:, None], classes[None, :], NO_CLASS))
             first_nan = tl.minimum(first_nan, tl.where(z != z, classes[None, :], NO_CLASS))
     none = tl.zeros([spec.rows], spec.dtype)
@@ -199,9 +201,9 @@ def hinge_of_held(hinge, held, inputs, label, num_classes, spec):
     first = violations + spec.chunks
     # From the last block on, so that the first at the maximum stays.
     for i in tl.static_range(spec.chunks - 1, -1, -1):
-        classes = i * spec.block + tl.arange(0, spec.block)
+        start = i * spec.block
         block = held_block(i, held, inputs, label, num_classes, spec, 2)
-        added = hinge_sums(hinge, block, classes, num_classes, i < spec.chunks - 1)
+        added = hinge_sums(hinge, block, start, num_classes, spec, i < spec.chunks - 1)
         total += added.total
         violations += added.violated.to(tl.int32)
         first = tl.where(added.at_top, i, first)
@@ -234,19 +236,19 @@ def tile_in_registers(
         store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
     if outputs.grad_logits is not None:
         for i in tl.static_range(spec.chunks):
-            classes = i * spec.block + tl.arange(0, spec.block)
+            start = i * spec.block
             block = held_block(i, held, inputs, label, num_classes, spec, 3)
             # The loss's own coefficients are about the shift of its sums.
             e = exps[i] if spec.reduced else exp_of_block(coefficients, block, spec)
-            grad = grad_of_block(coefficients, block, e, label, classes, spec)
+            grad = grad_of_block(coefficients, block, e, label, start, spec)
             write_grad(
-                inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec, i < spec.chunks - 1
+                inputs, outputs, grad, block, label, coefficients, rows, start, num_classes, spec, i < spec.chunks - 1
             )  # fmt: skip
     if outputs.grad_scale is not None:
         # Beside column sums, rows are one block.
         block = held_block(0, held, inputs, label, num_classes, spec, 3)
         e = exps[0] if spec.reduced else exp_of_block(coefficients, block, spec)
-        grad = grad_of_block(coefficients, block, e, label, tl.arange(0, spec.block), spec)
+        grad = grad_of_block(coefficients, block, e, label, 0, spec)
         return Written(tl.where(coefficients.kept[:, None], grad, 0.0), block.x, coefficients.loss)
     else:
         return Written(coefficients.loss, coefficients.loss, coefficients.loss)
@@ -263,26 +265,23 @@ def tile_in_steps(
     sums = no_sums(rows, spec.dtype)
     if spec.sums:
         for start in range(0, num_classes, spec.block):
-            classes = start + tl.arange(0, spec.block)
-            block = read_block(inputs, rows, label, classes, num_classes, spec)
-            sums = add_block(sums, block, label, classes, spec)
+            block = read_block(inputs, rows, label, start, num_classes, spec)
+            sums = add_block(sums, block, label, start, spec)
     hinge = None
     if spec.top is not None:
         hinge = no_hinge(spec.top(rows, sums, label, row_tensors, spec), rows, options.penalty_margin, spec.dtype)
         for start in range(0, num_classes, spec.block):
-            classes = start + tl.arange(0, spec.block)
-            block = read_block(inputs, rows, label, classes, num_classes, spec)
-            hinge = add_hinge(hinge, block, classes, num_classes, spec.dtype)
+            block = read_block(inputs, rows, label, start, num_classes, spec)
+            hinge = add_hinge(hinge, block, start, num_classes, spec)
     coefficients = spec.row(rows, sums, hinge, label, num_classes, denominator, options, row_tensors, spec)
     if saved.coefficients is not None:
         store_coefficients(saved, coefficients, rows, sizes.rows, spec.dtype)
     if outputs.grad_logits is not None:
         for start in range(0, num_classes, spec.block):
-            classes = start + tl.arange(0, spec.block)
-            block = read_block(inputs, rows, label, classes, num_classes, spec)
+            block = read_block(inputs, rows, label, start, num_classes, spec)
             e = exp_of_block(coefficients, block, spec)
-            grad = grad_of_block(coefficients, block, e, label, classes, spec)
-            write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
+            grad = grad_of_block(coefficients, block, e, label, start, spec)
+            write_grad(inputs, outputs, grad, block, label, coefficients, rows, start, num_classes, spec)
     return coefficients.loss
 
 
@@ -342,20 +341,20 @@ def row_kernel(inputs, outputs, saved, row_tensors, row_view, sizes, row_options
 def column_kernel(inputs, outputs, saved, row_view, sizes, spec):
     """Gradient and column sums of a block of classes over many tiles, from the coefficients of row_kernel."""
     num_classes = sizes.class_units * spec.align
-    classes = tl.program_id(1) * spec.block + tl.arange(0, spec.block)
+    start = tl.program_id(1) * spec.block
     scale_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
     bias_sum = tl.zeros([spec.rows, spec.block], spec.dtype)
     for tile in range(tl.program_id(0), sizes.tiles, tl.num_programs(0)):
         rows = rows_of_tile(tile, sizes, row_view, spec.rows, spec.flat)
         label = read_label(inputs, rows, num_classes, spec)
         coefficients = load_coefficients(saved, rows, sizes.rows)
-        block = read_block(inputs, rows, label, classes, num_classes, spec)
-        grad = grad_of_block(coefficients, block, exp_of_block(coefficients, block, spec), label, classes, spec)
+        block = read_block(inputs, rows, label, start, num_classes, spec)
+        grad = grad_of_block(coefficients, block, exp_of_block(coefficients, block, spec), label, start, spec)
         kept_grad = tl.where(coefficients.kept[:, None], grad, 0.0)
         scale_sum, bias_sum = add_columns(scale_sum, bias_sum, kept_grad, block.x)
         if outputs.grad_logits is not None:
-            write_grad(inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec)
-    write_columns(outputs, scale_sum, bias_sum, tl.program_id(0), classes, num_classes)
+            write_grad(inputs, outputs, grad, block, label, coefficients, rows, start, num_classes, spec)
+    write_columns(outputs, scale_sum, bias_sum, tl.program_id(0), classes_of(start, spec), num_classes)
 
 
 @triton.jit(debug=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import is_label, number
+from .blocks import classes_of, is_label, number
 
 
 class RowSums(NamedTuple):
@@ -103,20 +103,20 @@ def differences(weight, z, shift):
 
 
 @triton.jit
-def without_label(block, label, classes, spec):
+def without_label(block, label, start, spec):
     """z, -inf at a label with a target_override."""
     if spec.override:
-        return tl.where(is_label(classes, label), float("-inf"), block.z)
+        return tl.where(is_label(start, label, spec), float("-inf"), block.z)
     else:
         return block.z
 
 
 @triton.jit
-def block_sums(block, z, shift, label, classes, spec):
+def block_sums(block, z, shift, label, start, spec):
     """What a block adds to the sums about `shift`; z is that of ``without_label``."""
     e = exp(z - shift[:, None], spec.dtype)
     if not spec.soft:
-        e = tl.where(is_label(classes, label), 0.0, e)
+        e = tl.where(is_label(start, label, spec), 0.0, e)
     smooth, soft = e, e
     if spec.smooth_loss:
         smooth = differences(block.weight, block.z, shift)
@@ -126,14 +126,14 @@ def block_sums(block, z, shift, label, classes, spec):
 
 
 @triton.jit
-def add_block(sums, block, label, classes, spec):
+def add_block(sums, block, label, start, spec):
     """The sums of a row after one more block of its classes, all about the new maximum."""
-    z = without_label(block, label, classes, spec)
+    z = without_label(block, label, start, spec)
     block_top = tl.max(z, 1)
     top = tl.maximum(sums.top, block_top)
     shift = shift_of(top)
     moved = shift - shift_of(sums.top)
-    added = block_sums(block, z, shift, label, classes, spec)
+    added = block_sums(block, z, shift, label, start, spec)
     others = sums.others * tl.exp(sums.top - shift) + tl.sum(added.others, 1)
     weight, smooth, soft_weight, soft = sums.weight, sums.smooth, sums.soft_weight, sums.soft
     if spec.smooth_loss:
@@ -144,6 +144,7 @@ def add_block(sums, block, label, classes, spec):
         soft_weight = soft_weight + tl.sum(added.soft_weight, 1)
     first_top, first_nan = sums.first_top, sums.first_nan
     if spec.prediction:
+        classes = classes_of(start, spec)
         at_top = tl.min(tl.where(z == block_top[:, None], classes[None, :], NO_CLASS), 1)
         first_top = tl.where(block_top > sums.top, at_top, first_top)
         at_nan = tl.min(tl.where(z != z, classes[None, :], NO_CLASS), 1)
@@ -244,23 +245,23 @@ def no_hinge(top, rows, penalty_margin, T: tl.constexpr):
 
 
 @triton.jit
-def hinge_sums(hinge, block, classes, num_classes, WHOLE: tl.constexpr):
+def hinge_sums(hinge, block, start, num_classes, spec, WHOLE: tl.constexpr):
     threshold = hinge.threshold[:, None]
     violated = block.z < threshold
     # NaN is no maximum of two.
     total = tl.maximum(threshold - block.z, 0.0)
     if not WHOLE:
-        inside = (classes < num_classes)[None, :]
+        inside = (classes_of(start, spec) < num_classes)[None, :]
         violated = violated & inside
         total = tl.where(inside, total, 0.0)
     return BlockHinge(total, violated, block.z == hinge.top[:, None])
 
 
 @triton.jit
-def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
+def add_hinge(hinge, block, start, num_classes, spec):
     """The hinge's sums after one more block."""
-    added = hinge_sums(hinge, block, classes, num_classes, False)
+    added = hinge_sums(hinge, block, start, num_classes, spec, False)
     total = hinge.total + tl.sum(added.total, 1)
-    violations = hinge.violations + tl.sum(added.violated.to(tl.int32), 1).to(T)
-    first = tl.min(tl.where(added.at_top, classes[None, :], NO_CLASS), 1)
+    violations = hinge.violations + tl.sum(added.violated.to(tl.int32), 1).to(spec.dtype)
+    first = tl.min(tl.where(added.at_top, classes_of(start, spec)[None, :], NO_CLASS), 1)
     return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, first))
