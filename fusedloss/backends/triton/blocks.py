@@ -124,7 +124,11 @@ def rows_of_tile(tile, sizes, row_view, ROWS: tl.constexpr, FLAT: tl.constexpr):
         outer = (tile // sizes.inner_tiles).to(tl.int64)
         inner = (tile % sizes.inner_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = outer * row_view.outer_step + inner * row_view.inner_step
-    return Rows(outer, inner, index, inner < sizes.inner)
+    if ROWS == 1:
+        # No tile lies behind the last row: loads need no mask for it.
+        return Rows(outer, inner, index, tl.full([1], True, tl.int1))
+    else:
+        return Rows(outer, inner, index, inner < sizes.inner)
 
 
 @triton.jit

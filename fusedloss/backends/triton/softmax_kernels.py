@@ -149,7 +149,8 @@ def sum_of_weights(inputs, num_classes, spec):
 def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
     """The rows' sums: added up class by class over the blocks, and over threads once."""
     top = tl.full([spec.rows, spec.block], float("-inf"), spec.dtype)
-    for i in tl.static_range(spec.chunks):
+    # From the last block on: in this order the widest rows with values of classes fit into registers.
+    for i in tl.static_range(spec.chunks - 1, -1, -1):
         start = i * spec.block
         block = held_block(i, held, inputs, label, num_classes, spec, 0)
         top = tl.maximum(top, without_label(block, label, start, spec))
@@ -163,14 +164,14 @@ def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
     smooth, soft_weight, soft = others, others, others
     first_top = tl.full([spec.rows, spec.block], NO_CLASS, tl.int32)
     first_nan = first_top
-    for i in tl.static_range(spec.chunks):
+    for i in tl.static_range(spec.chunks - 1, -1, -1):
         start = i * spec.block
         block = held_block(i, held, inputs, label, num_classes, spec, 1)
         z = without_label(block, label, start, spec)
         added = block_sums(block, z, shift, label, start, spec)
         others += added.others
         if spec.reduced:
-            exps = exps + (added.others,)  # type: ignore[assignment]
+            exps = (added.others,) + exps  # type: ignore[assignment]
         if spec.smooth_loss:
             smooth += added.smooth
         if spec.soft:
@@ -286,7 +287,16 @@ def tile_in_steps(
 
 
 @triton.jit
-def finish_loss(row_tensors, total, denominator, spec):
+def denominator_of(row_tensors, spec):
+    """What the sum of the losses is divided by."""
+    if spec.mean:
+        return tl.sum(tl.load(row_tensors.parts + tl.arange(0, PARTS)), 0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def finish_loss(row_tensors, total, spec):
     """Leaves what this program's rows add to the loss; the last program to come adds all up, in a fixed order."""
     programs = tl.num_programs(0)
     parts = row_tensors.parts + PARTS
@@ -300,6 +310,8 @@ def finish_loss(row_tensors, total, denominator, spec):
             sums += tl.load(parts + places, mask=places < programs, other=0.0, cache_modifier=".cg")
         loss = tl.sum(sums, 0)
         if spec.mean:
+            # Read again rather than held all the while.
+            denominator = denominator_of(row_tensors, spec)
             # Torch's smoothed loss is 0 / 0 too where no kept row has weight.
             loss = tl.where(denominator == 0, float("nan"), loss / denominator)
         tl.store(row_tensors.loss, loss)
@@ -310,9 +322,7 @@ def finish_loss(row_tensors, total, denominator, spec):
 def row_kernel(inputs, outputs, saved, row_tensors, row_view, sizes, row_options, spec):
     """Each program takes one tile after another, and keeps column sums where rows are one block."""
     total = tl.zeros([spec.rows], spec.dtype)
-    denominator = 1.0
-    if spec.mean:
-        denominator = tl.sum(tl.load(row_tensors.parts + tl.arange(0, PARTS)), 0)
+    denominator = denominator_of(row_tensors, spec)
     weight_sum = tl.zeros([1], spec.dtype)
     if spec.chunks > 0 and spec.smooth_loss:
         weight_sum = sum_of_weights(inputs, sizes.class_units * spec.align, spec)
@@ -334,7 +344,7 @@ def row_kernel(inputs, outputs, saved, row_tensors, row_view, sizes, row_options
         classes = tl.arange(0, spec.block)
         write_columns(outputs, scale_sum, bias_sum, tl.program_id(0), classes, sizes.class_units * spec.align)
     if spec.reduced:
-        finish_loss(row_tensors, total, denominator, spec)
+        finish_loss(row_tensors, total, spec)
 
 
 @triton.jit
