@@ -216,8 +216,11 @@ def class_places(start, spec):
 @triton.jit
 def is_class(index, start, spec):
     """Where a block has the rows' classes `index`."""
-    # Of all blocks one difference for each thread, where `start` is known and the class would be one of many numbers.
-    return index[:, None] - tl.arange(0, spec.block)[None, :] == start
+    if spec.chunks > 0:
+        # `start` is known: one difference serves all blocks, where each would have its own numbers of classes.
+        return index[:, None] - tl.arange(0, spec.block)[None, :] == start
+    else:
+        return index[:, None] == classes_of(start, spec)[None, :]
 
 
 @triton.jit

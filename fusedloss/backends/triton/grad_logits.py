@@ -85,8 +85,7 @@ def grad_of_block(coefficients, block, e, label, start, spec):
     if spec.top is not None:
         at_top = is_class(coefficients.first_top, start, spec)
         grad = tl.where(at_top, grad + coefficients.at_top[:, None], grad)
-        violated = block.z < coefficients.threshold[:, None]
-        grad = tl.where(violated, grad - coefficients.hinge[:, None], grad)
+        grad = tl.where(block.z >= coefficients.threshold[:, None], grad, grad - coefficients.hinge[:, None])
     if spec.soft:
         grad -= block.soft * coefficients.target[:, None]
     elif spec.override:

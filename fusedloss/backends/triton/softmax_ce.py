@@ -275,11 +275,13 @@ class _Call:
     ) -> None:
         override = self.inputs.target_override is not None
         extras = (self.top is not None) + (self.inputs.soft_cap is not None) + override
-        if kernel is row_kernel and self.dtype == torch.float32 and tile.warps <= 8 and not tile.loop:
-            # 16 warps to a multiprocessor, where nothing spills for it.
-            if (extras == 1 and self.class_tensors == 0) or (
-                tile.warps == 8 and extras == 0 and self.class_tensors < 2
-            ):
+        if kernel is row_kernel and self.dtype == torch.float32:
+            wide = tile.warps == 8 and extras == 0 and self.class_tensors < 2
+            if tile.loop and (tile.warps == 16 or self.class_tensors == 0):
+                # 32 warps to a multiprocessor; left to itself the assembler takes more registers, or spills for more.
+                constants["maxnreg"] = launch.most_registers(32)
+            elif not tile.loop and tile.warps <= 8 and (wide or (extras == 1 and self.class_tensors == 0)):
+                # 16 warps to a multiprocessor, where nothing spills for it.
                 constants["maxnreg"] = launch.most_registers(16)
         if "maxnreg" not in constants and (extras or self.dtype == torch.float64):
             # The assembler would spill a few values to fit in more programs.

@@ -198,19 +198,18 @@ def sums_of_held(held, inputs, label, num_classes, weight_sum, spec):
 @triton.jit
 def hinge_of_held(hinge, held, inputs, label, num_classes, spec):
     total = tl.zeros([spec.rows, spec.block], spec.dtype)
-    violations = tl.zeros([spec.rows, spec.block], tl.int32)
-    first = violations + spec.chunks
+    violations = total
+    first = tl.full([spec.rows, spec.block], spec.chunks, tl.int32)
     # From the last block on, so that the first at the maximum stays.
     for i in tl.static_range(spec.chunks - 1, -1, -1):
         start = i * spec.block
         block = held_block(i, held, inputs, label, num_classes, spec, 2)
         added = hinge_sums(hinge, block, start, num_classes, spec, i < spec.chunks - 1)
         total += added.total
-        violations += added.violated.to(tl.int32)
+        violations += added.violations
         first = tl.where(added.at_top, i, first)
     first = tl.where(first < spec.chunks, first * spec.block + tl.arange(0, spec.block)[None, :], NO_CLASS)
-    return HingeSums(hinge.top, hinge.threshold, tl.sum(total, 1), tl.sum(violations, 1).to(spec.dtype),
-                     tl.min(first, 1))  # fmt: skip
+    return HingeSums(hinge.top, hinge.threshold, tl.sum(total, 1), tl.sum(violations, 1), tl.min(first, 1))
 
 
 @triton.jit
@@ -248,7 +247,7 @@ def tile_in_registers(
     if outputs.grad_scale is not None:
         # Beside column sums, rows are one block.
         block = held_block(0, held, inputs, label, num_classes, spec, 3)
-        e = exps[0] if spec.reduced else exp_of_block(coefficients, block, spec)
+        e = exps[0] if spec.reduced else exp_of_block(coefficients, block, spec)  # type: ignore[misc]
         grad = grad_of_block(coefficients, block, e, label, 0, spec)
         return Written(tl.where(coefficients.kept[:, None], grad, 0.0), block.x, coefficients.loss)
     else:

@@ -47,10 +47,10 @@ class HingeSums(NamedTuple):
 
 
 class BlockHinge(NamedTuple):
-    """relu(threshold - z_j) of each class, whether that is positive, and whether z_j is the maximum."""
+    """relu(threshold - z_j) of each class, 1 where that is positive, and whether z_j is the maximum."""
 
     total: Any
-    violated: Any
+    violations: Any
     at_top: Any
 
 
@@ -246,15 +246,15 @@ def no_hinge(top, rows, penalty_margin, T: tl.constexpr):
 
 @triton.jit
 def hinge_sums(hinge, block, start, num_classes, spec, WHOLE: tl.constexpr):
-    threshold = hinge.threshold[:, None]
-    violated = block.z < threshold
+    above = block.z - hinge.threshold[:, None]
     # NaN is no maximum of two.
-    total = tl.maximum(threshold - block.z, 0.0)
+    total = tl.maximum(-above, 0.0)
+    violations = (above < 0).to(spec.dtype)
     if not WHOLE:
         inside = (classes_of(start, spec) < num_classes)[None, :]
-        violated = violated & inside
         total = tl.where(inside, total, 0.0)
-    return BlockHinge(total, violated, block.z == hinge.top[:, None])
+        violations = tl.where(inside, violations, 0.0)
+    return BlockHinge(total, violations, block.z == hinge.top[:, None])
 
 
 @triton.jit
@@ -262,6 +262,6 @@ def add_hinge(hinge, block, start, num_classes, spec):
     """The hinge's sums after one more block."""
     added = hinge_sums(hinge, block, start, num_classes, spec, False)
     total = hinge.total + tl.sum(added.total, 1)
-    violations = hinge.violations + tl.sum(added.violated.to(tl.int32), 1).to(spec.dtype)
+    violations = hinge.violations + tl.sum(added.violations, 1)
     first = tl.min(tl.where(added.at_top, classes_of(start, spec)[None, :], NO_CLASS), 1)
     return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, first))
