@@ -123,7 +123,7 @@ class Walker:
         base, kind = instruction.base, ""
         operands = Operands(instruction)
         target = self.listing.labels.get(instruction.target, -1)
-        results = tuple(results(operands, base))
+        results = tuple(written_by(operands, base))
         sources = frozenset(name for part in operands.sources for name in registers_of(part))
         loop = self.listing.innermost(place)
         width = next((_BYTES[part] for part in instruction.op.split(".") if part in _BYTES), 4)
@@ -180,7 +180,7 @@ def _guarded(
     return guarded
 
 
-def results(operands: Operands, base: str) -> list[str]:
+def written_by(operands: Operands, base: str) -> list[str]:
     """The registers that an instruction writes; those of matrix products are left out."""
     if not operands.to or base in _STORES or base in ("STS", "HGMMA", "HMMA", "UTCHMMA", "IMMA", "DMMA", "QGMMA"):
         return []
@@ -198,7 +198,7 @@ def results(operands: Operands, base: str) -> list[str]:
 def _forget(operands: Operands) -> Callable[[State], object]:
     """After it the results are unknown."""
     base = operands.op.split(".", 1)[0]
-    results, predicates = results(operands, base), operands.to_predicates
+    results, predicates = written_by(operands, base), operands.to_predicates
 
     def forget(state: State) -> None:
         for name in results:

@@ -150,7 +150,7 @@ def run(text: str, **registers: int) -> State:
 )
 def test_conversions_write_the_type_that_comes_first(text, written):
     (instruction,) = sass.parse(f"/*0000*/ {text} ;").code
-    assert walk.results(Operands(instruction), instruction.base) == ["R6", "R7"][:written]
+    assert walk.written_by(Operands(instruction), instruction.base) == ["R6", "R7"][:written]
 
 
 @pytest.mark.parametrize("a", [0, 1, 31, 67108, 2**31 - 1])
