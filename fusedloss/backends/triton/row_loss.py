@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import triton
@@ -63,6 +64,7 @@ class GradCoefficients(NamedTuple):
     loss: Any
 
 
+@functools.lru_cache(1024)
 def row_options(options: RowOptions) -> RowOptions:
     """The options as kernels take them: bits of float64, and None where 0, so that it costs nothing."""
     return RowOptions(*(float64_bits(value) if value != 0 else None for value in options))  # type: ignore[arg-type]

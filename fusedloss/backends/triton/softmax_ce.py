@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from fusedloss.core.row_loss import RowOptions, needs_hinge, needs_smooth_loss
 from . import launch
 from .blocks import Inputs, Spec, spec_of
 from .grad_logits import SAVED, SAVED_OF_HINGE, Outputs, Saved
-from .layout import View, layout_of
+from .layout import Layout, View, places_of
 from .row_loss import row_options
 from .softmax_kernels import PARTS, Bounds, Sizes, column_kernel, label_kernel, row_kernel, scale_kernel
 from .softmax_rows import BackwardTensors, LossTensors, loss_row, statistics_row, stats_backward_row
@@ -115,9 +116,11 @@ def softmax_stats_backward(
 
 def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     """Multiplies a gradient by a 0-dim tensor on its device; the few programs leave at once when it is 1."""
-    run = grad.permute(sorted(range(grad.dim()), key=grad.stride, reverse=True))
-    if not run.is_contiguous():
-        return grad.mul_(factor)
+    run = grad
+    if not grad.is_contiguous():
+        run = grad.permute(sorted(range(grad.dim()), key=grad.stride, reverse=True))
+        if not run.is_contiguous():
+            return grad.mul_(factor)
     block, warps = launch.SCALE
     dtype = launch.triton_dtype(compute_dtype(grad.dtype))
     grid = (launch.programs_at_once(launch.cdiv(grad.numel(), block), warps, grad.device),)
@@ -141,15 +144,14 @@ class _Call:
         self.dtype = compute_dtype(logits.dtype)
         self.grad = (logits if in_place else torch.empty_like(logits)) if needs_logits else None
         wide = [logits, *([target] if self.soft else []), *([] if self.grad is None else [self.grad])]
-        self.layout = layout_of(wide, None if self.soft else target)
-        self.row_view = self.layout.row_view()
-        view = self.layout.view
-        self.labels = None if self.soft else self.layout.label_view(target)
-        soft_view = view(target) if self.soft else _NO_VIEW
+        places = places_of(wide, None if self.soft else target)
+        self.layout, self.row_view = places.layout, places.row_view
+        self.labels = None if places.label_steps is None else View(target, *places.label_steps)
+        soft_view = View(target, *places.steps[1]) if self.soft else _NO_VIEW
         cap = launch.float64_bits(inputs.soft_cap) if inputs.soft_cap != 0 else None
-        views = (*view(logits), *soft_view, *(self.labels or _NO_VIEW)[:3])
+        views = (logits, *places.steps[0], *soft_view, *(self.labels or _NO_VIEW)[:3])
         self.inputs = Inputs(*(*views, *launch.contiguous(inputs[2:7]), cap, inputs.ignore_index))
-        self.outputs = Outputs(*(_NO_VIEW if self.grad is None else view(self.grad)), None, None)
+        self.outputs = _NO_OUTPUTS if self.grad is None else Outputs(self.grad, *places.steps[-1], None, None)
         self.contiguous_rows = logits.stride(1) == 1
 
     @property
@@ -265,10 +267,7 @@ class _Call:
         )
 
     def _sizes(self, rows: int) -> Sizes:
-        layout = self.layout
-        inner_tiles = launch.cdiv(layout.inner, rows)
-        units = layout.num_classes // layout.align
-        return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles)
+        return _sizes_of(self.layout, rows)
 
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any
@@ -287,3 +286,11 @@ class _Call:
             # The assembler would spill a few values to fit in more programs.
             constants["maxnreg"] = launch.most_registers(tile.warps)
         launch.start(kernel, grid, arguments, self.logits.device, tile.warps, tile.stages, **constants)
+
+
+@functools.lru_cache(4096)
+def _sizes_of(layout: Layout, rows: int) -> Sizes:
+    """The counts of a launch whose tiles have so many rows."""
+    inner_tiles = launch.cdiv(layout.inner, rows)
+    units = layout.num_classes // layout.align
+    return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles)
