@@ -504,7 +504,7 @@ def through_the_operation(reduction: str, stats: bool, dtype: torch.dtype = torc
 
 
 def no_kept_row(device: str) -> list[str]:
-    """A mean over no rows is 0 / 0, with weights of the rows too; beside a row that is kept the others count nothing."""
+    """A mean over no rows is 0 / 0, with weights of the rows too; beside a kept row the others count nothing."""
     import fusedloss
 
     logits, weight = torch.randn(2, 5, device=device), torch.tensor([1.5, 0.5], device=device)
