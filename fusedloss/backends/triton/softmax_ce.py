@@ -276,7 +276,7 @@ class _Call:
         extras = (self.top is not None) + (self.inputs.soft_cap is not None) + override
         if kernel is row_kernel and self.dtype == torch.float32:
             wide = tile.warps == 8 and extras == 0 and self.class_tensors < 2
-            if tile.loop and (tile.warps == 16 or self.class_tensors == 0):
+            if tile.loop and extras < 2 and (tile.warps == 16 or self.class_tensors == 0):
                 # 32 warps to a multiprocessor; left to itself the assembler takes more registers, or spills for more.
                 constants["maxnreg"] = launch.most_registers(32)
             elif not tile.loop and tile.warps <= 8 and (wide or (extras == 1 and self.class_tensors == 0)):
