@@ -123,7 +123,7 @@ class Walker:
         base, kind = instruction.base, ""
         operands = Operands(instruction)
         target = self.listing.labels.get(instruction.target, -1)
-        results = tuple(_results(operands, base))
+        results = tuple(written_by(operands, base))
         sources = frozenset(name for part in operands.sources for name in registers_of(part))
         loop = self.listing.innermost(place)
         width = next((_BYTES[part] for part in instruction.op.split(".") if part in _BYTES), 4)
@@ -180,11 +180,15 @@ def _guarded(
     return guarded
 
 
-def _results(operands: Operands, base: str) -> list[str]:
+def written_by(operands: Operands, base: str) -> list[str]:
     """The registers that an instruction writes; those of matrix products are left out."""
     if not operands.to or base in _STORES or base in ("STS", "HGMMA", "HMMA", "UTCHMMA", "IMMA", "DMMA", "QGMMA"):
         return []
     parts = operands.parts
+    if base in ("F2F", "F2I"):
+        # The type of the result comes first: F2F.F32.F64 writes one register; F2I names it where it is of 64 bits.
+        to_64 = operands.op.startswith("F2F.F64") or parts & {"S64", "U64"}
+        return [following(operands.to, word) for word in range(2 if to_64 else 1)]
     words = 8 if "256" in parts else 4 if parts & {"128", "4"} else 1
     if parts & {"64", "WIDE", "F64", "U64", "2"} or base in ("DADD", "DMUL", "DFMA", "DSETP") or operands.op == "CS2R":
         words = max(words, 2)
@@ -194,7 +198,7 @@ def _results(operands: Operands, base: str) -> list[str]:
 def _forget(operands: Operands) -> Callable[[State], object]:
     """After it the results are unknown."""
     base = operands.op.split(".", 1)[0]
-    results, predicates = _results(operands, base), operands.to_predicates
+    results, predicates = written_by(operands, base), operands.to_predicates
 
     def forget(state: State) -> None:
         for name in results:

@@ -21,6 +21,7 @@ from triton_checks import (
     cross_entropy,
     empty,
     flat_rows,
+    no_kept_row,
     same_bits,
     scaling,
     stats_backward,
@@ -328,6 +329,7 @@ for _reduction, _stats in (("mean", False), ("sum", True), ("none", False)):
             f"through the operation: {_reduction}, {_stats}, {str(_dtype).split('.')[1]}",
         )
 case(empty, "no rows")
+case(no_kept_row, "no kept row")
 for _name in ("softmax", "linear", "cosine"):
     case(same_bits(_name), f"other strides, {_name}")
     case(same_bits(_name, "meta"), f"other default device, {_name}")

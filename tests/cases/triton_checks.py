@@ -503,6 +503,26 @@ def through_the_operation(reduction: str, stats: bool, dtype: torch.dtype = torc
     return run
 
 
+def no_kept_row(device: str) -> list[str]:
+    """A mean over no rows is 0 / 0, with weights of the rows too; beside a kept row the others count nothing."""
+    import fusedloss
+
+    logits, weight = torch.randn(2, 5, device=device), torch.tensor([1.5, 0.5], device=device)
+    losses = {}
+    for label in (-100, 3):
+        target = torch.tensor([-100, label], device=device)
+        for name, given in (("plain", {}), ("weighted", {"sample_weight": weight})):
+            with fusedloss.backend("triton"):
+                losses[f"{name} {label}"] = fusedloss.cross_entropy(logits, target, **given)
+    truth = torch.nn.functional.cross_entropy(logits[1:].double(), torch.tensor([3], device=device))
+    nan = torch.tensor(float("nan"), dtype=torch.float64, device=device)
+    return [
+        line
+        for name, loss in losses.items()
+        for line in difference(name, loss, nan if name.endswith("-100") else truth)
+    ]
+
+
 def _user_call(
     given: list[Tensor], target: Tensor, backend: str, reduction: str, stats: bool
 ) -> dict[str, Tensor]:  # fmt: skip

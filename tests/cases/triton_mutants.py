@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fusedloss.backends.triton import blocks, class_kernels, grad_logits, row_loss, softmax_rows, statistics
+from fusedloss.backends.triton.blocks import is_class
 from fusedloss.backends.triton.row_loss import GradCoefficients, RowLoss
 from fusedloss.backends.triton.statistics import RowSums
 
@@ -76,18 +77,18 @@ def add_columns(scale_sum, bias_sum, grad, x):
 
 
 @triton.jit
-def add_block(sums, block, label, classes, spec):
+def add_block(sums, block, label, start, spec):
     # The sum of earlier blocks is not moved to the new maximum.
-    right = _add_block(sums, block, label, classes, spec)
+    right = _add_block(sums, block, label, start, spec)
     others = right.others + sums.others * (1.0 - tl.exp(sums.top - right.top))
     return RowSums(right.top, others, right.weight, right.smooth, right.soft_weight, right.soft, right.first_top,
                    right.first_nan)  # fmt: skip
 
 
 @triton.jit
-def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
+def add_hinge(hinge, block, start, num_classes, spec):
     # The last, ragged block counts classes that don't exist.
-    return _add_hinge(hinge, block, classes, num_classes + 1, T)
+    return _add_hinge(hinge, block, start, num_classes + 1, spec)
 
 
 @triton.jit
@@ -111,9 +112,9 @@ def tanh(x, T: tl.constexpr):
 
 
 @triton.jit
-def is_label(classes, label):
+def is_label(start, label, spec):
     # The gradient of target_override lands one class further.
-    return classes[None, :] == label.index[:, None] + 1
+    return is_class(label.index + 1, start, spec)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench.static import arithmetic, budgets, model, sass
+from bench.static import arithmetic, budgets, model, sass, walk
 from bench.static.judge import KernelRow, Verdict
 from bench.static.registers import Operands, State
 from bench.static.walk import Access, Arguments, Walker, address_of
@@ -142,6 +142,15 @@ def run(text: str, **registers: int) -> State:
         if guard != instruction.negated:
             arithmetic.STEPS[instruction.base](Operands(instruction))(state)
     return state
+
+
+@pytest.mark.parametrize(
+    "text, written",
+    [("F2F.F32.F64 R6, R4", 1), ("F2F.F64.F32 R6, R4", 2), ("F2I.F64.TRUNC R6, R4", 1), ("F2I.S64.F64 R6, R4", 2)],
+)
+def test_conversions_write_the_type_that_comes_first(text, written):
+    (instruction,) = sass.parse(f"/*0000*/ {text} ;").code
+    assert walk.written_by(Operands(instruction), instruction.base) == ["R6", "R7"][:written]
 
 
 @pytest.mark.parametrize("a", [0, 1, 31, 67108, 2**31 - 1])

@@ -124,7 +124,11 @@ def rows_of_tile(tile, sizes, row_view, ROWS: tl.constexpr, FLAT: tl.constexpr):
         outer = (tile // sizes.inner_tiles).to(tl.int64)
         inner = (tile % sizes.inner_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = outer * row_view.outer_step + inner * row_view.inner_step
-    return Rows(outer, inner, index, inner < sizes.inner)
+    if ROWS == 1:
+        # No tile lies behind the last row: loads need no mask for it.
+        return Rows(outer, inner, index, tl.full([1], True, tl.int1))
+    else:
+        return Rows(outer, inner, index, inner < sizes.inner)
 
 
 @triton.jit
@@ -135,8 +139,8 @@ def addresses(pointer, outer_step, inner_step, class_step, rows, classes, ALIGN:
 
 @triton.jit
 def tanh(x, T: tl.constexpr):
-    e = tl.exp(-2.0 * tl.abs(x))
     if T == tl.float64:
+        e = tl.exp(-2.0 * tl.abs(x))
         # 1 - e from e and its own logarithm: the rounding of e cancels.
         difference = 1.0 - e
         inner = (difference > 0) & (e > 0)
@@ -144,14 +148,15 @@ def tanh(x, T: tl.constexpr):
         size = tl.where(difference == 0, tl.abs(x), grown / (2.0 - grown))
         return tl.where(x < 0, -size, size)
     else:
-        # Below 0.55 the difference from 1 has lost digits; a polynomial has them to 1.1 units in the last place.
+        # 2^(-2.88 x) = exp(-2 x), and the reciprocal of 1 + e by its square, of which no range has to be cared for.
+        e = tl.exp2(tl.minimum(x * -2.885390081777927, 60.0))
+        size = (1.0 - e) * tl.rsqrt((1.0 + e) * (1.0 + e))
+        # Nearer to 0 the difference from 1 has lost digits; a polynomial has them to 1.2 units in the last place.
         square = x * x
-        p = tl.fma(square, -0.006615747, 0.02131274)
-        p = tl.fma(square, p, -0.05391007)
-        p = tl.fma(square, p, 0.1333312)
-        p = tl.fma(square, p, -0.3333333)
-        size = (1.0 - e) / (1.0 + e)
-        return tl.where(tl.abs(x) < 0.55, tl.fma(x * square, p, x), tl.where(x < 0, -size, size))
+        p = tl.fma(square, -0.04914847, 0.13299824)
+        p = tl.fma(square, p, -0.33332664)
+        # NaN is not large.
+        return tl.where(tl.abs(x) >= 0.35, size, tl.fma(x * square, p, x))
 
 
 @triton.jit
@@ -162,46 +167,45 @@ def tanh_cap(x, soft_cap, T: tl.constexpr):
 
 
 @triton.jit
-def load_some(place, mask, other, WHOLE: tl.constexpr):
-    """WHOLE: all of it, without a mask."""
+def load_some(place, mask, other, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
+    """WHOLE: all of it, without a mask. Loads of one PASS over a row may share what they load, others not."""
+    # Held from one pass to the next, values of classes would take all registers. Near loads of the same are hits.
+    modifier: tl.constexpr = ".ca" if PASS == 1 else ""
+    eviction: tl.constexpr = "evict_last" if PASS > 1 else ""
     if WHOLE:
-        return tl.load(place)
+        return tl.load(place, cache_modifier=modifier, eviction_policy=eviction)
     else:
-        return tl.load(place, mask=mask, other=other)
+        return tl.load(place, mask=mask, other=other, cache_modifier=modifier, eviction_policy=eviction)
 
 
 @triton.jit
-def masked(inside, ready, WHOLE: tl.constexpr):
-    """The mask of values of classes: `ready` is True but for rows of NaN, and known only when they may be loaded."""
-    if ready is None:
-        return inside
-    elif WHOLE:
-        return tl.broadcast_to(ready[:, None], inside.shape)
-    else:
-        return inside & ready[:, None]
-
-
-@triton.jit
-def affine(x, scale, bias, places, mask, WHOLE: tl.constexpr):
+def affine(x, scale, bias, places, mask, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
     """scale x + bias, of the classes at these places."""
     # One rounding: the label's logit, read on its own, must equal the one in its block to the last bit.
     z = x
     if scale is not None:
-        a = load_some(scale + places, mask, 1.0, WHOLE)
+        a = load_some(scale + places, mask, 1.0, WHOLE, PASS)
         if bias is not None:
-            b = load_some(bias + places, mask, 0.0, WHOLE)
+            b = load_some(bias + places, mask, 0.0, WHOLE, PASS)
             z = tl.fma(x, tl.broadcast_to(a, x.shape), tl.broadcast_to(b, x.shape))
         else:
             z = x * a
     else:
         if bias is not None:
-            z = x + load_some(bias + places, mask, 0.0, WHOLE)
+            z = x + load_some(bias + places, mask, 0.0, WHOLE, PASS)
     return z
 
 
 @triton.jit
-def class_places(classes, spec):
+def classes_of(start, spec):
+    """The classes of the block that begins at class `start`."""
+    return start + tl.arange(0, spec.block)
+
+
+@triton.jit
+def class_places(start, spec):
     """Where the values of a block's classes lie, (1, block); by rows too where a row is held in registers."""
+    classes = classes_of(start, spec)
     if spec.chunks > 0:
         # In the layout of the logits: values of classes need no exchange between threads.
         return tl.broadcast_to(classes[None, :], [spec.rows, spec.block])
@@ -210,39 +214,52 @@ def class_places(classes, spec):
 
 
 @triton.jit
-def is_label(classes, label):
-    return classes[None, :] == label.index[:, None]
+def is_class(index, start, spec):
+    """Where a block has the rows' classes `index`."""
+    if spec.chunks > 0:
+        # `start` is known: one difference serves all blocks, where each would have its own numbers of classes.
+        return index[:, None] - tl.arange(0, spec.block)[None, :] == start
+    else:
+        return index[:, None] == classes_of(start, spec)[None, :]
 
 
 @triton.jit
-def load_rows(place, rows, classes, num_classes, WHOLE: tl.constexpr):
+def is_label(start, label, spec):
+    return is_class(label.index, start, spec)
+
+
+@triton.jit
+def load_rows(place, rows, start, num_classes, spec, WHOLE: tl.constexpr):
     """What is stored at a block of a tile, 0 beyond its rows and classes."""
     if WHOLE:
         return tl.load(place, mask=rows.valid[:, None], other=0.0)
     else:
-        return tl.load(place, mask=rows.valid[:, None] & (classes < num_classes)[None, :], other=0.0)
+        inside = classes_of(start, spec) < num_classes
+        return tl.load(place, mask=rows.valid[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
-def load_logits(inputs, rows, classes, num_classes, spec, WHOLE: tl.constexpr):
+def load_logits(inputs, rows, start, num_classes, spec, WHOLE: tl.constexpr):
+    classes = classes_of(start, spec)
     place = addresses(inputs.logits, inputs.outer_step, inputs.inner_step, inputs.class_step, rows, classes, spec.align)
-    return load_rows(place, rows, classes, num_classes, WHOLE)
+    return load_rows(place, rows, start, num_classes, spec, WHOLE)
 
 
 @triton.jit
-def load_probabilities(inputs, rows, classes, num_classes, spec, WHOLE: tl.constexpr):
+def load_probabilities(inputs, rows, start, num_classes, spec, WHOLE: tl.constexpr):
+    classes = classes_of(start, spec)
     place = addresses(inputs.probabilities, inputs.soft_outer_step, inputs.soft_inner_step,
                       inputs.soft_class_step, rows, classes, spec.align)  # fmt: skip
-    return load_rows(place, rows, classes, num_classes, WHOLE)
+    return load_rows(place, rows, start, num_classes, spec, WHOLE)
 
 
 @triton.jit
-def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.constexpr):
-    places = class_places(classes, spec)
+def class_weights(inputs, probabilities, start, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0):
+    places = class_places(start, spec)
     inside = places < num_classes
     weight = inside.to(spec.dtype)
     if inputs.class_weight is not None:
-        weight = load_some(inputs.class_weight + places, inside, 0.0, WHOLE)
+        weight = load_some(inputs.class_weight + places, inside, 0.0, WHOLE, PASS)
     soft = weight
     if spec.soft:
         soft = probabilities.to(spec.dtype) * weight
@@ -250,30 +267,32 @@ def class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE: tl.c
 
 
 @triton.jit
-def block_of(logits, probabilities, inputs, label, classes, num_classes, ready, spec, WHOLE: tl.constexpr):
+def block_of(
+    logits, probabilities, inputs, label, start, num_classes, spec, WHOLE: tl.constexpr, PASS: tl.constexpr = 0
+):  # fmt: skip
     """The block of stored values; WHOLE says that all its classes exist, and only spec.soft reads probabilities."""
     x = logits.to(spec.dtype)
     if inputs.soft_cap is not None:
         x = tanh_cap(x, inputs.soft_cap, spec.dtype)
-    places = class_places(classes, spec)
+    places = class_places(start, spec)
     inside = places < num_classes
-    z = affine(x, inputs.scale, inputs.bias, places, masked(inside, ready, WHOLE), WHOLE and ready is None)
+    z = affine(x, inputs.scale, inputs.bias, places, inside, WHOLE, PASS)
     if not WHOLE:
         z = tl.where(inside, z, float("-inf"))
     if inputs.target_override is not None:
-        z = tl.where(is_label(classes, label), label.logit[:, None], z)
-    weights = class_weights(inputs, probabilities, classes, num_classes, spec, WHOLE)
+        z = tl.where(is_label(start, label, spec), label.logit[:, None], z)
+    weights = class_weights(inputs, probabilities, start, num_classes, spec, WHOLE, PASS)
     return Block(x, z, weights.weight, weights.soft)
 
 
 @triton.jit
-def read_block(inputs, rows, label, classes, num_classes, spec):
+def read_block(inputs, rows, label, start, num_classes, spec):
     """A block that may be the last of its rows."""
-    logits = load_logits(inputs, rows, classes, num_classes, spec, False)
+    logits = load_logits(inputs, rows, start, num_classes, spec, False)
     probabilities = logits
     if spec.soft:
-        probabilities = load_probabilities(inputs, rows, classes, num_classes, spec, False)
-    return block_of(logits, probabilities, inputs, label, classes, num_classes, None, spec, False)
+        probabilities = load_probabilities(inputs, rows, start, num_classes, spec, False)
+    return block_of(logits, probabilities, inputs, label, start, num_classes, spec, False)
 
 
 @triton.jit

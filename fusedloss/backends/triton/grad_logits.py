@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import addresses, class_places, is_label, load_some, masked, number
+from .blocks import addresses, class_places, classes_of, is_class, is_label, load_some, number
 from .row_loss import GradCoefficients
 from .statistics import exp
 
@@ -71,49 +71,56 @@ def load_coefficients(saved, rows, row_count):
 
 
 @triton.jit
-def grad_of_block(coefficients, block, label, classes, spec):
-    """dL/dz."""
-    grad = exp(block.z - coefficients.shift[:, None], spec.dtype) * coefficients.softmax[:, None]
+def exp_of_block(coefficients, block, spec):
+    """exp(z - shift)."""
+    return exp(block.z - coefficients.shift[:, None], spec.dtype)
+
+
+@triton.jit
+def grad_of_block(coefficients, block, e, label, start, spec):
+    """dL/dz of rows that are kept, from e = exp(z - shift), which may be anything at labels."""
+    grad = e * coefficients.softmax[:, None]
     if spec.smooth_loss:
         grad -= block.weight * coefficients.smooth_loss[:, None]
     if spec.top is not None:
-        grad += tl.where(classes[None, :] == coefficients.first_top[:, None], coefficients.at_top[:, None], 0.0)
-        grad -= tl.where(block.z < coefficients.threshold[:, None], coefficients.hinge[:, None], 0.0)
+        at_top = is_class(coefficients.first_top, start, spec)
+        grad = tl.where(at_top, grad + coefficients.at_top[:, None], grad)
+        grad = tl.where(block.z >= coefficients.threshold[:, None], grad, grad - coefficients.hinge[:, None])
     if spec.soft:
         grad -= block.soft * coefficients.target[:, None]
     elif spec.override:
-        grad = tl.where(is_label(classes, label), 0.0, grad)
+        grad = tl.where(is_label(start, label, spec), 0.0, grad)
     else:
-        grad = tl.where(is_label(classes, label), coefficients.target[:, None], grad)
-    return tl.where(coefficients.kept[:, None], grad, 0.0)
+        grad = tl.where(is_label(start, label, spec), coefficients.target[:, None], grad)
+    return grad
 
 
 @triton.jit
 def write_grad(
-    inputs, outputs, grad, block, label, coefficients, rows, classes, num_classes, spec, WHOLE: tl.constexpr = False
+    inputs, outputs, grad, block, label, coefficients, rows, start, num_classes, spec, WHOLE: tl.constexpr = False
 ):  # fmt: skip
     """dL/dx from dL/dz, and at a label with a target_override from the gradient of that."""
     if inputs.soft_cap is not None:
         ratio = block.x * (1.0 / number(inputs.soft_cap, spec.dtype))
-        grad = grad * ((1.0 - ratio) * (1.0 + ratio))
+        # One rounding: 1 - ratio^2 keeps its digits near 0.
+        grad = grad * tl.fma(-ratio, ratio, 1.0)
     if inputs.scale is not None:
-        places = class_places(classes, spec)
-        inside = places < num_classes
-        if spec.chunks > 0:
-            ready = coefficients.softmax == coefficients.softmax
-            grad = grad * load_some(inputs.scale + places, masked(inside, ready, WHOLE), 0.0, False)
-        else:
-            grad = grad * load_some(inputs.scale + places, inside, 0.0, False)
+        places = class_places(start, spec)
+        grad = grad * load_some(inputs.scale + places, places < num_classes, 0.0, WHOLE, 3)
     if inputs.target_override_grad is not None:
-        grad = tl.where(is_label(classes, label), (coefficients.target * label.override_grad)[:, None], grad)
+        grad = tl.where(is_label(start, label, spec), (coefficients.target * label.override_grad)[:, None], grad)
+    classes = classes_of(start, spec)
     place = addresses(
         outputs.grad_logits, outputs.outer_step, outputs.inner_step, outputs.class_step, rows, classes, spec.align
     )  # fmt: skip
     values = grad.to(outputs.grad_logits.dtype.element_ty)
-    if WHOLE:
-        tl.store(place, values, mask=rows.valid[:, None])
-    else:
-        tl.store(place, values, mask=rows.valid[:, None] & (classes < num_classes)[None, :])
+    # Two stores of which one does nothing take fewer instructions than a choice for every class.
+    written, cleared = coefficients.kept[:, None], (rows.valid & (coefficients.kept == 0))[:, None]
+    if not WHOLE:
+        inside = (classes < num_classes)[None, :]
+        written, cleared = written & inside, cleared & inside
+    tl.store(place, values, mask=written)
+    tl.store(place, tl.zeros(values.shape, values.dtype), mask=cleared)
 
 
 @triton.jit

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import triton
@@ -63,6 +64,7 @@ class GradCoefficients(NamedTuple):
     loss: Any
 
 
+@functools.lru_cache(1024)
 def row_options(options: RowOptions) -> RowOptions:
     """The options as kernels take them: bits of float64, and None where 0, so that it costs nothing."""
     return RowOptions(*(float64_bits(value) if value != 0 else None for value in options))  # type: ignore[arg-type]
@@ -138,10 +140,18 @@ def row_loss(statistics, options, row_tensors, rows, num_classes, spec):
 
 
 @triton.jit
-def scaled_partials(loss, scale):
-    """The partial derivatives of `loss` times `scale`."""
-    return Partials(loss.log_sum_exp * scale, loss.target_logit * scale, loss.cross_entropy * scale,
-                    loss.smooth_loss * scale, loss.one_minus_pt * scale, loss.hinge * scale)  # fmt: skip
+def scaled_partials(loss, scale, options, spec):
+    """The partial derivatives of `loss` times `scale`; of what has no part in the loss they stay 0."""
+    of_lse, of_smooth, of_one_minus_pt, of_hinge = loss.log_sum_exp, loss.smooth_loss, loss.one_minus_pt, loss.hinge
+    if options.z_loss is not None:
+        of_lse *= scale
+    if spec.smooth_loss:
+        of_smooth *= scale
+    if options.focal_gamma is not None or options.poly_epsilon is not None:
+        of_one_minus_pt *= scale
+    if spec.top is not None:
+        of_hinge *= scale
+    return Partials(of_lse, loss.target_logit, loss.cross_entropy * scale, of_smooth, of_one_minus_pt, of_hinge)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from fusedloss.core.row_loss import RowOptions, needs_hinge, needs_smooth_loss
 from . import launch
 from .blocks import Inputs, Spec, spec_of
 from .grad_logits import SAVED, SAVED_OF_HINGE, Outputs, Saved
-from .layout import View, layout_of
+from .layout import Layout, View, places_of
 from .row_loss import row_options
 from .softmax_kernels import PARTS, Bounds, Sizes, column_kernel, label_kernel, row_kernel, scale_kernel
 from .softmax_rows import BackwardTensors, LossTensors, loss_row, statistics_row, stats_backward_row
@@ -115,9 +116,11 @@ def softmax_stats_backward(
 
 def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     """Multiplies a gradient by a 0-dim tensor on its device; the few programs leave at once when it is 1."""
-    run = grad.permute(sorted(range(grad.dim()), key=grad.stride, reverse=True))
-    if not run.is_contiguous():
-        return grad.mul_(factor)
+    run = grad
+    if not grad.is_contiguous():
+        run = grad.permute(sorted(range(grad.dim()), key=grad.stride, reverse=True))
+        if not run.is_contiguous():
+            return grad.mul_(factor)
     block, warps = launch.SCALE
     dtype = launch.triton_dtype(compute_dtype(grad.dtype))
     grid = (launch.programs_at_once(launch.cdiv(grad.numel(), block), warps, grad.device),)
@@ -141,15 +144,14 @@ class _Call:
         self.dtype = compute_dtype(logits.dtype)
         self.grad = (logits if in_place else torch.empty_like(logits)) if needs_logits else None
         wide = [logits, *([target] if self.soft else []), *([] if self.grad is None else [self.grad])]
-        self.layout = layout_of(wide, None if self.soft else target)
-        self.row_view = self.layout.row_view()
-        view = self.layout.view
-        self.labels = None if self.soft else self.layout.label_view(target)
-        soft_view = view(target) if self.soft else _NO_VIEW
+        places = places_of(wide, None if self.soft else target)
+        self.layout, self.row_view = places.layout, places.row_view
+        self.labels = None if places.label_steps is None else View(target, *places.label_steps)
+        soft_view = View(target, *places.steps[1]) if self.soft else _NO_VIEW
         cap = launch.float64_bits(inputs.soft_cap) if inputs.soft_cap != 0 else None
-        views = (*view(logits), *soft_view, *(self.labels or _NO_VIEW)[:3])
+        views = (logits, *places.steps[0], *soft_view, *(self.labels or _NO_VIEW)[:3])
         self.inputs = Inputs(*(*views, *launch.contiguous(inputs[2:7]), cap, inputs.ignore_index))
-        self.outputs = Outputs(*(_NO_VIEW if self.grad is None else view(self.grad)), None, None)
+        self.outputs = _NO_OUTPUTS if self.grad is None else Outputs(self.grad, *places.steps[-1], None, None)
         self.contiguous_rows = logits.stride(1) == 1
 
     @property
@@ -265,23 +267,30 @@ class _Call:
         )
 
     def _sizes(self, rows: int) -> Sizes:
-        layout = self.layout
-        inner_tiles = launch.cdiv(layout.inner, rows)
-        units = layout.num_classes // layout.align
-        return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles)
+        return _sizes_of(self.layout, rows)
 
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], tile: launch.Tile, **constants: Any
     ) -> None:
         override = self.inputs.target_override is not None
         extras = (self.top is not None) + (self.inputs.soft_cap is not None) + override
-        if kernel is row_kernel and self.dtype == torch.float32 and tile.warps <= 8 and not tile.loop:
-            # 16 warps to a multiprocessor, where nothing spills for it.
-            if (extras == 1 and self.class_tensors == 0) or (
-                tile.warps == 8 and extras == 0 and self.class_tensors < 2
-            ):
+        if kernel is row_kernel and self.dtype == torch.float32:
+            wide = tile.warps == 8 and extras == 0 and self.class_tensors < 2
+            if tile.loop and extras < 2 and (tile.warps == 16 or self.class_tensors == 0):
+                # 32 warps to a multiprocessor; left to itself the assembler takes more registers, or spills for more.
+                constants["maxnreg"] = launch.most_registers(32)
+            elif not tile.loop and tile.warps <= 8 and (wide or (extras == 1 and self.class_tensors == 0)):
+                # 16 warps to a multiprocessor, where nothing spills for it.
                 constants["maxnreg"] = launch.most_registers(16)
         if "maxnreg" not in constants and (extras or self.dtype == torch.float64):
             # The assembler would spill a few values to fit in more programs.
             constants["maxnreg"] = launch.most_registers(tile.warps)
         launch.start(kernel, grid, arguments, self.logits.device, tile.warps, tile.stages, **constants)
+
+
+@functools.lru_cache(4096)
+def _sizes_of(layout: Layout, rows: int) -> Sizes:
+    """The counts of a launch whose tiles have so many rows."""
+    inner_tiles = launch.cdiv(layout.inner, rows)
+    units = layout.num_classes // layout.align
+    return Sizes(units, layout.outer * layout.inner, layout.inner, inner_tiles, layout.outer * inner_tiles)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import is_label, number
+from .blocks import classes_of, is_label, number
 
 
 class RowSums(NamedTuple):
@@ -44,6 +44,14 @@ class HingeSums(NamedTuple):
     total: Any
     violations: Any  # how many z_j lie below the threshold
     first: Any  # first j with z_j = top
+
+
+class BlockHinge(NamedTuple):
+    """relu(threshold - z_j) of each class, 1 where that is positive, and whether z_j is the maximum."""
+
+    total: Any
+    violations: Any
+    at_top: Any
 
 
 class Statistics(NamedTuple):
@@ -95,20 +103,20 @@ def differences(weight, z, shift):
 
 
 @triton.jit
-def without_label(block, label, classes, spec):
+def without_label(block, label, start, spec):
     """z, -inf at a label with a target_override."""
     if spec.override:
-        return tl.where(is_label(classes, label), float("-inf"), block.z)
+        return tl.where(is_label(start, label, spec), float("-inf"), block.z)
     else:
         return block.z
 
 
 @triton.jit
-def block_sums(block, z, shift, label, classes, spec):
+def block_sums(block, z, shift, label, start, spec):
     """What a block adds to the sums about `shift`; z is that of ``without_label``."""
     e = exp(z - shift[:, None], spec.dtype)
     if not spec.soft:
-        e = tl.where(is_label(classes, label), 0.0, e)
+        e = tl.where(is_label(start, label, spec), 0.0, e)
     smooth, soft = e, e
     if spec.smooth_loss:
         smooth = differences(block.weight, block.z, shift)
@@ -118,14 +126,14 @@ def block_sums(block, z, shift, label, classes, spec):
 
 
 @triton.jit
-def add_block(sums, block, label, classes, spec):
+def add_block(sums, block, label, start, spec):
     """The sums of a row after one more block of its classes, all about the new maximum."""
-    z = without_label(block, label, classes, spec)
+    z = without_label(block, label, start, spec)
     block_top = tl.max(z, 1)
     top = tl.maximum(sums.top, block_top)
     shift = shift_of(top)
     moved = shift - shift_of(sums.top)
-    added = block_sums(block, z, shift, label, classes, spec)
+    added = block_sums(block, z, shift, label, start, spec)
     others = sums.others * tl.exp(sums.top - shift) + tl.sum(added.others, 1)
     weight, smooth, soft_weight, soft = sums.weight, sums.smooth, sums.soft_weight, sums.soft
     if spec.smooth_loss:
@@ -136,6 +144,7 @@ def add_block(sums, block, label, classes, spec):
         soft_weight = soft_weight + tl.sum(added.soft_weight, 1)
     first_top, first_nan = sums.first_top, sums.first_nan
     if spec.prediction:
+        classes = classes_of(start, spec)
         at_top = tl.min(tl.where(z == block_top[:, None], classes[None, :], NO_CLASS), 1)
         first_top = tl.where(block_top > sums.top, at_top, first_top)
         at_nan = tl.min(tl.where(z != z, classes[None, :], NO_CLASS), 1)
@@ -236,22 +245,23 @@ def no_hinge(top, rows, penalty_margin, T: tl.constexpr):
 
 
 @triton.jit
-def hinge_sums(hinge, block, classes, num_classes, T: tl.constexpr, WHOLE: tl.constexpr):
-    """What each class adds to the hinge's sums: `total`, `violations`, and its number where it is the maximum."""
-    threshold = hinge.threshold[:, None]
-    violated = block.z < threshold
+def hinge_sums(hinge, block, start, num_classes, spec, WHOLE: tl.constexpr):
+    above = block.z - hinge.threshold[:, None]
+    # NaN is no maximum of two.
+    total = tl.maximum(-above, 0.0)
+    violations = (above < 0).to(spec.dtype)
     if not WHOLE:
-        violated = violated & (classes < num_classes)[None, :]
-    total = tl.where(violated, threshold - block.z, 0.0)
-    violations = violated.to(T)
-    first = tl.where(block.z == hinge.top[:, None], classes[None, :], NO_CLASS)
-    return HingeSums(hinge.top, hinge.threshold, total, violations, first)
+        inside = (classes_of(start, spec) < num_classes)[None, :]
+        total = tl.where(inside, total, 0.0)
+        violations = tl.where(inside, violations, 0.0)
+    return BlockHinge(total, violations, block.z == hinge.top[:, None])
 
 
 @triton.jit
-def add_hinge(hinge, block, classes, num_classes, T: tl.constexpr):
+def add_hinge(hinge, block, start, num_classes, spec):
     """The hinge's sums after one more block."""
-    added = hinge_sums(hinge, block, classes, num_classes, T, False)
+    added = hinge_sums(hinge, block, start, num_classes, spec, False)
     total = hinge.total + tl.sum(added.total, 1)
     violations = hinge.violations + tl.sum(added.violations, 1)
-    return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, tl.min(added.first, 1)))
+    first = tl.min(tl.where(added.at_top, classes_of(start, spec)[None, :], NO_CLASS), 1)
+    return HingeSums(hinge.top, hinge.threshold, total, violations, tl.minimum(hinge.first, first))
