@@ -1,4 +1,4 @@
-"""Runs that were never trained: logits of a long-tailed test set, part common to a split and part new with each seed."""
+"""Runs never trained: logits of a long-tailed test set, partly common to a split, partly new with each seed."""
 
 import numpy as np
 
@@ -27,9 +27,7 @@ def simulated_runs(splits, seeds, *, gain=0.0, split_noise=0.0, seed=0):
             # What a seed changes: every logit a little, the classes' offsets, and how sure the head is.
             noise = 0.12 * own.normal(size=base.shape) + 0.05 * own.normal(size=CLASSES)
             logits = (base + gained + noise) * np.exp(0.01 * own.normal())
-            runs[RunKey(split, number)] = simulated_run(
-                logits, labels, np.arange(ROWS) // ROWS_PER_GROUP + 1000 * split
-            )
+            runs[RunKey(split, number)] = simulated_run(logits, labels, np.arange(ROWS) // ROWS_PER_GROUP)
     return runs
 
 
