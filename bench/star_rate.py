@@ -1,11 +1,13 @@
-"""How often the report stars nothing: cross-entropy against itself, over seeds and splits of one bank.
+r"""How often the report stars nothing: cross-entropy against itself, over seeds and splits of one bank.
 
-    python -m bench.star_rate demo/bank /tmp/star_rate --splits 6 --seeds 10 --output bench/results/star_rate.csv
+    python -m bench.star_rate demo/bank /tmp/star_rate --output bench/results/star_rate.csv \
+        --settings '{"epochs": 20, "lr": [0.01], "val_fraction": 0.2}' \
+        --against '{"class_weights": "effective", "beta": 0.999}'
 
 Trains the same recipe with every split and seed (60 runs; finished ones are read). Each draw takes two disjoint sets of
 runs, gives them common seeds and compares them as two rows of a table. A row counts as starred when any of its metrics
-is. Beside it the rule of two standard errors over the pairs, whatever their splits. ``--against`` draws one side from
-the runs of another recipe instead, with the same seeds: what is found where there is something to find.
+is. Beside it the rule of two standard errors over the pairs, whatever their splits. ``--against`` then draws one side
+from the runs of another recipe, with the same seeds: what is found where there is something to find.
 """
 
 from __future__ import annotations
@@ -98,8 +100,10 @@ def possible(runs: Runs, against_itself: bool) -> Iterator[tuple[int, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bank", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.star_rate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bank", type=Path, help="folder of a feature bank; make demo writes that of the glyphs")
     parser.add_argument("folder", type=Path, help="folder for the runs")
     parser.add_argument("--splits", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=10)
@@ -115,22 +119,22 @@ def main() -> None:
     bank = FeatureBank.open(options.bank)
     sweep(bank, rows, range(options.seeds), options.folder, splits=range(options.splits), pictures=False)
     collected = [collect_rows([options.folder / name])[0].runs for name in rows]
-    one, other = collected[0], collected[-1]
-    lines = []
-    for design in possible(one, one is other):
-        rates = star_rate(one, other, design, options.draws)
-        line = {
-            "rows": "CE and CE" if one is other else f"CE and {options.against}",
-            "splits": design[0] or "mixed",
-            "seeds": design[1],
-            "draws": options.draws,
-            "runs": len(one),
-            "starred_rows": round(rates.rows, 4),
-            "starred_cells": round(rates.cells, 4),
-            "rows_beyond_2_errors": round(rates.two_errors, 4),
-        }
-        lines.append(line)
-        print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+    one, lines = collected[0], []
+    for name, other in zip(["CE", options.against], collected, strict=False):
+        for design in possible(one, one is other):
+            rates = star_rate(one, other, design, options.draws)
+            line = {
+                "rows": f"CE and {name}",
+                "splits": design[0] or "mixed",
+                "seeds": design[1],
+                "draws": options.draws,
+                "runs": len(one),
+                "starred_rows": round(rates.rows, 4),
+                "starred_cells": round(rates.cells, 4),
+                "rows_beyond_2_errors": round(rates.two_errors, 4),
+            }
+            lines.append(line)
+            print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
     if options.output:
         with options.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
