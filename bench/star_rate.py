@@ -1,6 +1,6 @@
 r"""How often the report stars nothing: cross-entropy against itself, over seeds and splits of one bank.
 
-    python -m bench.star_rate demo/bank /tmp/star_rate --output bench/results/star_rate.csv \
+    python -m bench.star_rate demo/bank runs/star_rate --output bench/results/star_rate.csv \
         --settings '{"epochs": 20, "lr": [0.01], "val_fraction": 0.2}' \
         --against '{"class_weights": "effective", "beta": 0.999}'
 

@@ -82,7 +82,7 @@ def compare(
     Example:
         >>> found = compare({1: [0.02, 0.03], 2: [0.03, 0.01], 3: [0.02, 0.04]}, test_over_train=0.3)
         >>> found.tested, round(found.mean, 3), round(found.p, 3)
-        ('splits', 0.025, 0.035)
+        ('splits', 0.025, 0.024)
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1); got {confidence}")
