@@ -63,6 +63,37 @@ def test_intervals_of_sums_keep_their_level(share, freedom):
         assert interval(parts) == pytest.approx(math.sqrt((line * quantiles**2).sum()))
 
 
+@pytest.mark.parametrize("seed_noise", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("row_noise", [0.3, 1.0])
+def test_recipes_that_err_on_other_rows_are_equal(seed_noise, row_noise):
+    """Differences d_sg = a_s + b_g + e_sg of seeds and test groups: what a fixed test set happens to favour is b."""
+    random = np.random.default_rng(4)
+    seeds, groups, draws, wrong, by_seeds = 4, 60, 2000, 0, 0
+    for _ in range(draws):
+        each = seed_noise / math.sqrt(groups) * random.normal(size=(seeds, 1)) + random.normal(size=groups)
+        each = each + row_noise * random.normal(size=(seeds, groups))
+        noise = GroupNoise(each.mean(0).var(ddof=1) / groups, groups)
+        wrong += compare({0: each.mean(1)}, group_noise=noise).p <= 0.05
+        by_seeds += compare({0: each.mean(1)}).p <= 0.05
+    assert wrong / draws <= 0.06
+    assert by_seeds / draws > 0.1, "seeds alone would do"
+
+
+@pytest.mark.parametrize("splits", [3, 5, 15])
+def test_splits_that_share_training_rows_keep_the_level(splits):
+    """A correlation of test / (test + train) rows between splits, which the corrected variance is made for."""
+    random = np.random.default_rng(5)
+    share = 0.2 / 0.7
+    correlation, draws = share / (1 + share), 2000
+    counts = np.zeros(2)
+    for _ in range(draws):
+        means = math.sqrt(correlation) * random.normal() + math.sqrt(1 - correlation) * random.normal(size=splits)
+        by_split = {split: [mean] for split, mean in enumerate(means)}
+        counts += [compare(by_split, test_over_train=share).p <= 0.05, compare(by_split).p <= 0.05]
+    corrected, plain = counts / draws
+    assert 0.03 < corrected < 0.065 and plain > 0.08
+
+
 def test_identical_runs_do_not_differ():
     found = compare({0: [0.0] * 3}, group_noise=GroupNoise(0.0, 0))
     assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
