@@ -46,7 +46,8 @@ def report(
 
     rows = collect_rows(folders)
     columns = DEFAULT_METRICS if metrics is None else tuple(metrics.split(","))
-    known = [name for name, value in next(iter(rows[0].runs.values())).row.items() if isinstance(value, (int, float))]
+    every = [run.row for row in rows for run in row.runs.values()]
+    known = [name for name in every[0] if all(isinstance(row.get(name), (int, float)) for row in every)]
     for name in columns:
         if name not in known:
             raise ValueError(f"metrics must be among {', '.join(known)}; got {name!r}")

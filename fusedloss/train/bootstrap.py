@@ -52,7 +52,8 @@ class Predictions:
     @cached_property
     def values(self) -> dict[str, float]:
         """Each of ``METRICS`` on the test rows as they are."""
-        return {name: float(value[0]) for name, value in self._scores(np.ones((1, self.num_groups))).items()}
+        scores = self._scores(self._group_sums(), np.ones((1, self.num_groups)))
+        return {name: float(value[0]) for name, value in scores.items()}
 
     @cached_property
     def draws(self) -> dict[str, np.ndarray]:
@@ -60,7 +61,8 @@ class Predictions:
 
         Runs of one split get the same draws, so that their differences can be taken draw by draw.
         """
-        blocks = [self._scores(weights) for weights in _draws(self.num_groups)]
+        sums = self._group_sums()
+        blocks = [self._scores(sums, weights) for weights in _draws(self.num_groups)]
         return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
 
     def differing_groups(self, other: Predictions, metric: str) -> np.ndarray:
@@ -81,8 +83,7 @@ class Predictions:
     def _code(self) -> np.ndarray:
         return np.unique(self.group, return_inverse=True)[1]
 
-    @cached_property
-    def _sums(self) -> dict[str, Any]:
+    def _group_sums(self) -> dict[str, Any]:
         """Sparse (groups, columns): sums over the rows of a group, from which every score follows."""
         from scipy.sparse import csr_matrix
 
@@ -107,9 +108,9 @@ class Predictions:
             result[name] = sums(bins, hit - confidence, BINS)
         return result
 
-    def _scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+    def _scores(self, group_sums: dict[str, Any], weights: np.ndarray) -> dict[str, np.ndarray]:
         """Every score for each line of group weights ``(draws, groups)``."""
-        sums = {name: np.asarray((matrix.T @ weights.T).T) for name, matrix in self._sums.items()}
+        sums = {name: np.asarray((matrix.T @ weights.T).T) for name, matrix in group_sums.items()}
         support, predicted, hits = sums["support"], sums["predicted"], sums["hits"]
         total = support.sum(1)
         tested, foreground = support > 0, ((support > 0) | (predicted > 0)) & self.foreground
