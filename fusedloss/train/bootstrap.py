@@ -13,7 +13,7 @@ from fusedloss.metrics import FEW_UP_TO, MANY_ABOVE
 
 DRAWS, LEAST_DRAWS = 1000, 200
 # Numbers of a block of draws, and of all draws: many groups get fewer of them.
-BLOCK, BUDGET = 2**23, 2**26
+BLOCK, BUDGET = 2**23, 2**25
 BINS = 15
 BANDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rec_many": lambda counts: counts > MANY_ABOVE,
