@@ -227,7 +227,7 @@ def verdicts(found: dict[str, list[Difference]], baseline: RecipeRuns) -> list[s
         "worse": "worse in",
         "higher": "higher in",
         "lower": "lower in",
-        "hint": "perhaps other in (p at most .05 before the correction)",
+        "hint": "perhaps other (p at most .05 before the correction; more seeds or splits would tell) in",
         "=": "not told apart in",
         "?": "too little to judge",
     }
@@ -257,7 +257,7 @@ def notes(found: dict[str, list[Difference]], family: str = "table") -> list[str
         f"{CONFIDENCE:.0%} interval (of that cell alone)."
     )
     for tested, text in TESTS.items():
-        splits = {one.comparison.splits for one in cells if one.comparison.tested == tested}
+        splits = {one.comparison.splits for one in cells if one.verdict and one.comparison.tested == tested}
         if splits:
             lines.append(f"Tested {text.format(splits=' or '.join(map(str, sorted(splits))))}.")
     judged = sum(one.verdict not in ("?", "") for one in cells)

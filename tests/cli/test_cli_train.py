@@ -186,6 +186,7 @@ def test_a_sweep_prints_one_table_and_goes_on_where_it_stopped(folder, tmp_path,
     assert call(*arguments) == 0
     first = capsys.readouterr().out
     assert "difference to CE" in first and "VACE against CE:" in first
+    assert "Tested on one split" in first
     assert (tmp_path / "s" / "table.md").exists()
     lines = list(csv.DictReader((tmp_path / "s" / "table.csv").read_text().splitlines()))
     assert len(lines) == 9 and {line["row"] for line in lines} == {"CE", "VACE", "again"}
