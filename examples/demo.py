@@ -22,7 +22,7 @@ from fusedloss.cli.progress import EpochBar
 from fusedloss.cli.report import print_tables
 from fusedloss.features import FeatureBank, extract, load_backbone, read_inputs
 from fusedloss.train import Recipe
-from fusedloss.train.report import DEFAULT_METRICS, RecipeRuns, collect_rows, difference, verdicts
+from fusedloss.train.report import DEFAULT_METRICS, RecipeRuns, collect_rows, differences, verdicts
 from fusedloss.train.result import Result
 from fusedloss.train.sweep import folder_name, sweep
 
@@ -49,8 +49,7 @@ EXPLANATION = """
 CE effective weighs classes by effective numbers (beta 0.999). VACE divides logits by a temperature per class,
 from the scatter of its features; VACE uniform is its control, with the mean of the temperatures for all. On
 frozen features a linear head can absorb a fixed temperature (cross-entropy with rescaled steps and decay), so
-what VACE and its control share is not VACE's doing. Standard errors are over seeds; they leave out that
-another split, or a learning rate chosen differently, would move a row as well."""
+what VACE and its control share is not VACE's doing."""
 
 
 def main() -> None:
@@ -67,10 +66,11 @@ def main() -> None:
     )
     results = train(bank, rows, options.output / "runs")
     collected = collect_rows([options.output / "runs" / folder_name(name) for name in rows])
-    display = [RecipeRuns(name, row.by_seed) for name, row in zip(rows, collected, strict=True)]
+    display = [RecipeRuns(name, row.runs) for name, row in zip(rows, collected, strict=True)]
     describe_task(bank, results["CE"][0])
     print_tables(display, display[0], DEFAULT_METRICS, output=options.output)
-    print(*verdicts(display[2:3], display[3], DEFAULT_METRICS), sep="\n")
+    control = differences(display[2:3], display[3], DEFAULT_METRICS)
+    print(*verdicts(control, display[3]), sep="\n")
     print(EXPLANATION)
     pictures(options.output, bank, results, display)
     print(f"\nDone in {time.perf_counter() - started:.0f} s.")
@@ -147,7 +147,7 @@ def pictures(folder: Path, bank: FeatureBank, results: dict[str, list[Result]], 
     draw_montage(folder / "tail_predictions.png", bank, results["VACE"][0])
     draw_comparison(folder / "comparison.png", rows)
     print(f"\nPictures: {folder / 'tail_predictions.png'} (rare scripts, right and wrong; VACE, seed 0)")
-    print(f"          {folder / 'comparison.png'} (differences to CE, with two standard errors)")
+    print(f"          {folder / 'comparison.png'} (differences to CE, with 95% intervals)")
     print(f"          {folder / 'runs'}/ROW/seed-N/ (training curves, reliability, recall by frequency)")
 
 
@@ -192,7 +192,7 @@ def one_per_class(rows: np.ndarray, confidence: np.ndarray, labels: np.ndarray) 
 
 
 def draw_comparison(path: Path, rows: list[RecipeRuns]) -> None:
-    """Paired differences to the first row, with bars of two standard errors."""
+    """Paired differences to the first row with 95% intervals, filled where the table has a star."""
     from matplotlib.figure import Figure
 
     metrics = {
@@ -206,24 +206,21 @@ def draw_comparison(path: Path, rows: list[RecipeRuns]) -> None:
     }
     others = rows[1:]
     colors = ["#2166ac", "#e08214", "#1b7837", "#762a83", "#b2182b", "#4d4d4d", "#35978f"]
+    found = differences(rows, rows[0], list(metrics))
     figure = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained")
     axis = figure.subplots()
     for number, (row, color) in enumerate(zip(others, colors, strict=False)):
-        each = [difference(row, rows[0], metric) for metric in metrics]
+        each = found[row.name]
         places = np.arange(len(metrics)) + (number - (len(others) - 1) / 2) * 0.8 / len(others)
-        axis.errorbar(
-            places,
-            [d.mean for d in each],
-            yerr=[2 * d.error for d in each],
-            fmt="o",
-            color=color,
-            capsize=3,
-            markersize=5,
-            label=row.name,
-        )
+        means = [d.comparison.mean for d in each]
+        # Without a test there is no interval.
+        halves = np.nan_to_num([d.comparison.high - d.comparison.mean for d in each])
+        axis.errorbar(places, means, yerr=halves, fmt="none", color=color, capsize=3, label=row.name)
+        faces = [color if d.verdict in ("better", "worse") else "white" for d in each]
+        axis.scatter(places, means, s=25, edgecolors=color, facecolors=faces, zorder=3)
     axis.axhline(0, color="#999999", linewidth=1)
     axis.set_xticks(np.arange(len(metrics)), metrics.values())
-    axis.set_ylabel(f"difference to {rows[0].name}\n± 2 standard errors, {len(rows[0].by_seed)} seeds")
+    axis.set_ylabel(f"difference to {rows[0].name}, 95% interval\n(filled: starred, {len(rows[0].runs)} pairs of runs)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.12), fontsize=9)
     figure.savefig(path)

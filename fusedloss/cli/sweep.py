@@ -17,7 +17,9 @@ def sweep(
     bank: Annotated[
         Path, typer.Argument(help="Folder of a feature bank (from extract or import).", show_default=False)
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder for the runs: ROW/seed-N below it.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder for the runs: ROW/[split-P-]seed-N in it.", show_default=False)
+    ],
     row: Annotated[
         list[str] | None,
         typer.Option(help="A recipe as 'NAME: setting=value setting=value'; give several.", show_default=False),
@@ -30,9 +32,17 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
+    splits: Annotated[
+        str | None,
+        typer.Option(
+            help="Seeds of several splits, separated by commas, in place of the recipes' own.", show_default=False
+        ),
+    ] = None,
     lr_per: Annotated[
         str,
-        typer.Option(help="Where --lr names several: choose one per row (best on average over seeds) or per run."),
+        typer.Option(
+            help="Where --lr names several: choose one per row (best on average over the seeds of a split) or per run."
+        ),
     ] = "row",
     baseline: Annotated[
         str | None,
@@ -44,11 +54,13 @@ def sweep(
 ) -> None:
     """Train every recipe with every seed and compare them in one table.
 
-    The recipe options are common to all rows. Run the same command again after an interruption: finished runs
+    Seeds say how much a training varies; only several splits say what another choice of training and test rows would
+    change. The recipe options are common to all rows. Run the same command again after an interruption: finished runs
     are read and the interrupted one goes on.
 
     \b
     Examples:
+      fusedloss sweep banks/birds sweeps/splits --row "CE:" --row "VACE: loss=vace" --splits 1,2,3,4,5 --seeds 0,1
       fusedloss sweep banks/birds sweeps/losses --row "CE:" --row "VACE: loss=vace" --lr 3e-4,1e-3,3e-3
       fusedloss sweep banks/birds sweeps/strength --loss vace --grid strength=0,0.25,0.5 --seeds 0,1,2,3
     """
@@ -60,16 +72,18 @@ def sweep(
     from fusedloss.train.sweep import sweep as run_sweep
 
     rows = parse_rows(settings, row or [], grid or [])
-    numbers = _seeds(seeds)
+    numbers = _numbers("seeds", seeds)
+    parts = None if splits is None else _numbers("splits", splits)
     if baseline is not None and baseline not in rows:
         raise ValueError(f"baseline must be one of {', '.join(rows)}; got {baseline!r}")
-    epochs = len(numbers) * sum(recipe.epochs * len(recipe.lr) for recipe in rows.values())
+    epochs = len(numbers) * len(parts or [0]) * sum(recipe.epochs * len(recipe.lr) for recipe in rows.values())
     with EpochBar(epochs, shown=not quiet) as bar:
         run_sweep(
             FeatureBank.open(bank),
             rows,
             numbers,
             folder,
+            splits=parts,
             lr_per=lr_per,
             device=device,
             pictures=pictures,
@@ -112,8 +126,8 @@ def parse_rows(settings: dict[str, Any], rows: list[str], grid: list[str]) -> di
     return recipes
 
 
-def _seeds(text: str) -> list[int]:
+def _numbers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"seeds must be whole numbers separated by commas; got {text!r}") from None
+        raise ValueError(f"{name} must be whole numbers separated by commas; got {text!r}") from None

@@ -134,7 +134,7 @@ class Run:
         labels = np.asarray(self.bank.labels)[split.test]
         self.result = self._judge(chosen, predictor, logits, labels)
         if self.folder is not None:
-            self.folder.finish(self.result, split, logits, labels, self.pictures)
+            self.folder.finish(self.result, split, logits, self.bank, self.pictures)
         return self.result
 
     def _predictor(self, prepared: Prepared, chosen: Trained) -> Predictor:

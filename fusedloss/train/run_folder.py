@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import fusedloss
 from fusedloss.atomic_io import StorageError, read_json, write_bytes, write_json, write_json_lines
 from fusedloss.features import FeatureBank
+from fusedloss.train.bootstrap import Predictions
+from fusedloss.train.data import BACKGROUND_PREFIX
 from fusedloss.train.pictures import draw_recall_by_frequency, draw_reliability, draw_training_curves
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.result import Result
@@ -70,12 +73,13 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finish(self, result: Result, split: Split, logits: torch.Tensor, labels: np.ndarray, pictures: bool) -> None:
+    def finish(self, result: Result, split: Split, logits: torch.Tensor, bank: FeatureBank, pictures: bool) -> None:
         """Write head, metrics, predictions and pictures, then the result."""
+        labels = np.asarray(bank.labels)[split.test]
         result.predictor.save(self.path)
         write_json_lines(self.path / METRICS, result.history)
         probs = torch.softmax(logits.double(), 1)
-        self._write_predictions(split, probs, labels)
+        self._write_predictions(split, probs, labels, _evidence(logits, labels, split.test, bank, result.row["T"]))
         if pictures:
             self._draw(result, probs.numpy(), labels)
         write_json(self.path / RESULT, {"row": result.row, "report": result.report, "trials": result.trials})
@@ -88,6 +92,34 @@ class RunFolder:
         if not isinstance(values, dict) or not {"row", "report", "trials"} <= values.keys():
             raise StorageError(f"{self.path / RESULT} must hold row, report and trials of a run; got other content")
         return values
+
+    def predictions(self) -> Predictions:
+        """What the run said of each test row.
+
+        Raises:
+            StorageError: no such file, or one of an older version, without groups.
+        """
+        path = self.path / PREDICTIONS
+        try:
+            with np.load(path) as archive:
+                stored = dict(archive)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise StorageError(f"{path} cannot be read: {error}") from error
+        if "group" not in stored:
+            raise StorageError(f"{path} holds no groups of its rows (written by an older version)")
+        per_class = self.result()["report"]["per_class"]
+        return Predictions(
+            row=stored["row"],
+            label=stored["label"],
+            group=stored["group"],
+            predicted=stored["predicted"],
+            among_five=(stored["top_class"] == stored["label"][:, None]).any(1),
+            confidence=stored["top_probability"][:, 0],
+            calibrated_confidence=stored["calibrated_confidence"],
+            label_nll=stored["label_nll"],
+            train_counts=np.array([entry["train_count"] for entry in per_class]),
+            foreground=np.array([not entry["name"].startswith(BACKGROUND_PREFIX) for entry in per_class]),
+        )
 
     def history(self) -> list[dict[str, Any]]:
         """The metrics of each epoch of the kept training."""
@@ -132,11 +164,12 @@ class RunFolder:
                 "or names differ)"
             )
 
-    def _write_predictions(self, split: Split, probs: torch.Tensor, labels: np.ndarray) -> None:
+    def _write_predictions(
+        self, split: Split, probs: torch.Tensor, labels: np.ndarray, evidence: dict[str, np.ndarray]
+    ) -> None:
         top = probs.topk(min(TOP_CLASSES, probs.shape[1]), dim=1)
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
+        arrays: dict[str, Any] = dict(
             row=split.test,
             label=labels,
             predicted=probs.argmax(1).numpy(),
@@ -144,7 +177,9 @@ class RunFolder:
             top_probability=top.values.float().numpy(),
             train_rows=split.train,
             val_rows=split.val,
+            **evidence,
         )
+        np.savez_compressed(buffer, **arrays)
         write_bytes(self.path / PREDICTIONS, buffer.getvalue())
 
     def _draw(self, result: Result, probs: np.ndarray, labels: np.ndarray) -> None:
@@ -152,6 +187,18 @@ class RunFolder:
         if len(labels):
             draw_reliability(self.path / "reliability.png", probs, labels, result.report["ece15"])
             draw_recall_by_frequency(self.path / "recall_by_frequency.png", result.report)
+
+
+def _evidence(
+    logits: torch.Tensor, labels: np.ndarray, rows: np.ndarray, bank: FeatureBank, temperature: float
+) -> dict[str, np.ndarray]:
+    """What a bootstrap over test groups needs beside the predictions, per row: without groups a row is one."""
+    target = torch.as_tensor(labels.astype(np.int64))[:, None]
+    return {
+        "group": rows if bank.groups is None else np.asarray(bank.groups)[rows],
+        "label_nll": -torch.log_softmax(logits.double(), 1).gather(1, target)[:, 0].float().numpy(),
+        "calibrated_confidence": torch.softmax(logits / temperature, 1).amax(1).float().numpy(),
+    }
 
 
 def _checked_config(path: Path, values: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Several recipes times several seeds on one bank, resumable run by run."""
+"""Several recipes times several splits and seeds on one bank, resumable run by run."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ def sweep(
     seeds: Sequence[int],
     folder: str | Path,
     *,
+    splits: Sequence[int] | None = None,
     lr_per: str = "row",
     device: str = "auto",
     pictures: bool = True,
@@ -32,35 +34,61 @@ def sweep(
     """Run every recipe with every seed into ``folder/<row>/seed-<seed>``; finished runs are read, others go
     on.
 
-    All rows with one seed share the split, the initial weights (where heads agree) and the batch order, so
+    With ``splits``, seeds of splits that take the place of the recipes' own, each recipe runs with every split and
+    seed, into ``folder/<row>/split-<split>-seed-<seed>``.
+
+    All rows with one split and seed share the rows, the initial weights (where heads agree) and the batch order, so
     their differences can be paired. Where a recipe has several learning rates, ``lr_per="row"`` keeps the one
-    whose validation score is the best on average over the seeds; ``"run"`` chooses for every seed by itself.
+    whose validation score is the best on average over the seeds of a split (the test rows of one split are training
+    and validation rows of others, so no split chooses for another); ``"run"`` chooses for every run by itself.
+
+    Returns:
+        The results of each row: the seeds of the first split, then those of the next.
 
     Raises:
-        ValueError, TypeError: no row, no seed, a seed twice, or names that are the same as folders.
+        ValueError, TypeError: no row, seed or split, one of them twice, or names that are the same as folders.
         StorageError, DivergedError: as ``fit``.
     """
     folders = _row_folders(rows, as_path("folder", folder))
     check_choice("lr_per", lr_per, LR_PER)
-    seeds = [as_integer("seeds", seed, 0, 2**63) for seed in as_list("seeds", seeds)]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must differ and be at least one; got {seeds}")
+    numbers = _numbers("seeds", seeds, 2**63)
+    parts = [None] if splits is None else _numbers("splits", splits, 2**32)
     results: dict[str, list[Result]] = {}
     for name, recipe in rows.items():
-        prepared, runs = None, []
-        for seed in seeds:
-            report = None if on_epoch is None else _with_names(on_epoch, name, seed)
-            run = Run(
-                bank, recipe.replace(seed=seed), folder=folders[name] / f"seed-{seed}", resume=True,
-                device=device, pictures=pictures, on_epoch=report, prepared=prepared,
-            )  # fmt: skip
-            runs.append((run, run.train()))
-            prepared = run.prepared
-        common = max(recipe.lr, key=lambda lr: sum(scores[lr] for _, scores in runs))
-        own = [max(scores, key=scores.__getitem__) for _, scores in runs]
-        chosen = own if lr_per == "run" else [common] * len(runs)
-        results[name] = [run.finish(lr) for (run, _), lr in zip(runs, chosen, strict=True)]
+        results[name] = []
+        for split in parts:
+            places, start = {}, "" if split is None else f"split-{split}-"
+            for seed in numbers:
+                changes = {"seed": seed} if split is None else {"seed": seed, "split_seed": split}
+                places[folders[name] / f"{start}seed-{seed}"] = recipe.replace(**changes)
+            report = None if on_epoch is None else functools.partial(on_epoch, name)
+            options = {"device": device, "pictures": pictures, "on_epoch": report}
+            results[name] += _one_split(bank, places, lr_per == "run", options)
     return results
+
+
+def _one_split(
+    bank: FeatureBank, recipes: dict[Path, Recipe], lr_per_run: bool, options: dict[str, Any]
+) -> list[Result]:
+    """The runs of recipes that differ in the seed alone, by folder."""
+    prepared, runs = None, []
+    on_epoch = options.pop("on_epoch")
+    for folder, recipe in recipes.items():
+        report = None if on_epoch is None else functools.partial(on_epoch, recipe.seed)
+        run = Run(bank, recipe, folder=folder, resume=True, on_epoch=report, prepared=prepared, **options)
+        runs.append((run, run.train()))
+        prepared = run.prepared
+    common = max(recipe.lr, key=lambda lr: sum(scores[lr] for _, scores in runs))
+    own = [max(scores, key=scores.__getitem__) for _, scores in runs]
+    chosen = own if lr_per_run else [common] * len(runs)
+    return [run.finish(lr) for (run, _), lr in zip(runs, chosen, strict=True)]
+
+
+def _numbers(name: str, values: Sequence[int], above: int) -> list[int]:
+    numbers = [as_integer(name, value, 0, above) for value in as_list(name, values)]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} must differ and be at least one; got {numbers}")
+    return numbers
 
 
 def _row_folders(rows: dict[str, Recipe], folder: Path) -> dict[str, Path]:
@@ -86,7 +114,3 @@ def grid_rows(base: dict[str, Any], grid: dict[str, Sequence[Any]]) -> dict[str,
 def folder_name(row: str) -> str:
     """The row's name with only letters, digits and ``._=+-``."""
     return re.sub(r"[^\w.=+-]+", "-", row).strip("-.") or "row"
-
-
-def _with_names(on_epoch: OnEpoch, name: str, seed: int) -> Callable[[float, dict[str, Any]], None]:
-    return lambda lr, row: on_epoch(name, seed, lr, row)

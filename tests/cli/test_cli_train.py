@@ -186,6 +186,7 @@ def test_a_sweep_prints_one_table_and_goes_on_where_it_stopped(folder, tmp_path,
     assert call(*arguments) == 0
     first = capsys.readouterr().out
     assert "difference to CE" in first and "VACE against CE:" in first
+    assert "Tested on one split" in first
     assert (tmp_path / "s" / "table.md").exists()
     lines = list(csv.DictReader((tmp_path / "s" / "table.csv").read_text().splitlines()))
     assert len(lines) == 9 and {line["row"] for line in lines} == {"CE", "VACE", "again"}
@@ -218,7 +219,8 @@ def test_a_grid_names_its_rows(folder, tmp_path, capsys):
     ]
     assert call(*arguments) == 0
     shown = capsys.readouterr().out
-    assert "strength=0.5-uniform=False" in shown and "too few seeds for" in shown
+    assert "strength=0.5-uniform=False" in shown and "too little to judge top-1" in shown
+    assert "needs 3 seeds (has 1) or 3 splits." in shown
 
 
 def test_identical_rows_differ_by_nothing(folder, tmp_path, capsys):
@@ -231,32 +233,57 @@ def test_identical_rows_differ_by_nothing(folder, tmp_path, capsys):
     rows = collect_rows([tmp_path])
     assert [row.name for row in rows] == ["a", "b"]
     found = difference(rows[1], rows[0], "top1")
-    assert (found.mean, found.error, found.n, found.verdict) == (0.0, 0.0, 3, "=")
+    assert (found.comparison.mean, found.comparison.p, found.comparison.pairs, found.verdict) == (0.0, 1.0, 3, "=")
     assert call("report", tmp_path, "--baseline", "b", "--metrics", "top1,nll", "--output", tmp_path / "out") == 0
-    assert "a against b: within 2 standard errors in top-1, nll." in capsys.readouterr().out
+    assert "a against b: not told apart in top-1, nll." in capsys.readouterr().out
 
 
-def test_verdicts_follow_two_standard_errors():
-    from fusedloss.train.report import RecipeRuns
+def test_runs_without_groups_are_still_reported(folder, tmp_path, capsys):
+    bank = FeatureBank.open(folder / "bank")
+    for name, lr in (("a", 1e-2), ("b", 3e-2)):
+        for seed in range(3):
+            place = tmp_path / name / f"seed-{seed}"
+            fit(bank, Recipe(epochs=1, seed=seed, lr=lr), folder=place, device="cpu", pictures=False)
+            with np.load(place / "predictions.npz") as archive:
+                older = {key: archive[key] for key in archive if key not in ("group", "label_nll")}
+            if name == "b":
+                np.savez(place / "predictions.npz", **older)
+    assert call("report", tmp_path, "--metrics", "top1,nll", "--output", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "b against a: too little to judge top-1, nll." in shown
+    assert "holds no groups of its rows (written by an older version)" in shown
+    lines = list(csv.DictReader((tmp_path / "out" / "differences.csv").read_text().splitlines()))
+    assert [line["verdict"] for line in lines] == ["?", "?"] and "older version" in lines[0]["needed"]
+    (tmp_path / "b" / "seed-0" / "predictions.npz").write_bytes(b"PK")
+    assert call("report", tmp_path, "--metrics", "top1") == 0
+    assert "predictions.npz cannot be read" in capsys.readouterr().out
 
-    base = RecipeRuns("base", {seed: {"top1": 0.5, "ece15": 0.1} for seed in range(3)})
-    other = RecipeRuns("other", {s: {"top1": 0.5 + d, "ece15": 0.1 + d} for s, d in enumerate((0.02, 0.03, 0.04))})
-    found = difference(other, base, "top1")
-    assert (found.mean, found.error) == (
-        pytest.approx(0.03),
-        pytest.approx(0.01 / 3**0.5),
-    ) and found.verdict == "better"
-    assert difference(other, base, "ece15").verdict == "worse"
-    noisy = RecipeRuns("noisy", {s: {"top1": 0.5 + d} for s, d in enumerate((-0.02, 0.03, 0.04))})
-    assert difference(noisy, base, "top1").verdict == "="
-    assert difference(RecipeRuns("two", {s: {"top1": 1.0} for s in (0, 1)}), base, "top1").verdict == "?"
+
+def test_splits_of_a_sweep_are_pooled(folder, tmp_path, capsys):
+    rows = ["--row", "CE:", "--row", "focal: loss=focal", "--seeds", "0,1", "--splits", "1,2,3"]
+    assert call("sweep", folder / "bank", tmp_path / "s", *QUICK, "-q", *rows) == 0
+    shown = capsys.readouterr().out
+    assert "Tested over 3 splits" in shown and "cells of the table" in shown
+    lines = list(csv.DictReader((tmp_path / "s" / "table.csv").read_text().splitlines()))
+    assert [(line["split_seed"], line["seed"]) for line in lines[:6]] == [(p, s) for p in "123" for s in "01"]
+    assert sorted(path.name for path in (tmp_path / "s" / "CE").iterdir()) == [
+        f"split-{p}-seed-{s}" for p in "123" for s in "01"
+    ]
+    assert call("report", tmp_path / "s", "--family", "row") == 0
+    assert "cells of its row" in capsys.readouterr().out
+    assert call("sweep", folder / "bank", tmp_path / "t", *QUICK, "-q", "--splits", "1,1") == 2
+    assert "splits must differ and be at least one; got [1, 1]" in capsys.readouterr().err
+    assert call("sweep", folder / "bank", tmp_path / "t", *QUICK, "-q", "--splits", "a") == 2
+    assert "splits must be whole numbers separated by commas; got 'a'" in capsys.readouterr().err
+    assert call("report", tmp_path / "s", "--family", "cell") == 2
+    assert "family must be one of table, row; got 'cell'" in capsys.readouterr().err
 
 
 def test_runs_on_other_data_are_not_compared(folder, tmp_path):
     random = np.random.RandomState(1)
     other = FeatureBank.from_arrays(random.randn(60, 8), np.arange(60) % 3)
     fit(other, Recipe(epochs=1), folder=tmp_path / "run", device="cpu", pictures=False)
-    with pytest.raises(OSError, match="another bank or split"):
+    with pytest.raises(OSError, match="another bank or share"):
         collect_rows([folder / "run", tmp_path / "run"])
 
 

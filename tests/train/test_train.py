@@ -14,6 +14,7 @@ from fusedloss.train.evaluate import evaluate_run
 from fusedloss.train.fit import load_result
 from fusedloss.train.heads import HEADS, Head, build_head, build_transform, head
 from fusedloss.train.objectives import OBJECTIVES, Objective, build_objective, objective
+from fusedloss.train.run_folder import RunFolder
 from fusedloss.train.step import gradient_step, schedule
 
 
@@ -328,6 +329,12 @@ def test_a_run_folder_holds_everything_and_predicts_alone(bank, tmp_path):
     assert np.array_equal(stored["predicted"], probs.argmax(1).numpy())
     np.testing.assert_allclose(stored["top_probability"][:, 0], probs.max(1).values.numpy(), rtol=1e-5)
     assert np.array_equal(stored["label"], named.labels[stored["row"]])
+    # Without groups each row is its own.
+    groups = stored["row"] if named.groups is None else named.groups[stored["row"]]
+    assert np.array_equal(stored["group"], groups)
+    assert stored["label_nll"].mean() == pytest.approx(result.report["nll"], rel=1e-5)
+    found = RunFolder(tmp_path / "run").predictions().values
+    assert found == pytest.approx({name: result.row[name] for name in found}, rel=1e-5, nan_ok=True)
 
 
 def test_the_calibrated_probabilities_keep_the_prediction(bank, tmp_path):

@@ -193,6 +193,7 @@ def test_a_prior_that_is_no_number(run, value):
         bank=[None, "bank"],
         rows=[None, [], "CE", {}, {"CE": None}, {"a b": QUICK, "a-b": QUICK}],
         seeds=[None, "0", [], [0, 0], [0.5], ["0"], [-1]],
+        splits=["0", [], [1, 1], [0.5], ["0"], [-1], [2**32]],
         lr_per=[None, "seed", ["row"]],
     ),
 )
