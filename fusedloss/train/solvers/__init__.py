@@ -7,7 +7,8 @@ Everything here works on tensors and row sources, and knows neither recipes nor 
     fit_gda(rows, num_classes, shrinkage, prior) -> LinearFit
     NearestNeighbours(rows, num_classes, k, temperature, metric, smoothing)(features) -> logits
 
-with ``rows`` a ``TensorRows(features, labels)`` or an ``ArrayRows(memory_map, labels, row_numbers, transform, device)``.
+with ``rows`` a ``TensorRows(features, labels)`` or an
+``ArrayRows(memory_map, labels, row_numbers, transform, device)``.
 """
 
 from fusedloss.train.solvers.closed import LinearFit, fit_class_means, fit_gda

@@ -1,4 +1,4 @@
-"""Centred features in the eigenvectors of their second moments, where the Hessian of a linear softmax is near diagonal."""
+"""Centred features in the eigenvectors of their covariance within classes: the Hessian is near diagonal there."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ class Chunk(NamedTuple):
 
 @dataclass
 class CentredRows:
-    """Rows minus their weighted mean, and the eigenvectors of their weighted second moments.
+    """Rows minus their weighted mean, and the eigenvectors of their weighted covariance about the class means.
 
     Attributes:
         mean: ``(D,)``.
         vectors: ``(D, D)``, an eigenvector per column.
-        variance: ``(D,)``, the eigenvalues.
         mass: ``(K,)`` float64, the weight of each class's rows.
         probe: some rows in the basis ``(P, D)``, evenly spaced, and their weights ``(P,)``, which sum to 1.
     """
@@ -39,7 +38,6 @@ class CentredRows:
     dtype: torch.dtype
     mean: Tensor
     vectors: Tensor
-    variance: Tensor
     mass: Tensor
     probe: tuple[Tensor, Tensor]
     kept: Chunk | None = field(default=None)
@@ -73,21 +71,21 @@ def centred_rows(
         ValueError: labels outside ``[0, K)``, features that are not finite, or a source of another length.
     """
     device = weight.device
-    mean = torch.zeros(source.width, dtype=torch.float64, device=device)
+    sums = torch.zeros(num_classes, source.width, dtype=torch.float64, device=device)
     mass = torch.zeros(num_classes, dtype=torch.float64, device=device)
     start = 0
     for features, labels in source:
         part = weight[start : start + len(labels)]
         _check_chunk(features, labels, len(part), num_classes)
-        mean += part @ features.double()
+        sums.index_add_(0, labels, part[:, None] * features.double())
         mass.index_add_(0, labels, part)
         start += len(labels)
     if start != len(source):
         raise ValueError(f"rows must yield {len(source)} rows; got {start}")
-    if not bool(torch.isfinite(mean).all()):
+    if not bool(torch.isfinite(sums).all()):
         raise ValueError("features must be finite; got NaN or infinity")
     total = float(mass.sum())
-    mean = (mean / total).to(dtype)
+    mean = (sums.sum(0) / total).to(dtype)
     step = -(-len(source) // _PROBE_ROWS)
     moment = torch.zeros(source.width, source.width, dtype=torch.float64, device=device)
     probes, start = [], 0
@@ -97,10 +95,12 @@ def centred_rows(
         scaled = centred * weight[start : start + len(labels), None].to(dtype)
         moment += scaled.t() @ centred
         start += len(labels)
-    variance, vectors = torch.linalg.eigh((moment / total).to(dtype))
+    between = sums - mass[:, None] * mean.double()
+    moment -= between.t() @ (between / mass.clamp(min=1e-30)[:, None])
+    vectors = torch.linalg.eigh((moment / total).to(dtype)).eigenvectors
     probe_weight = weight[::step]
     probe = torch.cat(probes) @ vectors, (probe_weight / probe_weight.sum()).to(dtype)
-    found = CentredRows(source, dtype, mean, vectors, variance.clamp_(min=0), mass, probe)
+    found = CentredRows(source, dtype, mean, vectors, mass, probe)
     if len(source) * source.width * dtype.itemsize <= keep_bytes:
         found.kept = _copy(found)
     return found

@@ -35,9 +35,9 @@ class LinearFit(NamedTuple):
 def fit_class_means(
     rows: RowSource, num_classes: int, metric: Literal["euclidean", "cosine"] = "euclidean", scale: float = 1.0
 ) -> LinearFit:
-    """The nearest class mean: ``scale * (-|x - m_k|^2 / 2)`` but for what all classes share, or ``scale * cos(x, m_k)``.
+    """The nearest class mean: ``-scale * |x - m_k|^2 / 2`` but for what all classes share, or ``scale * cos(x, m_k)``.
 
-    For cosines, means are those of rows of length 1. A class without rows has weight 0 and a bias far below the others'.
+    For cosines, means are those of rows of length 1. A class without rows has weight 0 and a bias far below others.
 
     Args:
         rows: features and labels in ``[0, K)``.
@@ -139,7 +139,9 @@ def _log_prior(prior: Tensor | None, counts: Tensor) -> Tensor:
     if prior is None:
         return (counts / counts.sum()).log()
     if not isinstance(prior, Tensor) or prior.shape != counts.shape:
-        raise ValueError(f"prior must be a tensor ({len(counts)},); got {getattr(prior, 'shape', type(prior).__name__)}")
+        raise ValueError(
+            f"prior must be a tensor ({len(counts)},); got {getattr(prior, 'shape', type(prior).__name__)}"
+        )
     if not bool(((prior > 0) & torch.isfinite(prior)).all()):
         raise ValueError(f"prior must be positive and finite; got {float(prior.min())} at least")
     wide = prior.to(counts)

@@ -1,4 +1,4 @@
-"""L-BFGS with a fixed diagonal metric, for smooth convex functions whose evaluation is what takes the time."""
+"""L-BFGS in a given metric, for smooth convex functions whose evaluation is what takes the time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 _SUFFICIENT = 1e-4
 # A step is shortened to no less than this share at a time, and so often.
 _SHORTEST, _MOST_TRIALS = 0.1, 20
+# Steps whose decrease is compared, and the slowest convergence that is believed.
+_WINDOW, _SLOWEST = 5, 0.95
 
 
 class Minimum(NamedTuple):
@@ -37,7 +39,7 @@ class _Pair(NamedTuple):
 def minimize(
     function: Callable[[Tensor], tuple[float, Tensor]],
     start: Tensor,
-    inverse_metric: Tensor,
+    precondition: Callable[[Tensor], Tensor],
     *,
     tolerance: float,
     max_iterations: int,
@@ -46,14 +48,14 @@ def minimize(
 ) -> Minimum:
     """Minimize a convex `function` of a point to (value, gradient) from `start`.
 
-    Stops where half the squared length of the gradient in the metric that L-BFGS has learned, an estimate of how far
-    the value is above the minimum, is at most `tolerance` of the value, in two iterations in a row; or where no step
-    lowers the value any more.
+    Stops where the value is estimated to be at most `tolerance` of it above the minimum, or where no step lowers it
+    any more. Two estimates have to agree: half the squared length of the gradient in the metric that L-BFGS has
+    learned, and what the decrease of the latest steps adds up to if it goes on falling as it did.
 
     Args:
         function: value and gradient; the point is not kept.
         start: any shape.
-        inverse_metric: inverse of an approximate diagonal of the Hessian, of start's shape.
+        precondition: the inverse of an approximate Hessian times a gradient; symmetric and positive.
         tolerance: relative.
         max_iterations: steps.
         memory: pairs that are kept.
@@ -61,7 +63,9 @@ def minimize(
 
     >>> import torch
     >>> scale = torch.tensor([1.0, 100.0])
-    >>> found = minimize(lambda x: (float((scale * x * x).sum() / 2) + 1, scale * x), torch.ones(2), 1 / scale,
+    >>> def function(x):
+    ...     return float((scale * x * x).sum() / 2) + 1, scale * x
+    >>> found = minimize(function, torch.ones(2), lambda gradient: gradient / scale,
     ...                  tolerance=1e-9, max_iterations=10, memory=5, resolution=1e-15)
     >>> found.value, found.converged
     (1.0, True)
@@ -69,12 +73,13 @@ def minimize(
     point = start
     value, gradient = function(point)
     pairs: deque[_Pair] = deque(maxlen=memory)
-    iterations, evaluations, small = 0, 1, 0
+    iterations, evaluations = 0, 1
+    values = [value]
     while True:
-        direction = _direction(gradient, pairs, inverse_metric)
+        direction = _direction(gradient, pairs, precondition)
         slope = _dot(gradient, direction)
-        small = small + 1 if -slope <= 2 * tolerance * abs(value) else 0
-        if small == 2 or slope == 0:
+        small = -slope <= 2 * tolerance * abs(value)
+        if slope == 0 or (small and _left(values) <= max(tolerance, resolution) * abs(value)):
             return Minimum(point, value, gradient, iterations, evaluations, True)
         if iterations == max_iterations:
             return Minimum(point, value, gradient, iterations, evaluations, False)
@@ -90,12 +95,23 @@ def minimize(
             if pairs:  # stale curvature: once more from the metric alone
                 pairs.clear()
                 continue
-            return Minimum(point, value, gradient, iterations, evaluations, small > 0)
+            return Minimum(point, value, gradient, iterations, evaluations, small)
         pair = _pair(trial - point, trial_gradient - gradient)
         if pair is not None:
             pairs.append(pair)
         point, value, gradient = trial, trial_value, trial_gradient
         iterations += 1
+        values.append(value)
+
+
+def _left(values: list[float]) -> float:
+    """What is left to gain if the gain of some steps goes on shrinking as from the steps before them."""
+    count = min(_WINDOW, (len(values) - 1) // 2)
+    if count == 0:
+        return values[0] - values[-1]
+    latest, before = values[-1 - count] - values[-1], values[-1 - 2 * count] - values[-1 - count]
+    ratio = min(_SLOWEST, max(0.0, latest / before)) if before > 0 else _SLOWEST
+    return latest * ratio / (1 - ratio)
 
 
 def _shorter(value: float, slope: float, trial: float) -> float:
@@ -106,7 +122,7 @@ def _shorter(value: float, slope: float, trial: float) -> float:
     return min(0.5, max(_SHORTEST, -slope / curvature))
 
 
-def _direction(gradient: Tensor, pairs: deque[_Pair], inverse_metric: Tensor) -> Tensor:
+def _direction(gradient: Tensor, pairs: deque[_Pair], precondition: Callable[[Tensor], Tensor]) -> Tensor:
     """Minus the gradient times the inverse Hessian of the pairs and the metric: the two loops."""
     result = gradient.neg()
     shares = []
@@ -114,7 +130,7 @@ def _direction(gradient: Tensor, pairs: deque[_Pair], inverse_metric: Tensor) ->
         share = pair.inverse * _dot(pair.step, result)
         shares.append(share)
         result.add_(pair.change, alpha=-share)
-    result.mul_(inverse_metric)
+    result = precondition(result)
     for pair, share in zip(pairs, reversed(shares), strict=True):
         result.add_(pair.step, alpha=share - pair.inverse * _dot(pair.change, result))
     return result

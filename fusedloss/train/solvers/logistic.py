@@ -9,13 +9,14 @@ cross-entropy of softmax(z_i), with label smoothing and class weights as ``fused
 over the class temperatures, and log_prior are constants. It returns a ``LogisticFit`` for each C: weight ``(K, D)`` and
 bias ``(K,)`` of raw features, without log_prior and temperatures.
 
-How it is fast: the features are centred and rotated into the eigenvectors of their second moments once, where the
-Hessian is near to ``mean(p_k (1 - p_k)) * variance_d + 1 / C``. L-BFGS in that metric needs a few times fewer passes over
-the rows than in the plain one; a pass is two matrix products around the fused softmax.
+How it is fast: the features are centred and rotated once (``basis.py``), L-BFGS searches in the metric of an
+approximate Hessian that is found anew for each C (``metric.py``), and a pass over the rows is two matrix products
+around the fused softmax.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from fusedloss.core.operands import LinearInputs, LinearMask, RowInputs
 from fusedloss.core.row_loss import RowOptions
 from fusedloss.train.solvers.basis import CentredRows, centred_rows
 from fusedloss.train.solvers.lbfgs import minimize
+from fusedloss.train.solvers.metric import ClassMetric, class_metric
 from fusedloss.train.solvers.rows import RowSource
 
 _MASK = LinearMask(weight=True, bias=True)
@@ -42,7 +44,7 @@ class LogisticSettings:
         log_prior: ``(K,)``, added to the logits while fitting (logit adjustment); -inf only for classes without rows.
         class_temperature: positive, a float or ``(K,)``; divides ``W x + b`` while fitting.
         label_smoothing: in [0, 1).
-        tolerance: where the estimated distance of the objective above its minimum is this share of it, it has converged.
+        tolerance: has converged where the objective is about this share of it above its minimum.
         max_iterations: of each C.
         memory: steps that L-BFGS remembers.
         dtype: float32, or float64 for more digits.
@@ -131,8 +133,8 @@ def fit_logistic_path(
     Raises:
         ValueError, TypeError: arguments that don't fit; features that aren't finite; no row with a positive weight.
 
-    Source: the objective of ``sklearn.linear_model.LogisticRegression``; L-BFGS: Nocedal 1980; the metric: the bound of
-    Böhning 1992 with the present probabilities in place of their bound.
+    Source: the objective of ``sklearn.linear_model.LogisticRegression``; L-BFGS: Nocedal 1980; the metric: the diagonal
+    blocks of the Hessian (Böhning 1992), each a diagonal in the basis and a matrix of rank one.
 
     >>> import torch
     >>> from fusedloss.train.solvers.rows import TensorRows
@@ -158,7 +160,7 @@ def fit_logistic_path(
 
 def _checked_path(c: Sequence[float], finished: Sequence[LogisticFit]) -> list[float]:
     values = [float(check_number("c", value, above=0.0)) for value in c]
-    if not values or any(right <= left for left, right in zip(values, values[1:], strict=False)):
+    if not values or any(right <= left for left, right in itertools.pairwise(values)):
         raise ValueError(f"c must be increasing and not empty; got {values}")
     done = [fit.c for fit in finished]
     if done != values[: len(done)]:
@@ -242,7 +244,7 @@ class _Problem:
         found = minimize(
             lambda point: self.evaluate(point, decay),
             start,
-            self._inverse_metric(start, decay),
+            self._metric(start, decay).solve,
             tolerance=self.settings.tolerance,
             max_iterations=self.settings.max_iterations,
             memory=self.settings.memory,
@@ -292,20 +294,19 @@ class _Problem:
         point[:, -1] = bias if self.absent is None else bias.masked_fill(self.absent, 0)
         return point
 
-    def _inverse_metric(self, point: Tensor, decay: float) -> Tensor:
-        features, weight = self.rows.probe
-        logits = torch.addmm(point[:, -1], features, point[:, :-1].t())
+    def _probabilities(self, point: Tensor) -> Tensor:
+        """Of the probe rows ``(P, K)``."""
+        logits = torch.addmm(point[:, -1], self.rows.probe[0], point[:, :-1].t())
         logits = logits if self.scale is None else logits.mul_(self.scale)
-        logits = logits if self.log_prior is None else logits.add_(self.log_prior)
-        p = logits.softmax(1)
-        spread = (weight @ (p - p * p)).double()
+        return (logits if self.log_prior is None else logits.add_(self.log_prior)).softmax(1)
+
+    def _metric(self, point: Tensor, decay: float) -> ClassMetric:
+        features, weight = self.rows.probe
+        p = self._probabilities(point)
+        spread = weight[:, None] * (p - p * p)
         if self.scale is not None:
-            spread = spread * self.scale.square()
-        # A class that no probe row is near has some curvature all the same
-        spread.clamp_(min=1e-3 / max(self.total, self.num_classes))
-        metric = torch.cat([self.rows.variance, self.rows.variance.new_ones(1)]).double() * spread[:, None]
-        metric[:, :-1] += decay
-        return metric.reciprocal_().to(self.dtype)
+            spread *= self.scale.square()
+        return class_metric(features, spread, decay, least=1e-3 / max(self.total, self.num_classes))
 
     def _raw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias for features that are neither centred nor rotated."""
