@@ -173,7 +173,8 @@ def _solved(covariance: Tensor, means: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(covariance)
     smallest, largest = factor.diagonal().square().aminmax()
     if int(info) == 0 and float(smallest) > _SINGULAR * float(largest):
-        return torch.cholesky_solve(means.t(), factor).t()
+        solution: Tensor = torch.cholesky_solve(means.t(), factor)
+        return solution.t()
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > _SINGULAR * values[-1]
     inverse = torch.where(kept, values, 1).reciprocal() * kept

@@ -55,7 +55,7 @@ def minimize(
     Args:
         function: value and gradient; the point is not kept.
         start: any shape.
-        precondition: the inverse of an approximate Hessian times a gradient; symmetric and positive.
+        precondition: the inverse of an approximate Hessian times a gradient, as a new tensor; symmetric and positive.
         tolerance: relative.
         max_iterations: steps.
         memory: pairs that are kept.
@@ -131,6 +131,10 @@ def _direction(gradient: Tensor, pairs: deque[_Pair], precondition: Callable[[Te
         shares.append(share)
         result.add_(pair.change, alpha=-share)
     result = precondition(result)
+    if pairs:
+        # Where the metric underestimates the latest curvature, every first trial would be too long
+        change = pairs[-1].change
+        result.mul_(min(1.0, 1 / (pairs[-1].inverse * _dot(change, precondition(change)))))
     for pair, share in zip(pairs, reversed(shares), strict=True):
         result.add_(pair.step, alpha=share - pair.inverse * _dot(pair.change, result))
     return result
