@@ -173,9 +173,10 @@ def _solved(covariance: Tensor, means: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(covariance)
     smallest, largest = factor.diagonal().square().aminmax()
     if int(info) == 0 and float(smallest) > _SINGULAR * float(largest):
-        solution: Tensor = torch.cholesky_solve(means.t(), factor)
-        return solution.t()
+        solved: Tensor = torch.cholesky_solve(means.t(), factor).t()
+        return solved
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > _SINGULAR * values[-1]
     inverse = torch.where(kept, values, 1).reciprocal() * kept
-    return (means @ vectors * inverse) @ vectors.t()
+    result: Tensor = (means @ vectors * inverse) @ vectors.t()
+    return result
