@@ -15,13 +15,13 @@ import torch
 import fusedloss
 from fusedloss.atomic_io import StorageError, read_json, write_bytes, write_json, write_json_lines
 from fusedloss.features import FeatureBank
+from fusedloss.train.judge import Judgement
 from fusedloss.train.pictures import draw_recall_by_frequency, draw_reliability, draw_training_curves
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.result import Result
 from fusedloss.train.split import Split
 
 CONFIG, RESULT, METRICS, PREDICTIONS = "config.json", "result.json", "metrics.jsonl", "predictions.npz"
-TOP_CLASSES = 5
 
 
 class RunFolder:
@@ -70,14 +70,13 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finish(self, result: Result, split: Split, logits: torch.Tensor, labels: np.ndarray, pictures: bool) -> None:
+    def finish(self, result: Result, split: Split, judged: Judgement, pictures: bool) -> None:
         """Write head, metrics, predictions and pictures, then the result."""
         result.predictor.save(self.path)
         write_json_lines(self.path / METRICS, result.history)
-        probs = torch.softmax(logits.double(), 1)
-        self._write_predictions(split, probs, labels)
+        self._write_predictions(split, judged)
         if pictures:
-            self._draw(result, probs.numpy(), labels)
+            self._draw(result, judged)
         write_json(self.path / RESULT, {"row": result.row, "report": result.report, "trials": result.trials})
 
     def result(self) -> dict[str, Any]:
@@ -132,25 +131,24 @@ class RunFolder:
                 "or names differ)"
             )
 
-    def _write_predictions(self, split: Split, probs: torch.Tensor, labels: np.ndarray) -> None:
-        top = probs.topk(min(TOP_CLASSES, probs.shape[1]), dim=1)
+    def _write_predictions(self, split: Split, judged: Judgement) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
             row=split.test,
-            label=labels,
-            predicted=probs.argmax(1).numpy(),
-            top_class=top.indices.numpy(),
-            top_probability=top.values.float().numpy(),
+            label=judged.labels,
+            predicted=judged.predicted,
+            top_class=judged.top_class,
+            top_probability=judged.top_probability,
             train_rows=split.train,
             val_rows=split.val,
         )
         write_bytes(self.path / PREDICTIONS, buffer.getvalue())
 
-    def _draw(self, result: Result, probs: np.ndarray, labels: np.ndarray) -> None:
+    def _draw(self, result: Result, judged: Judgement) -> None:
         draw_training_curves(self.path / "training_curves.png", result.history)
-        if len(labels):
-            draw_reliability(self.path / "reliability.png", probs, labels, result.report["ece15"])
+        if len(judged.labels):
+            draw_reliability(self.path / "reliability.png", judged.confidence, judged.correct, result.report["ece15"])
             draw_recall_by_frequency(self.path / "recall_by_frequency.png", result.report)
 
 
