@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
@@ -54,10 +54,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         StorageError: an ``OSError`` with the same ``errno`` and the path in its message.
     """
+    write_parts(path, [content])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """``write_bytes`` of a content that is made part by part; an error that makes one leaves the old content."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
     except OSError as error:
         message = f"{error.strerror}: {path} could not be written; what was complete before is untouched"
         raise StorageError(error.errno, message) from error

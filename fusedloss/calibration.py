@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,9 @@ import torch
 from torch import Tensor
 
 from fusedloss.core.checks import as_labels, as_tensor, check_choice, check_integer
+from fusedloss.temperature import BLOCK_ELEMENTS, ELEMENTS_IN_FLOAT64, Blocks, TemperatureFit, fit_to_blocks
 
 KINDS = ("ece", "adaptive", "over", "under", "classwise")
-
-
-@dataclass(frozen=True)
-class TemperatureFit:
-    """A fitted temperature; ``converged`` is False where the optimum lies at the end of the search range."""
-
-    temperature: float
-    nll_before: float
-    nll_after: float
-    converged: bool
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,13 @@ def calibration_error(probs: Any, labels: Any, n_bins: int = 15, kind: str = "ec
         columns = range(probs.shape[1])
         errors = [_gap(_equal_width(probs[:, k], n_bins), probs[:, k], labels == k, "ece") for k in columns]
         return float(np.mean(errors))
-    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    return confidence_error(probs.max(axis=1), probs.argmax(axis=1) == labels, n_bins, kind)
+
+
+def confidence_error(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 15, kind: str = "ece") -> float:
+    """``calibration_error`` of confidences ``(N,)`` in [0, 1] and whether each prediction is right, but classwise."""
+    if len(confidence) == 0:
+        return math.nan
     bins = _equal_mass(confidence, n_bins) if kind == "adaptive" else _equal_width(confidence, n_bins)
     return _gap(bins, confidence, correct, kind)
 
@@ -88,7 +85,11 @@ def reliability_bins(probs: Any, labels: Any, n_bins: int = 15) -> ReliabilityBi
     """
     n_bins = check_integer("n_bins", n_bins, at_least=1)
     probs, labels = checked_probabilities(probs, labels)
-    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    return confidence_bins(probs.max(axis=1), probs.argmax(axis=1) == labels, n_bins)
+
+
+def confidence_bins(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 15) -> ReliabilityBins:
+    """``reliability_bins`` of confidences ``(N,)`` in [0, 1] and whether each prediction is right."""
     bins = _equal_width(confidence, n_bins)
     count = np.bincount(bins, minlength=n_bins)
     with np.errstate(invalid="ignore"):
@@ -99,16 +100,25 @@ def reliability_bins(probs: Any, labels: Any, n_bins: int = 15) -> ReliabilityBi
         )
 
 
-def fit_temperature(logits: Tensor, labels: Tensor, *, max_iterations: int = 100) -> TemperatureFit:
+def fit_temperature(
+    logits: Tensor | Blocks,
+    labels: Tensor | None = None,
+    *,
+    max_iterations: int = 100,
+    start: float | None = None,
+) -> TemperatureFit:
     """Temperature T in [0.01, 100] that minimises the negative log-likelihood of ``softmax(logits / T)``.
 
-    The likelihood is convex in ``1 / T``; a safeguarded Newton iteration finds its one optimum. Dividing by
-    one temperature never changes the predicted class.
+    The likelihood is convex in ``1 / T``; a safeguarded iteration on its first four derivatives finds its one optimum,
+    from that of a sample of rows. Dividing by one temperature never changes the predicted class. Rows are worked
+    through in blocks: a pass or two in float32 where they are many, all in float64 where they are few or float64.
 
     Args:
-        logits: ``(N, K)``, held out from training.
-        labels: int64 ``(N,)``.
-        max_iterations: Newton or bisection steps at most.
+        logits: ``(N, K)``, held out from training; or a function that gives, each time it is called, an iterable of
+            blocks ``(logits, labels)`` of all rows, so that the logits need never be in memory together.
+        labels: int64 ``(N,)``; None with a function.
+        max_iterations: passes over the rows at most.
+        start: a first guess of T, such as the temperature of a sample; a good one saves a pass over a function's rows.
 
     Returns:
         A ``TemperatureFit``; ``converged`` is False when T stopped at a bound (all right, all wrong, or no
@@ -126,28 +136,20 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, max_iterations: int = 100
         2.885
     """
     max_iterations = check_integer("max_iterations", max_iterations, at_least=1)
+    if start is not None and not (isinstance(start, Real) and 0.0 < start < math.inf):
+        raise ValueError(f"start must be a temperature above 0 or None; got {start!r}")
+    if callable(logits) and not isinstance(logits, Tensor):
+        if labels is not None:
+            raise TypeError(f"labels must be None where logits are a function; got {type(labels).__name__}")
+        return fit_to_blocks(logits, max_iterations, start)
     logits = as_tensor("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape (N, K); got {tuple(logits.shape)}")
-    if len(logits) == 0:
-        raise ValueError("logits must hold at least one sample; got none")
-    finite = torch.isfinite(logits).all(1)
-    if not bool(finite.all()):
-        raise ValueError(f"logits must be finite; got another value in row {int((~finite).nonzero()[0])}")
-    target = as_labels("labels", labels, logits.shape[:1], logits.shape[1]).to(logits.device)[:, None]
-    logits = logits.to(torch.float64)
-
-    def derivatives(beta: float) -> tuple[float, float]:
-        p = torch.softmax(logits * beta, dim=1)
-        mean = (p * logits).sum(1, keepdim=True)
-        first = (mean - logits.gather(1, target)).mean()
-        return float(first), float((p * (logits - mean) ** 2).sum(1).mean())
-
-    def nll(beta: float) -> float:
-        return float(torch.nn.functional.cross_entropy(logits * beta, target[:, 0]))
-
-    beta, converged = _root_of_increasing(derivatives, 0.01, 100.0, max_iterations)
-    return TemperatureFit(1.0 / beta, nll(1.0), nll(beta), converged)
+    target = as_labels("labels", labels, logits.shape[:1], logits.shape[1]).to(logits.device)
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    if logits.numel() <= ELEMENTS_IN_FLOAT64:
+        logits = logits.double()
+    return fit_to_blocks(lambda: zip(logits.split(rows), target.split(rows), strict=True), max_iterations, start)
 
 
 def checked_probabilities(probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -183,27 +185,3 @@ def _gap(bins: np.ndarray, confidence: np.ndarray, correct: np.ndarray, kind: st
     elif kind == "under":
         gap = (-gap).clip(min=0)
     return float(np.abs(gap).sum())
-
-
-def _root_of_increasing(
-    function: Callable[[float], tuple[float, float]], low: float, high: float, max_iterations: int
-) -> tuple[float, bool]:
-    """Zero of an increasing function that gives its derivative too: Newton inside the bracket, else bisection."""
-    at_low, at_high = function(low)[0], function(high)[0]
-    if not at_low < 0.0 < at_high:
-        # a flat or one-signed derivative has its optimum at a bound; without any signal 1 is as good as all
-        flat = at_low == at_high == 0.0
-        return (1.0 if flat else low if at_low >= 0.0 else high), False
-    point = 1.0
-    for _ in range(max_iterations):
-        value, derivative = function(point)
-        if value < 0.0:
-            low = point
-        else:
-            high = point
-        step = point - value / derivative if derivative > 0.0 else math.nan
-        following = step if low < step < high else math.sqrt(low * high)
-        if abs(following - point) <= 1e-12 * point:
-            return following, True
-        point = following
-    return point, abs(high - low) <= 1e-6 * point

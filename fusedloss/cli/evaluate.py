@@ -58,14 +58,18 @@ def evaluate(
     evaluation = evaluate_run(
         run, features, rows=rows, calibrated=calibrated, adjust_prior=adjust_prior, retrieval=retrieval, device=device
     )
-    print(f"{run}: {evaluation.num_rows} rows ({evaluation.rows}) of {evaluation.bank}")
+    print(f"{run}: {evaluation.num_rows} rows ({evaluation.rows}) of {evaluation.bank}, {evaluation.changes()}")
+    if evaluation.changed:
+        print("The bank has changed since the training: rows that the head was trained on are among these.")
     print_scores(evaluation.report)
     for name, value in evaluation.report.get("retrieval", {}).items():
         print(f"  {name:<24} {value:.4f}")
     if output is not None:
         settings = {
             "run": str(run), "bank": evaluation.bank, "rows": evaluation.rows, "calibrated": calibrated,
-            "adjust_prior": adjust_prior,
+            "temperature": evaluation.temperature, "adjust_prior": adjust_prior,
         }  # fmt: skip
         write_json(output, settings | evaluation.report)
         print(f"scores: {output}")
+    if evaluation.retrieval_error is not None:
+        raise ValueError(f"retrieval was not measured, the scores above are complete: {evaluation.retrieval_error}")

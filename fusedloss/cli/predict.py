@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,8 @@ def predict(
     inputs: Annotated[
         Path,
         typer.Argument(
-            help="A feature bank, a .npy array of features, or inputs for the backbone of the training: an "
+            help="A feature bank, features in a file as import takes them (.npy, .npz, .csv, .csv.gz, .pt, "
+            ".safetensors), or inputs for the backbone of the training: an "
             "image, a folder of images, a .csv/.tsv/.jsonl list with a column path or text, or packed images "
             "(.npz).",
             show_default=False,
@@ -50,10 +52,12 @@ def predict(
       fusedloss predict runs/vace photos/ --output classes.csv
       fusedloss predict runs/vace features.npy --abstain-below 0.5 --calibrated --top 3
     """
-    from fusedloss.atomic_io import write_bytes
-    from fusedloss.train.predict import predict_inputs, write_predictions
+    import sys
 
-    predictions = predict_inputs(
+    from fusedloss.atomic_io import write_parts
+    from fusedloss.train.predict import predict_blocks, prediction_lines
+
+    predictions = predict_blocks(
         run,
         inputs,
         calibrated=calibrated,
@@ -63,10 +67,18 @@ def predict(
         device=device,
         progress=not quiet,
     )
-    text = write_predictions(predictions, abstain_below=abstain_below, top=top)
+    lines = prediction_lines(predictions, abstain_below=abstain_below, top=top)
     if output is None:
-        print(text, end="")
+        for text, _ in lines:
+            sys.stdout.write(text)
         return
-    write_bytes(output, text.encode())
-    abstained = int((predictions.probabilities.max(1) < abstain_below).sum())
+    abstained = 0
+
+    def parts() -> Iterator[bytes]:
+        nonlocal abstained
+        for text, count in lines:
+            abstained += count
+            yield text.encode()
+
+    write_parts(output, parts())
     print(f"{len(predictions.names)} inputs, {abstained} abstained: {output}")

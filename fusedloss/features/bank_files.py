@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def load_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if array.shape != shape or array.dtype.name != dtype:
         raise BankError(f"{file} must hold {dtype} {shape}, as the manifest says; got {array.dtype.name} {array.shape}")
     return array
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Take what was read of a memory-mapped array out of this process; the system's cache keeps it."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def load_names(file: Path, count: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ import torch
 from fusedloss.features import FeatureBank
 from fusedloss.features.checks import as_path, check_choice, check_instance
 from fusedloss.features.device import choose_device
-from fusedloss.metrics import classification_report
 from fusedloss.retrieval import retrieval_report
-from fusedloss.train.data import gather
+from fusedloss.train.judge import judge
 from fusedloss.train.predictor import Predictor
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.run_folder import RunFolder
@@ -31,6 +31,19 @@ class Evaluation:
     rows: str
     num_rows: int
     report: dict[str, Any]
+    # The temperature that divided the logits, and the strength of the prior taken from them
+    temperature: float | None = None
+    adjust_prior: float = 0.0
+    # Why retrieval was asked for and is not in the report
+    retrieval_error: str | None = None
+    # The run's own bank is not as it was: rows that the head was trained on may be among the judged
+    changed: bool = False
+
+    def changes(self) -> str:
+        """How the logits were changed before they were judged, in words."""
+        calibrated = "not calibrated" if self.temperature is None else f"calibrated (T = {self.temperature:.4g})"
+        prior = f", prior adjusted by {self.adjust_prior:g}" if self.adjust_prior else ", prior not adjusted"
+        return calibrated + prior
 
 
 def evaluate_run(
@@ -46,11 +59,11 @@ def evaluate_run(
     """Judge the head of a run folder on rows of its own bank, or on all rows of another.
 
     ``calibrated`` and ``adjust_prior`` as in ``Predictor.logits``; ``retrieval`` adds what ``retrieval_report`` says
-    of the features that the last layer sees, under ``report["retrieval"]``.
+    of the features that the last layer sees, under ``report["retrieval"]``, or ``retrieval_error`` says why not.
 
     Raises:
         ValueError, TypeError: a bank of another backbone, width or classes, or parts of a split that the bank
-            does not have; a prior applied twice.
+            does not have; the run's own bank, changed since; a prior applied twice.
         StorageError: no finished run in the folder.
     """
     check_choice("rows", rows, ROWS)
@@ -64,17 +77,32 @@ def evaluate_run(
         bank = FeatureBank.open(recorded["folder"])
     check_bank(predictor, bank)
     own = bank.fingerprint() == recorded["fingerprint"]
+    changed = not own and _same_folder(bank, recorded["folder"])
+    if changed and rows != "all":
+        raise ValueError(
+            f"bank must be as it was when {folder} was trained on it, for its test rows to be known; got "
+            f"{bank.folder}, changed since (rows='all' judges every row it has now, training rows among them)"
+        )
     if rows == "auto":
         rows = "test" if own else "all"
     if rows != "all" and not own:
         raise ValueError(f"rows must be all or auto for a bank that the run was not trained on; got {rows!r}")
     chosen = np.arange(len(bank)) if rows == "all" else _part(Recipe.from_dict(config["recipe"]), bank, rows)
-    features, labels = gather(bank.features, chosen), np.asarray(bank.labels)[chosen]
-    logits = predictor.logits(features, calibrated, adjust_prior)
-    report = classification_report(logits, labels, predictor.class_names, train_counts=predictor.train_counts)
+    labels = np.asarray(bank.labels)[chosen]
+    judged = judge(predictor, bank.features, chosen, labels, calibrated=calibrated, adjust_prior=adjust_prior)
+    report, failure = judged.report, None
     if retrieval:
-        report["retrieval"] = retrieval_report(predictor.embeddings(features), torch.as_tensor(labels))
-    return Evaluation(str(bank.folder or "arrays in memory"), rows, len(chosen), report)
+        try:
+            report["retrieval"] = retrieval_report(predictor.embeddings(bank.features, chosen), torch.as_tensor(labels))
+        except (ValueError, ImportError) as error:
+            failure = str(error)
+    where = str(bank.folder or "arrays in memory")
+    temperature = predictor.fitted_temperature if calibrated else None
+    return Evaluation(where, rows, len(chosen), report, temperature, adjust_prior, failure, changed)
+
+
+def _same_folder(bank: FeatureBank, folder: str | None) -> bool:
+    return bank.folder is not None and folder is not None and os.path.abspath(bank.folder) == folder
 
 
 def check_bank(predictor: Predictor, bank: FeatureBank, labelled: bool = True) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusedloss.calibration import fit_temperature
 from fusedloss.features import FeatureBank
 from fusedloss.features.checks import as_path, check_instance
 from fusedloss.features.device import choose_device
-from fusedloss.metrics import classification_report
-from fusedloss.train.data import Prepared, ValidationData, gather, prepare
-from fusedloss.train.loop import Trained, Training, head_logits
+from fusedloss.train.data import Prepared, ValidationData, prepare
+from fusedloss.train.judge import Judgement, judge
+from fusedloss.train.loop import Trained, Training, temperature_of_head
 from fusedloss.train.objectives import checked_loss
 from fusedloss.train.predictor import Predictor
 from fusedloss.train.recipe import Recipe
@@ -130,11 +129,10 @@ class Run:
             raise DivergedError(f"lr must be lower for this bank; got a loss that is not finite at lr {rates}")
         predictor = self._predictor(self.prepared, chosen)
         split = self.prepared.split
-        logits = predictor.logits(gather(self.bank.features, split.test))
-        labels = np.asarray(self.bank.labels)[split.test]
-        self.result = self._judge(chosen, predictor, logits, labels)
+        judged = judge(predictor, self.bank.features, split.test, np.asarray(self.bank.labels)[split.test])
+        self.result = self._judge(chosen, predictor, judged)
         if self.folder is not None:
-            self.folder.finish(self.result, split, logits, self.bank, self.pictures)
+            self.folder.finish(self.result, split, judged, self.bank, self.pictures)
         return self.result
 
     def _predictor(self, prepared: Prepared, chosen: Trained) -> Predictor:
@@ -151,16 +149,16 @@ class Run:
             source=self.bank.manifest.source,
         )
 
-    def _judge(self, chosen: Trained, predictor: Predictor, logits: torch.Tensor, labels: np.ndarray) -> Result:
+    def _judge(self, chosen: Trained, predictor: Predictor, judged: Judgement) -> Result:
         """The scores of the test rows, and the row of tables."""
         assert self.prepared is not None
         recipe = self.recipe
-        report = classification_report(logits, labels, predictor.class_names, train_counts=predictor.train_counts)
+        report = judged.report
         row = (
             data_columns(self.bank, self.prepared.split, predictor.train_counts, report)
             | settings_columns(recipe, chosen.lr)
             | {"params": sum(p.numel() for p in predictor.head.parameters())}
-            | score_columns(predictor, report, logits, labels)
+            | score_columns(predictor, report, judged.scaled_ece)
             | cost_columns(predictor, chosen.history[-1])
         )
         trials = [
@@ -211,5 +209,4 @@ def _train_each(
 def _calibration(chosen: Trained, validation: ValidationData | None) -> dict[str, Any] | None:
     if validation is None:
         return None
-    logits = head_logits(chosen.head, chosen.temperature, validation.features)
-    return dataclasses.asdict(fit_temperature(logits.cpu(), validation.labels.cpu()))
+    return dataclasses.asdict(temperature_of_head(chosen.head, chosen.temperature, validation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedloss.atomic_io import StorageError, json_line, write_json_lines
+from fusedloss.calibration import fit_temperature
 from fusedloss.metrics import class_scores, summary_scores
+from fusedloss.temperature import SAMPLE_ROWS, TemperatureFit
 from fusedloss.train.buffered_step import BufferedStep
 from fusedloss.train.checkpoint import Checkpoint, flatten_optimizer, select_prefix, unflatten_optimizer, with_prefix
 from fusedloss.train.data import TrainingData, ValidationData
@@ -211,9 +213,24 @@ class Best:
 @torch.no_grad()
 def head_logits(head: nn.Module, temperature: Tensor | None, features: Tensor) -> Tensor:
     """Inference logits ``(N, K)`` of prepared features: the head's, divided by the class temperatures."""
-    parts = [head(part) for part in features.split(EVALUATION_ROWS)]
-    logits = torch.cat(parts) if parts else features.new_empty(0)
+    logits: Tensor = head(features)
     return logits if temperature is None else logits / temperature
+
+
+def logit_blocks(head: nn.Module, temperature: Tensor | None, data: ValidationData) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inference logits of all rows and their labels, in blocks."""
+    for features, labels in zip(data.features.split(EVALUATION_ROWS), data.labels.split(EVALUATION_ROWS), strict=True):
+        yield head_logits(head, temperature, features), labels
+
+
+def temperature_of_head(head: nn.Module, temperature: Tensor | None, data: ValidationData) -> TemperatureFit:
+    """The temperature of the validation rows: of a sample of them first, then in a pass or two over all."""
+    start = None
+    if len(data.labels) > 2 * SAMPLE_ROWS:
+        rows = torch.arange(0, len(data.labels), -(-len(data.labels) // SAMPLE_ROWS), device=data.labels.device)
+        sample = head_logits(head, temperature, data.features[rows])
+        start = fit_temperature(sample, data.labels[rows]).temperature
+    return fit_temperature(lambda: logit_blocks(head, temperature, data), start=start)
 
 
 def validation_scores(
@@ -221,15 +238,18 @@ def validation_scores(
 ) -> dict[str, float]:
     """The scores that choose between epochs and learning rates."""
     head.eval()
-    logits = head_logits(head, temperature, data.features)
-    labels = data.labels.cpu().numpy()
-    prediction = logits.argmax(1).cpu().numpy()
-    scores = summary_scores(class_scores(prediction, labels, num_classes), data.background)
+    predictions, nll = [], 0.0
+    for logits, labels in logit_blocks(head, temperature, data):
+        predictions.append(logits.argmax(1))
+        nll += float(F.cross_entropy(logits, labels, reduction="sum"))
+    target = data.labels.cpu().numpy()
+    prediction = torch.cat(predictions).cpu().numpy()
+    scores = summary_scores(class_scores(prediction, target, num_classes), data.background)
     return {
-        "val_top1": float((prediction == labels).mean()),
+        "val_top1": float((prediction == target).mean()),
         "val_bal_acc": scores["bal_acc"],
         "val_macro_f1_fg": scores["macro_f1_fg"],
-        "val_nll": float(F.cross_entropy(logits, data.labels)),
+        "val_nll": nll / len(target),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedloss.calibration import reliability_bins
+from fusedloss.calibration import confidence_bins
 
 BLUE, ORANGE, GREY = "#2166ac", "#e08214", "#999999"
 
@@ -41,9 +41,9 @@ def draw_training_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
-def draw_reliability(path: Path, probs: np.ndarray, labels: np.ndarray, ece: float) -> None:
+def draw_reliability(path: Path, confidence: np.ndarray, correct: np.ndarray, ece: float) -> None:
     """Accuracy and mean confidence in 15 bins of confidence, and how many samples each bin holds."""
-    bins = reliability_bins(probs, labels)
+    bins = confidence_bins(confidence, correct)
     edges = np.linspace(0, 1, len(bins.count) + 1)
     left, width = edges[:-1], edges[1] - edges[0]
     filled = bins.count > 0
@@ -57,7 +57,7 @@ def draw_reliability(path: Path, probs: np.ndarray, labels: np.ndarray, ece: flo
         label="mean confidence",
     )  # fmt: skip
     top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-    top.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1), title=f"ECE {ece:.3f} ({len(labels)} test rows)")
+    top.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1), title=f"ECE {ece:.3f} ({len(correct)} test rows)")
     top.legend(frameon=False, loc="upper left")
     bottom.bar(left, bins.count, width, align="edge", color=GREY, edgecolor="white")
     bottom.set(xlabel="confidence", ylabel="rows")

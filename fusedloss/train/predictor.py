@@ -25,6 +25,7 @@ from fusedloss.train.recipe import Recipe
 
 TENSORS, DESCRIPTION = "head.safetensors", "head.json"
 CHUNK_ROWS = 8192
+LOGITS_OF_A_BLOCK = 1 << 23
 
 
 @dataclass
@@ -79,7 +80,13 @@ class Predictor:
         strength = self.recipe.added_prior
         return {"applied": "training" if strength else "none", "strength": strength}
 
-    @torch.no_grad()
+    @property
+    def fitted_temperature(self) -> float:
+        """The temperature fitted on the validation rows, NaN where there is none or the fit did not converge."""
+        if self.calibration is None or not self.calibration["converged"]:
+            return math.nan
+        return float(self.calibration["temperature"])
+
     def logits(self, features: Any, calibrated: bool = False, adjust_prior: float = 0.0) -> Tensor:
         """Inference logits ``(N, K)``, float32 on the CPU, class temperatures applied.
 
@@ -88,32 +95,51 @@ class Predictor:
 
         Raises:
             ValueError: features that are not ``(N, in_features)``, or NaN or infinite, naming the rows;
-                ``calibrated`` for a head trained without validation rows; ``adjust_prior`` for a head trained with
-                the prior, which would be applied twice.
+                ``calibrated`` for a head trained without validation rows, or whose temperature has no optimum on
+                them; ``adjust_prior`` for a head trained with the prior, which would be applied twice.
         """
+        blocks = list(self.logit_blocks(features, calibrated, adjust_prior))
+        return torch.cat(blocks) if blocks else torch.empty(0, len(self.class_names))
+
+    def logit_blocks(
+        self, features: Any, calibrated: bool = False, adjust_prior: float = 0.0, *, rows: np.ndarray | None = None
+    ) -> Iterator[Tensor]:
+        """``logits`` in blocks of rows, of all features or of those at the row numbers `rows`; errors as there."""
+        self._check_options(calibrated, adjust_prior)
+        self.head.eval()
+        # As in training, a class without samples is treated as having one.
+        prior = log_prior(torch.tensor(self.train_counts), floor=1.0) if adjust_prior else None
+        for chunk in self._prepared(features, rows):
+            with torch.no_grad():
+                logits = head_logits(self.head, self.temperature, chunk).cpu()
+                if calibrated:
+                    logits = logits / self.fitted_temperature
+                if prior is not None:
+                    logits = adjust_logits(logits, prior, adjust_prior, trained_with=self.prior)
+            yield logits
+
+    def _check_options(self, calibrated: bool, adjust_prior: float) -> None:
         if calibrated and self.calibration is None:
             raise ValueError("calibrated must be False for a head trained without validation rows; got True")
+        if calibrated and self.calibration and math.isnan(self.fitted_temperature):
+            bound = self.calibration["temperature"]
+            raise ValueError(
+                "calibrated must be False for a head whose temperature did not converge: the likelihood of its "
+                f"validation rows has no optimum, the search ended at {bound:g} (all rows right or wrong, or too few); "
+                "got True"
+            )
         if not isinstance(adjust_prior, Real) or not math.isfinite(adjust_prior):
             raise ValueError(f"adjust_prior must be a finite number, the strength of the prior; got {adjust_prior!r}")
-        self.head.eval()
-        parts = [head_logits(self.head, self.temperature, chunk).cpu() for chunk in self._prepared(features)]
-        logits = torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
-        if calibrated and self.calibration:
-            logits = logits / self.calibration["temperature"]
-        if adjust_prior == 0:
-            return logits
-        # As in training, a class without samples is treated as having one.
-        prior = log_prior(torch.tensor(self.train_counts), floor=1.0)
-        return adjust_logits(logits, prior, adjust_prior, trained_with=self.prior)
 
     @torch.no_grad()
-    def embeddings(self, features: Any) -> Tensor:
-        """What the head's last layer reads of the features, ``(N, width)``, on the CPU; errors as `logits`."""
+    def embeddings(self, features: Any, rows: np.ndarray | None = None) -> Tensor:
+        """What the head's last layer reads of the features (or of those at `rows`), ``(N, width)``, on the CPU;
+        errors as `logits`."""
         self.head.eval()
-        parts = [self.head.hidden(chunk).cpu() for chunk in self._prepared(features)]
+        parts = [self.head.hidden(chunk).cpu() for chunk in self._prepared(features, rows)]
         return torch.cat(parts) if parts else torch.empty(0, self.head.class_weight.shape[1])
 
-    def _prepared(self, features: Any) -> Iterator[Tensor]:
+    def _prepared(self, features: Any, rows: np.ndarray | None = None) -> Iterator[Tensor]:
         """Checked rows as the head reads them, on its device, in chunks: they may be larger than the memory."""
         if not isinstance(features, Tensor):
             features = as_numpy(features, "features")
@@ -123,16 +149,19 @@ class Predictor:
         if not real:
             raise TypeError(f"features must be real numbers; got {features.dtype}")
         device = self.transform.mean.device
-        for start in range(0, len(features), CHUNK_ROWS):
-            chunk = features[start : start + CHUNK_ROWS]
+        count = len(features) if rows is None else len(rows)
+        size = min(CHUNK_ROWS, max(1, LOGITS_OF_A_BLOCK // len(self.class_names)))
+        for start in range(0, count, size):
+            chunk = features[start : start + size] if rows is None else features[rows[start : start + size]]
             if not isinstance(chunk, Tensor):
                 # A copy, since a memory map is read-only.
                 chunk = torch.from_numpy(np.array(chunk, dtype=np.float32))
             chunk = chunk.detach().to(device)
             finite = torch.isfinite(chunk).all(1)
             if not bool(finite.all()):
-                rows = (start + (~finite).nonzero()[:5, 0]).tolist()
-                raise ValueError(f"features must be finite; got NaN or infinity in rows {rows}")
+                wrong = start + (~finite).nonzero()[:5, 0].cpu().numpy()
+                named = (wrong if rows is None else rows[wrong]).tolist()
+                raise ValueError(f"features must be finite; got NaN or infinity in rows {named}")
             yield self.transform(chunk)
 
     def probabilities(self, features: Any, calibrated: bool = False, adjust_prior: float = 0.0) -> Tensor:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import fusedloss
-from fusedloss.calibration import calibration_error
 from fusedloss.features import FeatureBank
 from fusedloss.train.predictor import Predictor
 from fusedloss.train.recipe import Recipe
@@ -70,14 +67,10 @@ def settings_columns(recipe: Recipe, lr: float) -> dict[str, Any]:
     }
 
 
-def score_columns(
-    predictor: Predictor, report: dict[str, Any], logits: torch.Tensor, labels: np.ndarray
-) -> dict[str, Any]:
+def score_columns(predictor: Predictor, report: dict[str, Any], scaled_ece: float) -> dict[str, Any]:
     """Scores on the test rows, and the calibration error at the temperature of the validation rows."""
-    temperature = math.nan if predictor.calibration is None else predictor.calibration["temperature"]
-    scaled = math.nan if math.isnan(temperature) else calibration_error(torch.softmax(logits / temperature, 1), labels)
     scores = {name: value for name, value in report.items() if name not in ("per_class", "n")}
-    return scores | {"T": temperature, "ece15_ts": scaled}
+    return scores | {"T": predictor.fitted_temperature, "ece15_ts": scaled_ece}
 
 
 def cost_columns(predictor: Predictor, last_epoch: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from fusedloss.atomic_io import StorageError, read_json, write_bytes, write_json
 from fusedloss.features import FeatureBank
 from fusedloss.train.bootstrap import Predictions
 from fusedloss.train.data import BACKGROUND_PREFIX
+from fusedloss.train.judge import Judgement
 from fusedloss.train.pictures import draw_recall_by_frequency, draw_reliability, draw_training_curves
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.result import Result
 from fusedloss.train.split import Split
 
 CONFIG, RESULT, METRICS, PREDICTIONS = "config.json", "result.json", "metrics.jsonl", "predictions.npz"
-TOP_CLASSES = 5
 
 
 class RunFolder:
@@ -73,15 +73,14 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finish(self, result: Result, split: Split, logits: torch.Tensor, bank: FeatureBank, pictures: bool) -> None:
+    def finish(self, result: Result, split: Split, judged: Judgement, bank: FeatureBank, pictures: bool) -> None:
         """Write head, metrics, predictions and pictures, then the result."""
-        labels = np.asarray(bank.labels)[split.test]
         result.predictor.save(self.path)
         write_json_lines(self.path / METRICS, result.history)
-        probs = torch.softmax(logits.double(), 1)
-        self._write_predictions(split, probs, labels, _evidence(logits, labels, split.test, bank, result.row["T"]))
+        groups = split.test if bank.groups is None else np.asarray(bank.groups)[split.test]
+        self._write_predictions(split, judged, groups)
         if pictures:
-            self._draw(result, probs.numpy(), labels)
+            self._draw(result, judged)
         write_json(self.path / RESULT, {"row": result.row, "report": result.report, "trials": result.trials})
 
     def result(self) -> dict[str, Any]:
@@ -164,41 +163,29 @@ class RunFolder:
                 "or names differ)"
             )
 
-    def _write_predictions(
-        self, split: Split, probs: torch.Tensor, labels: np.ndarray, evidence: dict[str, np.ndarray]
-    ) -> None:
-        top = probs.topk(min(TOP_CLASSES, probs.shape[1]), dim=1)
+    def _write_predictions(self, split: Split, judged: Judgement, groups: np.ndarray) -> None:
         buffer = io.BytesIO()
-        arrays: dict[str, Any] = dict(
-            row=split.test,
-            label=labels,
-            predicted=probs.argmax(1).numpy(),
-            top_class=top.indices.numpy(),
-            top_probability=top.values.float().numpy(),
-            train_rows=split.train,
-            val_rows=split.val,
-            **evidence,
-        )
+        arrays: dict[str, Any] = {
+            "row": split.test,
+            "label": judged.labels,
+            "predicted": judged.predicted,
+            "top_class": judged.top_class,
+            "top_probability": judged.top_probability,
+            "train_rows": split.train,
+            "val_rows": split.val,
+            # Without groups a row is one.
+            "group": groups,
+            "label_nll": judged.label_nll,
+            "calibrated_confidence": judged.calibrated_confidence,
+        }
         np.savez_compressed(buffer, **arrays)
         write_bytes(self.path / PREDICTIONS, buffer.getvalue())
 
-    def _draw(self, result: Result, probs: np.ndarray, labels: np.ndarray) -> None:
+    def _draw(self, result: Result, judged: Judgement) -> None:
         draw_training_curves(self.path / "training_curves.png", result.history)
-        if len(labels):
-            draw_reliability(self.path / "reliability.png", probs, labels, result.report["ece15"])
+        if len(judged.labels):
+            draw_reliability(self.path / "reliability.png", judged.confidence, judged.correct, result.report["ece15"])
             draw_recall_by_frequency(self.path / "recall_by_frequency.png", result.report)
-
-
-def _evidence(
-    logits: torch.Tensor, labels: np.ndarray, rows: np.ndarray, bank: FeatureBank, temperature: float
-) -> dict[str, np.ndarray]:
-    """What a bootstrap over test groups needs beside the predictions, per row: without groups a row is one."""
-    target = torch.as_tensor(labels.astype(np.int64))[:, None]
-    return {
-        "group": rows if bank.groups is None else np.asarray(bank.groups)[rows],
-        "label_nll": -torch.log_softmax(logits.double(), 1).gather(1, target)[:, 0].float().numpy(),
-        "calibrated_confidence": torch.softmax(logits / temperature, 1).amax(1).float().numpy(),
-    }
 
 
 def _checked_config(path: Path, values: Any) -> dict[str, Any]:

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,3 +122,75 @@ def test_a_temperature_without_an_inner_optimum_says_so(logits, labels, temperat
 def test_bad_logits_for_a_temperature_are_named(logits, labels, error, message):
     with pytest.raises(error, match=message):
         fit_temperature(logits, labels)
+
+
+def drawn_logits(rows, classes, spread=2.0):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, classes, (rows,), generator=generator)
+    logits = spread * torch.randn(rows, classes, generator=generator)
+    logits[torch.arange(rows), labels] += spread * (2 + torch.randn(rows, generator=generator))
+    return logits, labels
+
+
+def reference_temperature(logits, labels):
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    z, y = logits.double().numpy(), labels.numpy()
+
+    def nll(log_beta):
+        scaled = z * math.exp(log_beta)
+        return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(y)), y]).mean())
+
+    best = minimize_scalar(nll, bounds=(-4, 4), method="bounded", options={"xatol": 1e-10})
+    return math.exp(-best.x), nll(0.0), best.fun
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0, 8.0])
+def test_the_temperature_of_blocks_is_that_of_all_rows(spread):
+    logits, labels = drawn_logits(20000, 30, spread)
+    temperature, before, after = reference_temperature(logits, labels)
+    passes = []
+
+    def blocks():
+        passes.append(0)
+        return zip(logits.split(777), labels.split(777), strict=True)
+
+    fit = fit_temperature(blocks)
+    assert fit.converged and len(passes) <= 4
+    assert fit.temperature == pytest.approx(temperature, rel=2e-5)
+    assert (fit.nll_before, fit.nll_after) == pytest.approx((before, after), abs=1e-6)
+    passes.clear()
+    near = fit_temperature(blocks, start=temperature * 1.01)
+    assert len(passes) == 1
+    assert near.temperature == pytest.approx(temperature, rel=2e-5) and near.nll_before == pytest.approx(before)
+
+
+def test_the_temperature_takes_no_copy_of_the_logits():
+    script = """
+import resource, torch
+from fusedloss.calibration import fit_temperature
+torch.manual_seed(0)
+logits, labels = torch.randn(60000, 500), torch.randint(0, 500, (60000,))
+logits[torch.arange(60000), labels] += 6
+fit_temperature(logits[:10000], labels[:10000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert fit_temperature(logits, labels).converged
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # KiB; the logits are 117000, in float64 twice as many.
+    assert int(done.stdout) < 60000
+
+
+def test_temperature_blocks_are_checked():
+    logits, labels = drawn_logits(10, 3)
+    logits[7, 1] = math.inf
+    with pytest.raises(ValueError, match="finite; got another value in row 7"):
+        fit_temperature(lambda: zip(logits.split(4), labels.split(4), strict=True))
+    with pytest.raises(TypeError, match="labels must be None where logits are a function"):
+        fit_temperature(lambda: [], labels)
+    with pytest.raises(ValueError, match="at least one sample"):
+        fit_temperature(lambda: [])
+    with pytest.raises(ValueError, match="start must be a temperature above 0"):
+        fit_temperature(logits, labels, start=0.0)

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedloss.metrics import classification_report
+from fusedloss.metrics import ClassificationScores, classification_report
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,3 +100,56 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_train_counts_of_the_wrong_length_are_named():
     with pytest.raises(ValueError, match="train_counts"):
         classification_report([[0.1, 0.9]], [0], train_counts=[1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 17), st.integers(0, 2**31))
+def test_blocks_give_the_report_of_all_rows(n, k, size, seed):
+    generator = np.random.default_rng(seed)
+    logits, labels = 3 * generator.normal(size=(n, k)), generator.integers(0, k, n)
+    names = ["__bg_0", *map(str, range(1, k))]
+    counts = generator.integers(0, 200, k)
+    scores = ClassificationScores(k, names, train_counts=counts)
+    for start in range(0, n, size):
+        scores.update(logits[start : start + size], labels[start : start + size])
+    found, report = scores.report(), classification_report(logits, labels, names, train_counts=counts)
+    for row, expected in zip(found.pop("per_class"), report.pop("per_class"), strict=True):
+        assert row == pytest.approx(expected, nan_ok=True)
+    assert found == pytest.approx(report, nan_ok=True)
+
+
+def test_the_calibration_errors_of_a_report_are_those_of_its_probabilities():
+    from fusedloss.calibration import calibration_error
+
+    logits = 2 * torch.randn(500, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    labels, probs = torch.arange(500) % 7, torch.softmax(logits, 1)
+    report = classification_report(logits, labels)
+    for name, kind in {"ece15": "ece", "aece15": "adaptive", "o_ece": "over", "u_ece": "under"}.items():
+        assert report[name] == calibration_error(probs, labels, kind=kind)
+    assert report["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-12)
+
+
+def test_a_report_takes_no_float64_copy():
+    script = """
+import resource, torch
+from fusedloss.metrics import ClassificationScores, classification_report
+logits, labels = torch.randn(100000, 200), torch.randint(0, 200, (100000,))
+classification_report(logits[:20000], labels[:20000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+classification_report(logits, labels)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # KiB; one float64 copy is 156000.
+    assert int(done.stdout) < 60000
+
+
+def test_bad_blocks_are_named():
+    scores = ClassificationScores(2)
+    scores.update([[0.0, 1.0]] * 3, [0, 1, 0])
+    with pytest.raises(ValueError, match=r"no NaN; got some in rows \[4\]"):
+        scores.update([[0.0, 1.0], [math.nan, 0.0]], [0, 1])
+    with pytest.raises(ValueError, match=r"logits must have shape \(n, 2\); got \(1, 3\)"):
+        scores.update([[0.0, 1.0, 2.0]], [0])
+    with pytest.raises(ValueError, match="probabilities"):
+        ClassificationScores(2, probabilities=True).update([[2.0, 1.0]], [0])

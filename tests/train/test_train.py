@@ -338,7 +338,11 @@ def test_a_run_folder_holds_everything_and_predicts_alone(bank, tmp_path):
 
 
 def test_the_calibrated_probabilities_keep_the_prediction(bank, tmp_path):
-    result = fit(bank, QUICK, device="cpu")
+    # So noisy that validation rows are mistaken: a temperature has an optimum.
+    noisy = FeatureBank.from_arrays(
+        bank.features + 4 * np.random.RandomState(1).randn(*bank.features.shape), bank.labels, groups=bank.groups
+    )
+    result = fit(noisy, QUICK, device="cpu")
     plain, scaled = (result.predictor.probabilities(bank.features, calibrated=c) for c in (False, True))
     assert torch.equal(plain.argmax(1), scaled.argmax(1)) and not torch.allclose(plain, scaled)
     without = fit(bank, QUICK.replace(val_fraction=0.0), device="cpu").predictor
