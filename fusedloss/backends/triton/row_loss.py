@@ -140,18 +140,21 @@ def row_loss(statistics, options, row_tensors, rows, num_classes, spec):
 
 
 @triton.jit
-def scaled_partials(loss, scale, options, spec):
-    """The partial derivatives of `loss` times `scale`; of what has no part in the loss they stay 0."""
-    of_lse, of_smooth, of_one_minus_pt, of_hinge = loss.log_sum_exp, loss.smooth_loss, loss.one_minus_pt, loss.hinge
-    if options.z_loss is not None:
-        of_lse *= scale
-    if spec.smooth_loss:
-        of_smooth *= scale
-    if options.focal_gamma is not None or options.poly_epsilon is not None:
-        of_one_minus_pt *= scale
-    if spec.top is not None:
-        of_hinge *= scale
-    return Partials(of_lse, loss.target_logit, loss.cross_entropy * scale, of_smooth, of_one_minus_pt, of_hinge)
+def scaled_partials(loss, scale):
+    """The partial derivatives of `loss` times `scale`, which may be NaN; what has no part in the loss stays 0."""
+    return Partials(
+        scaled(loss.log_sum_exp, scale),
+        scaled(loss.target_logit, scale),
+        loss.cross_entropy * scale,
+        scaled(loss.smooth_loss, scale),
+        scaled(loss.one_minus_pt, scale),
+        scaled(loss.hinge, scale),
+    )
+
+
+@triton.jit
+def scaled(partial, scale):
+    return tl.where(partial == 0, partial, partial * scale)
 
 
 @triton.jit

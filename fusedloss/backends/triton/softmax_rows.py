@@ -67,7 +67,7 @@ def loss_row(rows, sums, hinge, label, num_classes, denominator, options, row_te
         scale = weight / denominator
     store_rows(row_tensors.grad_label_smoothing, scale * loss.label_smoothing, rows, label.kept)
     store_rows(row_tensors.grad_penalty_strength, scale * loss.penalty_strength, rows, label.kept)
-    partials = scaled_partials(loss, scale, options, spec)
+    partials = scaled_partials(loss, scale)
     # A weight of infinity, where no row is kept, makes the sum 0 * inf, as in plain PyTorch.
     counted = tl.where(label.kept, loss.value, 0.0) * weight
     coefficients = grad_coefficients(partials, statistics, hinge, label, label.kept, spec, counted)
