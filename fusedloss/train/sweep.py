@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from fusedloss.features import FeatureBank
 from fusedloss.features.checks import as_integer, as_list, as_path, check_choice, check_instance
+from fusedloss.folder_lock import FolderLock
 from fusedloss.train.fit import Run
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.result import Result
@@ -46,20 +48,22 @@ def sweep(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must differ and be at least one; got {seeds}")
     results: dict[str, list[Result]] = {}
-    for name, recipe in rows.items():
-        prepared, runs = None, []
-        for seed in seeds:
-            report = None if on_epoch is None else _with_names(on_epoch, name, seed)
-            run = Run(
-                bank, recipe.replace(seed=seed), folder=folders[name] / f"seed-{seed}", resume=True,
-                device=device, pictures=pictures, on_epoch=report, prepared=prepared,
-            )  # fmt: skip
-            runs.append((run, run.train()))
-            prepared = run.prepared
-        common = max(recipe.lr, key=lambda lr: sum(scores[lr] for _, scores in runs))
-        own = [max(scores, key=scores.__getitem__) for _, scores in runs]
-        chosen = own if lr_per == "run" else [common] * len(runs)
-        results[name] = [run.finish(lr) for (run, _), lr in zip(runs, chosen, strict=True)]
+    with FolderLock(as_path("folder", folder)), contextlib.ExitStack() as opened:
+        for name, recipe in rows.items():
+            prepared, runs = None, []
+            for seed in seeds:
+                report = None if on_epoch is None else _with_names(on_epoch, name, seed)
+                run = Run(
+                    bank, recipe.replace(seed=seed), folder=folders[name] / f"seed-{seed}", resume=True,
+                    device=device, pictures=pictures, on_epoch=report, prepared=prepared,
+                )  # fmt: skip
+                opened.callback(run.close)
+                runs.append((run, run.train()))
+                prepared = run.prepared
+            common = max(recipe.lr, key=lambda lr: sum(scores[lr] for _, scores in runs))
+            own = [max(scores, key=scores.__getitem__) for _, scores in runs]
+            chosen = own if lr_per == "run" else [common] * len(runs)
+            results[name] = [run.finish(lr) for (run, _), lr in zip(runs, chosen, strict=True)]
     return results
 
 
