@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedloss.atomic_io import disk_full_explained, sha256_of_file, sync_folder
+from fusedloss.atomic_io import disk_full_explained, sync_folder
 from fusedloss.features import checks
 from fusedloss.features.bank_files import (
     CLASSES_FILE,
@@ -23,8 +23,10 @@ from fusedloss.features.bank_files import (
     load_array,
     load_names,
     read_manifest,
+    release_pages,
 )
 from fusedloss.features.manifest import DTYPES, BankError, FeatureSource, Manifest, library_versions, now
+from fusedloss.features.verified import Verified, verify_files
 from fusedloss.features.writer import BankWriter, Contents
 
 
@@ -58,6 +60,7 @@ class FeatureBank:
         self.paths = paths
         self.manifest = manifest
         self.folder = folder
+        self._verified: Verified | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,21 +128,24 @@ class FeatureBank:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> FeatureBank:
-        """The bank in a folder, features memory-mapped; `verify=True` also checks every file's sha256.
+        """The bank in a folder, features memory-mapped.
+
+        Files that are not as they were when they were last checked (by size, times and inode, which ``verified.json``
+        keeps beside them) are read whole and must have the sha256 of the manifest; `verify=True` checks every file.
 
         Raises:
             IncompleteBankError: an extraction that has not ended.
-            BankError: anything that does not match the manifest, labels outside ``[0, K)``, NaN or infinite
-                features (a pass over the features, with no copy).
+            BankError: anything that does not match the manifest, another sha256 among it, labels outside ``[0, K)``,
+                NaN or infinite features.
             TypeError: a path that is none.
         """
         folder = checks.as_path("path", path)
         manifest = read_manifest(folder)
-        for name, expected in manifest.files.items():
+        for name in manifest.files:
             if not (folder / name).is_file():
                 raise BankError(f"{folder} must hold {name}, which its manifest lists; got no such file")
-            if verify and sha256_of_file(folder / name) != expected:
-                raise BankError(f"{folder / name} must have the sha256 of the manifest; got another (damaged?)")
+        seen, now_seen = Verified.read(folder), Verified.of(folder, manifest.files)
+        checked = [] if verify else seen.unchanged(folder, manifest.files)
         rows = manifest.num_rows
         features = load_array(folder / FEATURES_FILE, (rows, manifest.in_features), manifest.dtype)
         labels = np.array(load_array(folder / LABELS_FILE, (rows,), "int64"))
@@ -149,10 +155,18 @@ class FeatureBank:
         paths = load_names(folder / PATHS_FILE, rows) if PATHS_FILE in manifest.files else None
         try:
             checks.check_labels(labels, len(class_names))
-            checks.check_finite(features, paths)
+            if FEATURES_FILE not in checked:
+                checks.check_finite(features, paths)
         except BankError as error:
             raise BankError(f"{folder}: {error}") from error
-        return cls(features, labels, groups, class_names, paths, manifest, folder)
+        verify_files(folder, manifest.files, checked)
+        if len(checked) < len(manifest.files):
+            now_seen.fingerprint = seen.fingerprint if seen.hashes == manifest.files else None
+            seen = now_seen
+            seen.write(folder)
+        bank = cls(features, labels, groups, class_names, paths, manifest, folder)
+        bank._verified = seen
+        return bank
 
     @staticmethod
     def create(
@@ -237,7 +251,18 @@ class FeatureBank:
         other.require_source(self.manifest.source)
 
     def fingerprint(self) -> str:
-        """The sha256 of features, labels, groups and class names; the same in memory and on disk."""
+        """The sha256 of features, labels, groups and class names; the same in memory and on disk.
+
+        ``verified.json`` keeps that of files which have not changed since.
+        """
+        if self._verified is None or self.folder is None:
+            return self._computed_fingerprint()
+        if self._verified.fingerprint is None:
+            self._verified.fingerprint = self._computed_fingerprint()
+            self._verified.write(self.folder)
+        return self._verified.fingerprint
+
+    def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()
         for array in (self.features, self.labels, self.groups):
             if array is None:
@@ -246,6 +271,7 @@ class FeatureBank:
             digest.update(f"{array.dtype.name}{array.shape}".encode())
             for start in range(0, len(array), checks.ROWS_PER_BLOCK):
                 digest.update(np.ascontiguousarray(array[start : start + checks.ROWS_PER_BLOCK]).data)
+                release_pages(array)
         digest.update(json.dumps(self.class_names).encode())
         return digest.hexdigest()
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusedloss.features.bank_files import release_pages
 from fusedloss.features.manifest import BankError
 
 ROWS_PER_BLOCK = 8192
@@ -145,6 +146,7 @@ def check_finite(features: np.ndarray, paths: Sequence[str] | None = None, first
     for start in range(0, len(features), ROWS_PER_BLOCK):
         finite = np.isfinite(features[start : start + ROWS_PER_BLOCK]).all(axis=1)
         wrong += (np.flatnonzero(~finite) + start + first_row).tolist()
+        release_pages(features)
     if wrong:
         shown = ", ".join(f"row {row}" + (f" ({paths[row]})" if paths else "") for row in wrong[:NAMED_ROWS])
         more = ", ..." if len(wrong) > NAMED_ROWS else ""

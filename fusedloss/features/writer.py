@@ -29,6 +29,7 @@ from fusedloss.features.bank_files import (
     read_progress,
 )
 from fusedloss.features.manifest import MANIFEST_FILE, BankError, Manifest
+from fusedloss.folder_lock import LOCK_FILE, FolderLock
 
 Bank = TypeVar("Bank")
 
@@ -81,13 +82,25 @@ class BankWriter(Generic[Bank]):
         self.row_bytes = np.dtype(manifest.dtype).itemsize * manifest.in_features
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in self.small_files.items()}
         self.plan = plan_of(manifest, hashes)
-        self.complete = (folder / MANIFEST_FILE).is_file()
-        if self.complete:
+        # What is there is looked at under the lock: another process may be writing it.
+        self.lock = FolderLock(folder)
+        if (folder / MANIFEST_FILE).is_file():
+            self.complete = True
             self._match_complete()
-        elif (folder / PROGRESS_FILE).is_file():
-            self._resume()
-        else:
-            self._start()
+            return
+        self._refuse_other_files()
+        self.lock.acquire()
+        try:
+            self.complete = (folder / MANIFEST_FILE).is_file()
+            if self.complete:
+                self._match_complete()
+            elif (folder / PROGRESS_FILE).is_file():
+                self._resume()
+            else:
+                self._start()
+        except BaseException:
+            self.lock.release()
+            raise
 
     def __enter__(self) -> BankWriter[Bank]:
         return self
@@ -98,9 +111,10 @@ class BankWriter(Generic[Bank]):
         self.close()
 
     def close(self) -> None:
-        """Close the features file; what was appended stays."""
+        """Close the features file and let others write; what was appended stays."""
         if not self.complete:
             self.file.close()
+        self.lock.release()
 
     def append(self, features: Any) -> None:
         """Add the next rows `(n, D)`; when this returns they survive a power cut.
@@ -149,16 +163,21 @@ class BankWriter(Generic[Bank]):
                 write_bytes(self.folder / MANIFEST_FILE, manifest.to_json().encode())
             self.complete = True
         (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
+        self.lock.release()
         return self.open_bank(self.folder)
 
     def _kept(self) -> str:
         return f"the first {self.rows_done} rows are safe; make room and run the same command again"
 
-    def _start(self) -> None:
-        if self.folder.exists() and any(entry.suffix != ".tmp" for entry in self.folder.iterdir()):
+    def _refuse_other_files(self) -> None:
+        if (self.folder / PROGRESS_FILE).is_file() or not self.folder.exists():
+            return
+        if any(entry.suffix != ".tmp" and entry.name != LOCK_FILE for entry in self.folder.iterdir()):
             raise BankError(
                 f"path must be a new or empty folder, or a bank's; got {self.folder}, which holds other files"
             )
+
+    def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         needed = len(self.header) + self.row_bytes * self.manifest.num_rows + sum(map(len, self.small_files.values()))
         free = shutil.disk_usage(self.folder).free

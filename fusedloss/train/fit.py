@@ -60,7 +60,8 @@ def fit(
     Raises:
         ValueError: a recipe or a bank that cannot be trained on.
         TypeError: arguments of another kind.
-        StorageError: a folder that exists without ``resume``, belongs to another run, or cannot be written.
+        StorageError: a folder that exists without ``resume``, belongs to another run, is written by another process,
+            or cannot be written.
         DivergedError: a loss that is not finite at every learning rate.
 
     Example:
@@ -69,8 +70,11 @@ def fit(
         2
     """
     run = Run(bank, recipe, folder=folder, resume=resume, device=device, pictures=pictures, on_epoch=on_epoch)
-    scores = run.train()
-    return run.finish(max(scores, key=scores.__getitem__))
+    try:
+        scores = run.train()
+        return run.finish(max(scores, key=scores.__getitem__))
+    finally:
+        run.close()
 
 
 class Run:
@@ -105,6 +109,11 @@ class Run:
         self.trained: list[Trained] = []
         finished = self.folder is not None and self.folder.begin(recipe, bank, resume)
         self.result = load_result(self.folder.path) if self.folder is not None and finished else None
+
+    def close(self) -> None:
+        """Let other processes write into the run folder."""
+        if self.folder is not None:
+            self.folder.release()
 
     def train(self) -> dict[float, float]:
         """Validation score of every learning rate, larger is better; a finished run only reads them."""

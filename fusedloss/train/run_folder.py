@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 import fusedloss
 from fusedloss.atomic_io import StorageError, read_json, write_bytes, write_json, write_json_lines
 from fusedloss.features import FeatureBank
+from fusedloss.folder_lock import LOCK_FILE, FolderLock
 from fusedloss.train.bootstrap import Predictions
 from fusedloss.train.data import BACKGROUND_PREFIX
 from fusedloss.train.judge import Judgement
@@ -32,19 +34,36 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = FolderLock(path)
 
     def begin(self, recipe: Recipe, bank: FeatureBank, resume: bool) -> bool:
-        """Claim the folder for this run; True when the run is already finished.
+        """Claim the folder for this run until ``release``; True when the run is already finished.
 
         Raises:
-            StorageError: files of another recipe, another bank, or of any run without ``resume``.
+            StorageError: files of another recipe, another bank, or of any run without ``resume``; another process
+                that writes there.
         """
+        if not (self.path / CONFIG).exists():
+            self._refuse_other_files()
+        self.lock.acquire()
+        try:
+            return self._begin(recipe, bank, resume)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def release(self) -> None:
+        """Let other processes write here."""
+        self.lock.release()
+
+    def _refuse_other_files(self) -> None:
+        if self._holds_something():
+            raise StorageError(f"folder must be a run folder, new or empty; got {self.path}, which holds other files")
+
+    def _begin(self, recipe: Recipe, bank: FeatureBank, resume: bool) -> bool:
         config = self.path / CONFIG
         if not config.exists():
-            if self._holds_something():
-                raise StorageError(
-                    f"folder must be a run folder, new or empty; got {self.path}, which holds other files"
-                )
+            self._refuse_other_files()
             description = {
                 "rows": len(bank),
                 "in_features": bank.in_features,
@@ -143,11 +162,18 @@ class RunFolder:
             return
         if self._holds_something():
             self.config()
-        shutil.rmtree(self.path)
+        with self.lock:
+            for entry in self.path.iterdir():
+                if entry.name == LOCK_FILE:
+                    continue
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        # Another process may have begun a run there meanwhile.
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def _holds_something(self) -> bool:
         # A kill during the very first write leaves its unfinished file alone in the folder.
-        return self.path.is_dir() and any(path.name != f"{CONFIG}.tmp" for path in self.path.iterdir())
+        return self.path.is_dir() and any(path.name not in (f"{CONFIG}.tmp", LOCK_FILE) for path in self.path.iterdir())
 
     def _refuse_another(self, config: dict[str, Any], recipe: Recipe, bank: FeatureBank) -> None:
         now = recipe.to_dict()

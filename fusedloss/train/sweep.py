@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 from fusedloss.features import FeatureBank
 from fusedloss.features.checks import as_integer, as_list, as_path, check_choice, check_instance
+from fusedloss.folder_lock import FolderLock
 from fusedloss.train.fit import Run
 from fusedloss.train.recipe import Recipe
 from fusedloss.train.result import Result
@@ -54,16 +56,17 @@ def sweep(
     numbers = _numbers("seeds", seeds, 2**63)
     parts = [None] if splits is None else _numbers("splits", splits, 2**32)
     results: dict[str, list[Result]] = {}
-    for name, recipe in rows.items():
-        results[name] = []
-        for split in parts:
-            places, start = {}, "" if split is None else f"split-{split}-"
-            for seed in numbers:
-                changes = {"seed": seed} if split is None else {"seed": seed, "split_seed": split}
-                places[folders[name] / f"{start}seed-{seed}"] = recipe.replace(**changes)
-            report = None if on_epoch is None else functools.partial(on_epoch, name)
-            options = {"device": device, "pictures": pictures, "on_epoch": report}
-            results[name] += _one_split(bank, places, lr_per == "run", options)
+    with FolderLock(as_path("folder", folder)):
+        for name, recipe in rows.items():
+            results[name] = []
+            for split in parts:
+                places, start = {}, "" if split is None else f"split-{split}-"
+                for seed in numbers:
+                    changes = {"seed": seed} if split is None else {"seed": seed, "split_seed": split}
+                    places[folders[name] / f"{start}seed-{seed}"] = recipe.replace(**changes)
+                report = None if on_epoch is None else functools.partial(on_epoch, name)
+                options = {"device": device, "pictures": pictures, "on_epoch": report}
+                results[name] += _one_split(bank, places, lr_per == "run", options)
     return results
 
 
@@ -73,15 +76,17 @@ def _one_split(
     """The runs of recipes that differ in the seed alone, by folder."""
     prepared, runs = None, []
     on_epoch = options.pop("on_epoch")
-    for folder, recipe in recipes.items():
-        report = None if on_epoch is None else functools.partial(on_epoch, recipe.seed)
-        run = Run(bank, recipe, folder=folder, resume=True, on_epoch=report, prepared=prepared, **options)
-        runs.append((run, run.train()))
-        prepared = run.prepared
-    common = max(recipe.lr, key=lambda lr: sum(scores[lr] for _, scores in runs))
-    own = [max(scores, key=scores.__getitem__) for _, scores in runs]
-    chosen = own if lr_per_run else [common] * len(runs)
-    return [run.finish(lr) for (run, _), lr in zip(runs, chosen, strict=True)]
+    with contextlib.ExitStack() as opened:
+        for folder, recipe in recipes.items():
+            report = None if on_epoch is None else functools.partial(on_epoch, recipe.seed)
+            run = Run(bank, recipe, folder=folder, resume=True, on_epoch=report, prepared=prepared, **options)
+            opened.callback(run.close)
+            runs.append((run, run.train()))
+            prepared = run.prepared
+        common = max(recipe.lr, key=lambda lr: sum(scores[lr] for _, scores in runs))
+        own = [max(scores, key=scores.__getitem__) for _, scores in runs]
+        chosen = own if lr_per_run else [common] * len(runs)
+        return [run.finish(lr) for (run, _), lr in zip(runs, chosen, strict=True)]
 
 
 def _numbers(name: str, values: Sequence[int], above: int) -> list[int]:

@@ -12,6 +12,7 @@ from fusedloss.features import (
     BankError,
     FeatureBank,
     FeatureSource,
+    verified,
 )
 
 
@@ -141,14 +142,57 @@ def test_damaged_banks_are_refused(bank, tmp_path, damage, message):
         FeatureBank.open(tmp_path / "bank")
 
 
-def test_a_changed_number_is_found_by_verification(bank, tmp_path):
+def overwrite(file, position, content, keep_times=False):
+    status = file.stat()
+    with open(file, "r+b") as stream:
+        stream.seek(position, os.SEEK_END)
+        stream.write(content)
+    if keep_times:
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("keep_times", [False, True])
+@pytest.mark.parametrize("name", ["features.npy", "labels.npy", "groups.npy"])
+def test_a_changed_number_is_found(bank, tmp_path, name, keep_times):
     bank.save(tmp_path / "bank")
-    with open(tmp_path / "bank" / "features.npy", "r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(np.float32(0.25).tobytes())
     FeatureBank.open(tmp_path / "bank")
-    with pytest.raises(BankError, match=r"features.npy must have the sha256 of the manifest"):
-        FeatureBank.open(tmp_path / "bank", verify=True)
+    small = np.float32(0.25).tobytes() if name == "features.npy" else np.int64(1).tobytes()
+    before = (tmp_path / "bank" / name).read_bytes()
+    assert before[-len(small) :] != small
+    overwrite(tmp_path / "bank" / name, -len(small), small, keep_times)
+    with pytest.raises(BankError, match=rf"{name} must have the sha256 of the manifest; got another"):
+        FeatureBank.open(tmp_path / "bank")
+    overwrite(tmp_path / "bank" / name, -len(small), before[-len(small) :])
+    assert FeatureBank.open(tmp_path / "bank").fingerprint() == bank.fingerprint()
+
+
+def test_unchanged_files_are_read_once(bank, tmp_path, monkeypatch):
+    bank.save(tmp_path / "bank")
+    monkeypatch.setattr(verified, "CLOCK_TICK_NS", 0)
+    FeatureBank.open(tmp_path / "bank").fingerprint()
+    read = []
+    original = verified.sha256_of_file
+    monkeypatch.setattr(verified, "sha256_of_file", lambda file: read.append(file.name) or original(file))
+    opened = FeatureBank.open(tmp_path / "bank")
+    assert read == []
+    monkeypatch.setattr(opened, "_computed_fingerprint", lambda: pytest.fail("computed again"))
+    assert opened.fingerprint() == bank.fingerprint()
+    os.utime(tmp_path / "bank" / "labels.npy")
+    FeatureBank.open(tmp_path / "bank")
+    assert read == ["labels.npy"]
+    read.clear()
+    FeatureBank.open(tmp_path / "bank", verify=True)
+    assert sorted(read) == sorted(bank_files(tmp_path / "bank"))
+    (tmp_path / "bank" / "verified.json").write_text('{"files": 3}')
+    FeatureBank.open(tmp_path / "bank")
+    (tmp_path / "bank" / "verified.json").unlink()
+    (tmp_path / "bank").chmod(0o555)
+    FeatureBank.open(tmp_path / "bank")
+    (tmp_path / "bank").chmod(0o755)
+
+
+def bank_files(folder):
+    return json.loads((folder / "manifest.json").read_text())["files"]
 
 
 def test_only_banks_are_opened_and_only_new_folders_written(bank, tmp_path):

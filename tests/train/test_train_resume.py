@@ -186,3 +186,17 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path, name, content, m
     (tmp_path / name).write_text(content)
     with pytest.raises(StorageError, match=message):
         fit(bank, recipe, folder=tmp_path, resume=True, device="cpu", pictures=False)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "checkpoint-00003.safetensors"])
+def test_a_flipped_bit_in_a_checkpoint_is_found(uninterrupted, tmp_path, name):
+    bank, recipe = FeatureBank.open(uninterrupted / "bank"), RECIPE.replace(lr=1e-2, epochs=3)
+    fit(bank, recipe, folder=tmp_path, device="cpu", pictures=False)
+    (tmp_path / "result.json").unlink()
+    content = bytearray((tmp_path / name).read_bytes())
+    # The last digit of the epoch's number of steps, or the last number of the last tensor.
+    position = content.index(b'"steps": ') + 9 if name.endswith("json") else len(content) - 1
+    content[position] ^= 1
+    (tmp_path / name).write_bytes(bytes(content))
+    with pytest.raises(StorageError, match=rf"{name} must have the sha256 .*; got another \(damaged or edited"):
+        fit(bank, recipe, folder=tmp_path, resume=True, device="cpu", pictures=False)
