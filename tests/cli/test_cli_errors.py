@@ -66,7 +66,7 @@ def root(tmp_path_factory):
     ("train {r}/bank {t}/run --head conv", "head must be one of linear, cosine, mlp; got 'conv'"),
     ("train {r}/bank {r}/run --resume --overwrite", "overwrite must be absent where resume is given; got both"),
     ("train {r}/run {t}/run", "path must be a feature bank; got"),
-    ("predict {r}/run {r}/vector.npy", r"features must be \(N, 6\) as in training; got \(6,\)"),
+    ("predict {r}/run {r}/vector.npy", r"must hold features \(N, D\), real numbers; got float64 \(6,\)"),
     ("predict {r}/run {r}/narrow.npy", r"features must be \(N, 6\) as in training; got \(2, 5\)"),
     ("predict {r}/run {r}/nan.npy", r"features must be finite; got NaN or infinity in rows \[0, 1\]"),
     ("predict {r}/run {r}/bank --top 0", r"top must be in \[1, 4\); got 0"),
