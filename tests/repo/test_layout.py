@@ -16,12 +16,12 @@ PACKAGE = ROOT / "fusedloss"
 # From the leaves up: a module may import from its own layer and from those before it. "" is the package itself, which
 # exports the names of losses and below.
 LAYERS = (
-    ("terms", "core", "atomic_io"),
+    ("terms", "core", "atomic_io", "folder_lock"),
     ("backends",),
     ("ops",),
     ("distributed",),
     ("functional",),
-    ("losses", "longtail", "calibration", "metrics", "retrieval"),
+    ("losses", "longtail", "temperature", "calibration", "metrics", "retrieval"),
     ("",),
     ("features", "train", "integrations"),
     ("cli",),
