@@ -149,6 +149,11 @@ class ClassificationScores:
         """Whether the prediction of each row so far is right."""
         return np.concatenate([np.empty(0, dtype=bool), *self._correct])
 
+    @property
+    def nll(self) -> np.ndarray:
+        """Minus the log probability of each row's label so far, float64, in nats."""
+        return np.concatenate([np.empty(0), *self._nll])
+
     def report(self) -> dict[str, Any]:
         """What ``classification_report`` returns, of all blocks together."""
         per_class = scores_of_counts(self.support, self.predicted, self.hits)
@@ -165,7 +170,7 @@ class ClassificationScores:
             "aece15": confidence_error(confidence, correct, kind="adaptive"),
             "o_ece": confidence_error(confidence, correct, kind="over"),
             "u_ece": confidence_error(confidence, correct, kind="under"),
-            "nll": _mean(np.concatenate([np.empty(0), *self._nll])),
+            "nll": _mean(self.nll),
         }
         report["per_class"] = [self._class_row(k, per_class) for k in range(self.num_classes)]
         return report

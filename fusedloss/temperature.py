@@ -93,7 +93,6 @@ def fit_to_blocks(blocks: Blocks, max_iterations: int, start: float | None = Non
     """``calibration.fit_temperature`` of a function that gives blocks; errors as there."""
     sample = Sample() if start is None else None
     point = 1.0 if start is None else min(max(1.0 / start, LOWEST), HIGHEST)
-    before: float | None = None
     moments, nll_at_one, exact = measure(blocks, point, sample=sample, also_at_one=point != 1.0)
     before = moments.nll if nll_at_one is None else nll_at_one
     search = Search(point, 1e-12 if exact else 3e-6)

@@ -54,8 +54,7 @@ def judge(
     width = min(TOP_CLASSES, num_classes)
     top_class = np.empty((len(rows), width), dtype=np.int64)
     top_probability = np.empty((len(rows), width), dtype=np.float32)
-    predicted = np.empty(len(rows), dtype=np.int64)
-    scaled, label_nll = np.full(len(rows), np.nan), np.empty(len(rows), dtype=np.float32)
+    predicted, scaled = np.empty(len(rows), dtype=np.int64), np.full(len(rows), np.nan)
     start = 0
     for logits in predictor.logit_blocks(features, calibrated, adjust_prior, rows=rows):
         end = start + len(logits)
@@ -64,8 +63,6 @@ def judge(
         top = probs.topk(width, dim=1)
         top_class[start:end], top_probability[start:end] = top.indices.numpy(), top.values.float().numpy()
         predicted[start:end] = probs.argmax(1).numpy()
-        target = torch.as_tensor(labels[start:end].astype(np.int64))[:, None]
-        label_nll[start:end] = -torch.log_softmax(logits.double(), 1).gather(1, target)[:, 0].numpy()
         if not math.isnan(temperature):
             scaled[start:end] = torch.softmax(logits.double() / temperature, 1).amax(1).numpy()
         start = end
@@ -78,7 +75,7 @@ def judge(
         predicted=predicted,
         confidence=scores.confidence,
         correct=correct,
-        label_nll=label_nll,
+        label_nll=scores.nll.astype(np.float32),
         calibrated_confidence=scaled.astype(np.float32),
         top_class=top_class,
         top_probability=top_probability,

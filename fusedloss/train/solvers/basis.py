@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.train.solvers.rows import RowSource
+from fusedloss.train.solvers.rows import RowSource, check_labels
 
 # Rows on which the mean of p (1 - p) is estimated.
 _PROBE_ROWS = 8192
@@ -109,8 +109,7 @@ def centred_rows(
 def _check_chunk(features: Tensor, labels: Tensor, count: int, num_classes: int) -> None:
     if len(labels) != count or len(features) != count:
         raise ValueError(f"rows must yield as many as their length says; got {len(labels)} labels for {count} rows")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f"labels must be in [0, {num_classes}); got {int(labels.min())} to {int(labels.max())}")
+    check_labels(labels, num_classes)
 
 
 def _copy(rows: CentredRows) -> Chunk:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedloss.core.checks import check_choice, check_integer, check_number
 from fusedloss.core.normalize import unit_rows
-from fusedloss.train.solvers.rows import RowSource
+from fusedloss.train.solvers.rows import RowSource, check_labels
 
 # How far the bias of a class without rows lies below the others'.
 _ABSENT = 1e4
@@ -116,8 +116,7 @@ def _class_means(rows: RowSource, num_classes: int, unit: bool) -> tuple[Tensor,
         if sums is None or counts is None:
             sums = torch.zeros(num_classes, rows.width, dtype=torch.float64, device=features.device)
             counts = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(f"labels must be in [0, {num_classes}); got {int(labels.min())} to {int(labels.max())}")
+        check_labels(labels, num_classes)
         wide = features.double()
         sums.index_add_(0, labels, unit_rows(wide) if unit else wide)
         counts += torch.bincount(labels, minlength=num_classes)

@@ -29,7 +29,7 @@ from fusedloss.core.row_loss import RowOptions
 from fusedloss.train.solvers.basis import CentredRows, centred_rows
 from fusedloss.train.solvers.lbfgs import minimize
 from fusedloss.train.solvers.metric import ClassMetric, class_metric
-from fusedloss.train.solvers.rows import RowSource
+from fusedloss.train.solvers.rows import RowSource, check_labels
 
 _MASK = LinearMask(weight=True, bias=True)
 
@@ -212,10 +212,7 @@ class _Problem:
             weight *= self.sample_weight
         if self.class_weight is not None:
             labels = torch.cat([labels for _, labels in source])
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise ValueError(
-                    f"labels must be in [0, {self.num_classes}); got {int(labels.min())} to {int(labels.max())}"
-                )
+            check_labels(labels, self.num_classes)
             weight *= self.class_weight[labels]
         return weight
 

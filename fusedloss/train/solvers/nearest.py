@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedloss.core.checks import check_choice, check_integer, check_number
 from fusedloss.core.normalize import unit_rows
-from fusedloss.train.solvers.rows import RowSource
+from fusedloss.train.solvers.rows import RowSource, check_labels
 
 # Similarities of some queries to some stored rows.
 _BLOCK_BYTES = 1 << 25
@@ -69,8 +69,7 @@ class NearestNeighbours(nn.Module):
         self.metric, self.smoothing = metric, smoothing
         chunks = [(features.float(), labels) for features, labels in rows]
         features, labels = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(f"labels must be in [0, {num_classes}); got {int(labels.min())} to {int(labels.max())}")
+        check_labels(labels, num_classes)
         # Squared distances in float32 lose what a common offset takes
         centre = features.double().mean(0).float() if metric == "euclidean" else torch.zeros_like(features[0])
         self.register_buffer("centre", centre)

@@ -105,5 +105,11 @@ class ArrayRows:
             yield self._read(part), self.labels[part]
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError for a label of a chunk outside ``[0, K)``."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"labels must be in [0, {num_classes}); got {int(labels.min())} to {int(labels.max())}")
+
+
 def _chunk_rows(width: int) -> int:
     return max(256, _CHUNK_BYTES // (4 * max(1, width)))
